@@ -1,0 +1,33 @@
+# `make demo` and `make test` do all their own set-up, in .venv; a second call reuses it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow quality timm-suite clean
+
+demo: $(READY)
+	$(BIN)/timm-spa demo
+
+test: $(READY) quality
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# timm's own model tests on our names: all of them, or NAMES="spa_resnet50 spa_mobilenetv2"
+timm-suite: $(READY)
+	$(BIN)/python tests/timm_suite.py $(NAMES)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[train,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,154 @@
+"""Checkpoints of the authors' code, under the names of this package.
+
+The authors' repository (https://github.com/13952522076/SPANet_TMM) saves `.pth.tar` files of its own modules. The names
+below are facts of that repository; the tensors are taken over unchanged, but for the pyramid weights, which it keeps in
+five dimensions.
+"""
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Tuple, Union
+
+import safetensors.torch
+import torch
+import torch.nn as nn
+
+from ..models import GatedEfficientNet, GatedResNet
+
+__all__ = ['ConversionError', 'convert_state_dict', 'read_checkpoint']
+
+Rules = List[Tuple[str, str]]
+
+# names inside a block's attention; its attribute is called spa, SPA3, SPAB, SPAC, ...
+_ATTN_RULES: Rules = [
+    (r'\.(?:spa|SPA\w?)\.', '.attn.'),
+    (r'\.attn\.weight$', '.attn.pyramid_weight'),
+    (r'\.attn\.transform\.0\.', '.attn.fc1.'),
+    (r'\.attn\.transform\.1\.', '.attn.bn.'),
+    (r'\.attn\.transform\.3\.', '.attn.fc2.'),
+    (r'\.attn\.matcher\.0\.', '.attn.matcher.fc1.'),
+    (r'\.attn\.matcher\.1\.', '.attn.matcher.bn1.'),
+    (r'\.attn\.matcher\.3\.', '.attn.matcher.fc2.'),
+    (r'\.attn\.matcher\.4\.', '.attn.matcher.bn2.'),
+]
+
+# MobileNetV2 for ImageNet, laid out as torchvision's: feature 0 is the stem, 1 the block without expansion, 18 the head
+_FEATURES_RULES: Rules = [
+    (r'^features\.0\.0\.', 'conv_stem.'),
+    (r'^features\.0\.1\.', 'bn1.'),
+    (r'^features\.18\.0\.', 'conv_head.'),
+    (r'^features\.18\.1\.', 'bn2.'),
+    (r'^classifier\.1\.', 'classifier.'),
+    (r'^features\.1\.conv\.0\.0\.', 'features.1.conv_dw.'),
+    (r'^features\.1\.conv\.0\.1\.', 'features.1.bn1.'),
+    (r'^features\.1\.conv\.1\.', 'features.1.conv_pw.'),
+    (r'^features\.1\.conv\.2\.', 'features.1.bn2.'),
+    (r'\.conv\.0\.0\.', '.conv_pw.'),
+    (r'\.conv\.0\.1\.', '.bn1.'),
+    (r'\.conv\.1\.0\.', '.conv_dw.'),
+    (r'\.conv\.1\.1\.', '.bn2.'),
+    (r'\.conv\.2\.', '.conv_pwl.'),
+    (r'\.conv\.3\.', '.bn3.'),
+]
+
+# MobileNetV2 for CIFAR
+_LAYERS_RULES: Rules = [
+    (r'^conv1\.', 'conv_stem.'),
+    (r'^conv2\.', 'conv_head.'),
+    (r'^linear\.', 'classifier.'),
+    (r'^(layers\.\d+)\.conv1\.', r'\1.conv_pw.'),
+    (r'^(layers\.\d+)\.conv2\.', r'\1.conv_dw.'),
+    (r'^(layers\.\d+)\.conv3\.', r'\1.conv_pwl.'),
+]
+
+
+class ConversionError(ValueError):
+    """A checkpoint is not one of the authors' for the model; the message names what does not fit."""
+
+
+def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
+    """Reads a checkpoint file without running code from it.
+
+    Args:
+        path: A safetensors file, or one that `torch.save` wrote.
+
+    Returns:
+        What the file holds: tensors by name, or for a training checkpoint those among other entries.
+
+    Raises:
+        ConversionError: The file cannot be read as weights.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == '.safetensors':
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise ConversionError(f'{path} does not exist.') from None
+    except Exception as e:  # every reader has its own errors for a file that is not its own
+        raise ConversionError(
+            f'{path} cannot be read as weights ({type(e).__name__}: {e}). Expected a safetensors file, or one that '
+            f'torch.save wrote and that holds nothing but tensors and plain values.') from e
+
+
+def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Renames the weights of one of the authors' models to those of this package.
+
+    Args:
+        checkpoint: The authors' state dict, also inside a dict under 'state_dict' and with the 'module.' of a
+            data-parallel model before each name; or a file of it, see `read_checkpoint`.
+        model: The model of this package, with the same number of classes.
+
+    Returns:
+        Weights that `model.load_state_dict` takes strictly.
+
+    Raises:
+        ConversionError: There is no rule for the model, the file cannot be read, or a tensor is missing, unexpected
+            or of another shape; the message names the tensors.
+    """
+    if isinstance(checkpoint, (str, Path)):
+        checkpoint = read_checkpoint(checkpoint)
+    weights = checkpoint.get('state_dict', checkpoint)
+    if not isinstance(weights, Mapping) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise ConversionError("The checkpoint is not a state dict, and holds none under 'state_dict'.")
+    weights = {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
+
+    rules = [*_rules_for(model, weights), *_ATTN_RULES]
+    converted = {}
+    for name, tensor in weights.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        converted[name] = tensor.reshape(-1) if tensor.ndim == 5 else tensor
+    _check_fit(converted, model)
+    return converted
+
+
+def _rules_for(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Rules:
+    if isinstance(model, GatedResNet):
+        return []  # timm and the authors both kept torchvision's names
+    if isinstance(model, GatedEfficientNet):
+        torchvision_layout = any(name.startswith('features.') for name in weights)
+        rules, blocks, first = (_FEATURES_RULES, 'features', 1) if torchvision_layout else (_LAYERS_RULES, 'layers', 0)
+        places = [(stage, i) for stage, stack in enumerate(model.blocks) for i in range(len(stack))]
+        numbering = [
+            (rf'^{blocks}\.{number}\.', f'blocks.{stage}.{i}.') for number, (stage, i) in enumerate(places, start=first)]
+        return [*rules, *numbering]
+    raise ConversionError(f'There are no rules to convert a checkpoint to a {type(model).__name__}.')
+
+
+def _check_fit(converted: Mapping[str, torch.Tensor], model: nn.Module) -> None:
+    own = model.state_dict()
+    problems = {
+        'missing': [name for name in own if name not in converted],
+        'unexpected': [name for name in converted if name not in own],
+        'of the wrong shape': [
+            f'{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape)}'
+            for name, tensor in converted.items() if name in own and tensor.shape != own[name].shape],
+    }
+    lines = [f'{len(names)} {what}: {_shortened(names)}' for what, names in problems.items() if names]
+    if lines:
+        raise ConversionError(f'The checkpoint does not fit {type(model).__name__}; tensors ' + '; '.join(lines) + '.')
+
+
+def _shortened(names: List[str], limit: int = 6) -> str:
+    shown = ', '.join(names[:limit])
+    return f'{shown} and {len(names) - limit} more' if len(names) > limit else shown

@@ -1,0 +1,136 @@
+"""Pretrained configurations and the loading of weights, for every model of the package."""
+import dataclasses
+import json
+from importlib import resources
+from typing import Any, Dict, Optional, Type
+
+import torch.nn as nn
+from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
+
+from ._hub_file import locate_weights
+from ._warm_start import checkpoint_filter_fn
+
+__all__ = ['PAPER_ID', 'build_model', 'reset_parameters', 'shipped_cfg', 'untrained_cfg', 'warm_cfg']
+
+PAPER_ID = 'doi:10.1109/TMM.2021.3068576'
+WEIGHTS_FILENAME = 'model.safetensors'
+
+
+def untrained_cfg(source: str, **kwargs: Any) -> PretrainedCfg:
+    """Makes a configuration without weights, with the preprocessing of one of timm's.
+
+    Args:
+        source: Name and tag of timm's model.
+        **kwargs: Fields that differ.
+
+    Returns:
+        The configuration.
+    """
+    plain = get_pretrained_cfg(source, allow_unregistered=False)
+    paper_ids = (plain.paper_ids,) if isinstance(plain.paper_ids, str) else tuple(plain.paper_ids or ())
+    fields = dict(
+        url=None,
+        hf_hub_id=None,
+        architecture=None,
+        tag=None,
+        license=plain.license or 'apache-2.0',
+        origin_url=plain.origin_url or 'https://github.com/huggingface/pytorch-image-models',
+        paper_ids=(*paper_ids, PAPER_ID),
+    )
+    return dataclasses.replace(plain, **dict(fields, **kwargs))
+
+
+def warm_cfg(source: str) -> PretrainedCfg:
+    """Makes the configuration of a warm start: timm's published weights of the plain model, gates neutral.
+
+    Args:
+        source: Name and tag of timm's model; its preprocessing, licence and origin are taken over.
+
+    Returns:
+        The configuration.
+    """
+    return untrained_cfg(
+        source,
+        hf_hub_id=f'timm/{source}',
+        hf_hub_filename=WEIGHTS_FILENAME,
+        description=f'Warm start from {source}: the same function, attention still neutral.',
+        notes=(
+            f'The weights are those of timm/{source}. Every gate is 1/2 and the norm layer before it is doubled, so the '
+            "model computes what the plain one does, with the plain one's accuracy, until it is fine-tuned.",
+        ),
+    )
+
+
+def shipped_cfg(name: str, **kwargs: Any) -> PretrainedCfg:
+    """Makes the configuration of weights that come with the package.
+
+    Args:
+        name: Name and tag of the model: that of `weights/<name>.safetensors`, and of `weights/<name>.json` with the
+            fields of the configuration.
+        **kwargs: Fields that differ.
+
+    Returns:
+        The configuration. Lists of the JSON file are tuples in it, as timm has them.
+    """
+    folder = resources.files('timm_spa') / 'weights'
+    fields = json.loads((folder / f'{name}.json').read_text(encoding='utf-8'))
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return PretrainedCfg(**dict(fields, file=str(folder / f'{name}.safetensors'), **kwargs))
+
+
+def reset_parameters(model: nn.Module) -> None:
+    """Resets what timm's `init_weights` leaves out: norm layers, classifiers and gates, but no convolution.
+
+    A model made on the meta device has no values at all after `to_empty`, also not in its buffers.
+    """
+    for module in model.modules():
+        if hasattr(module, 'reset_parameters') and not isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+
+
+def build_model(
+        model_cls: Type[nn.Module],
+        variant: str,
+        pretrained: bool,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Any = None,
+        **kwargs: Any,
+) -> Any:
+    """Builds a model through timm's builder, with its weights already found if they are on the Hub.
+
+    Args:
+        model_cls: Class of the model.
+        variant: Name of the model.
+        pretrained: Load weights.
+        pretrained_cfg: Configuration or tag, as timm passes it.
+        pretrained_cfg_overlay: Fields of the configuration to replace.
+        cache_dir: Cache of the Hub to use.
+        **kwargs: Arguments of timm's builder and of the model.
+
+    Returns:
+        The model, or its feature extractor for `features_only=True`.
+
+    Raises:
+        HubWeightsError: The weights are on the Hub and could not be had.
+    """
+    located = None
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
+        if cfg.hf_hub_id and not (cfg.file or cfg.state_dict or cfg.source):
+            repo_id, _, revision = cfg.hf_hub_id.partition('@')
+            located = locate_weights(repo_id, cfg.hf_hub_filename or WEIGHTS_FILENAME, revision or None, cache_dir)
+            pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=located)
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
+        cache_dir=cache_dir,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **kwargs,
+    )
+    if located:
+        model.pretrained_cfg.pop('file', None)  # the weights come from the Hub; where they lay is no part of the model
+    return model

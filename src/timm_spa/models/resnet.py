@@ -1,0 +1,243 @@
+"""ResNet with attention at the end of every residual branch, on timm's ResNet.
+
+Papers:
+  * `Spatial Pyramid Attention for Deep Convolutional Neural Networks` - https://doi.org/10.1109/TMM.2021.3068576
+  * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
+
+The gate sits after the last norm layer of the branch, before the residual sum, where timm's ResNet has its attention
+slot. The blocks here differ from timm's only in that the gate may read the block's input too, as variants B and C of the
+paper do, and keep the names of timm's parameters.
+"""
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+import torch.nn as nn
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from ..layers import create_gate
+from ._pretrained import build_model, reset_parameters, warm_cfg
+
+__all__ = ['GatedBasicBlock', 'GatedBottleneck', 'GatedResNet']
+
+
+class GatedBasicBlock(BasicBlock):
+    """timm's basic block with a gate on its residual branch."""
+    gated_norm = 'bn2'
+
+    def __init__(self, inplanes: int, planes: int, *args: Any, gate_args: Dict[str, Any], **kwargs: Any):
+        """
+        Args:
+            inplanes: Channels of the input.
+            planes: Channels of the branch, those of the output over `expansion`.
+            *args: Positional arguments of timm's block.
+            gate_args: Arguments of `timm_spa.layers.create_gate` that do not depend on the block.
+            **kwargs: Arguments of timm's block.
+        """
+        super().__init__(inplanes, planes, *args, **kwargs)
+        self.attn = _block_gate(inplanes, planes * self.expansion, gate_args, kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, inplanes, H, W) to (N, planes * expansion, H / stride, W / stride)."""
+        shortcut = x
+
+        x = self.bn1(self.conv1(x))
+        x = self.aa(self.act1(self.drop_block(x)))
+        x = self.bn2(self.conv2(x))
+        x = self.attn(x, shortcut)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act2(x)
+
+
+class GatedBottleneck(Bottleneck):
+    """timm's bottleneck block with a gate on its residual branch."""
+    gated_norm = 'bn3'
+
+    def __init__(self, inplanes: int, planes: int, *args: Any, gate_args: Dict[str, Any], **kwargs: Any):
+        """
+        Args:
+            inplanes: Channels of the input.
+            planes: Channels of the branch, those of the output over `expansion`.
+            *args: Positional arguments of timm's block.
+            gate_args: Arguments of `timm_spa.layers.create_gate` that do not depend on the block.
+            **kwargs: Arguments of timm's block.
+        """
+        super().__init__(inplanes, planes, *args, **kwargs)
+        self.attn = _block_gate(inplanes, planes * self.expansion, gate_args, kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, inplanes, H, W) to (N, planes * expansion, H / stride, W / stride)."""
+        shortcut = x
+
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        x = self.aa(self.act2(self.drop_block(x)))
+        x = self.bn3(self.conv3(x))
+        x = self.attn(x, shortcut)
+
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act3(x)
+
+
+def _block_gate(in_channels: int, channels: int, gate_args: Dict[str, Any], block_args: Dict[str, Any]) -> nn.Module:
+    shared = {k: block_args[k] for k in ('norm_layer', 'device', 'dtype') if k in block_args}
+    return create_gate(channels=channels, in_channels=in_channels, **gate_args, **shared)
+
+
+class GatedResNet(ResNet):
+    """timm's ResNet with a gate in every block."""
+
+    def __init__(
+            self,
+            *args: Any,
+            gate: str = 'spa',
+            pyramid_sizes: Sequence[int] = (1, 4, 7),
+            rd_ratio: float = 1. / 16,
+            block_args: Optional[Dict[str, Any]] = None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            *args: Positional arguments of timm's ResNet.
+            gate: Name of the gate, see `timm_spa.layers.create_gate`.
+            pyramid_sizes: Side lengths of the gate's pooled maps, in cells.
+            rd_ratio: Reduced width of the gates over their channels.
+            block_args: Further arguments of every block.
+            **kwargs: Arguments of timm's ResNet.
+        """
+        gate_args = dict(gate=gate, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio)
+        super().__init__(*args, block_args=dict(block_args or {}, gate_args=gate_args), **kwargs)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`.
+
+        Args:
+            zero_init_last: Start every residual branch from zero, by its last norm layer.
+        """
+        reset_parameters(self)
+        super().init_weights(zero_init_last=zero_init_last)
+
+
+def _create_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    return build_model(GatedResNet, variant, pretrained, **kwargs)
+
+
+default_cfgs = generate_default_cfgs({
+    f'{gate}_resnet{depth}.warm_a1_in1k': warm_cfg(f'resnet{depth}.a1_in1k')
+    for gate in ('spa', 'spa_b', 'spa_c') for depth in (18, 34, 50, 101, 152)
+})
+
+
+@register_model
+def spa_resnet18(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-18 with SPA-A (the gate reads the map that it gates)."""
+    model_args = dict(block=GatedBasicBlock, layers=(2, 2, 2, 2))
+    return _create_resnet('spa_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_resnet34(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-34 with SPA-A (the gate reads the map that it gates)."""
+    model_args = dict(block=GatedBasicBlock, layers=(3, 4, 6, 3))
+    return _create_resnet('spa_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_resnet50(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-50 with SPA-A (the gate reads the map that it gates)."""
+    model_args = dict(block=GatedBottleneck, layers=(3, 4, 6, 3))
+    return _create_resnet('spa_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_resnet101(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-101 with SPA-A (the gate reads the map that it gates)."""
+    model_args = dict(block=GatedBottleneck, layers=(3, 4, 23, 3))
+    return _create_resnet('spa_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_resnet152(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-152 with SPA-A (the gate reads the map that it gates)."""
+    model_args = dict(block=GatedBottleneck, layers=(3, 8, 36, 3))
+    return _create_resnet('spa_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_b_resnet18(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-18 with SPA-B (the gate reads the block's input)."""
+    model_args = dict(block=GatedBasicBlock, layers=(2, 2, 2, 2), gate='spa_b')
+    return _create_resnet('spa_b_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_b_resnet34(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-34 with SPA-B (the gate reads the block's input)."""
+    model_args = dict(block=GatedBasicBlock, layers=(3, 4, 6, 3), gate='spa_b')
+    return _create_resnet('spa_b_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_b_resnet50(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-50 with SPA-B (the gate reads the block's input)."""
+    model_args = dict(block=GatedBottleneck, layers=(3, 4, 6, 3), gate='spa_b')
+    return _create_resnet('spa_b_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_b_resnet101(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-101 with SPA-B (the gate reads the block's input)."""
+    model_args = dict(block=GatedBottleneck, layers=(3, 4, 23, 3), gate='spa_b')
+    return _create_resnet('spa_b_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_b_resnet152(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-152 with SPA-B (the gate reads the block's input)."""
+    model_args = dict(block=GatedBottleneck, layers=(3, 8, 36, 3), gate='spa_b')
+    return _create_resnet('spa_b_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_c_resnet18(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-18 with SPA-C (the gate reads the block's input, channels matched)."""
+    model_args = dict(block=GatedBasicBlock, layers=(2, 2, 2, 2), gate='spa_c')
+    return _create_resnet('spa_c_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_c_resnet34(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-34 with SPA-C (the gate reads the block's input, channels matched)."""
+    model_args = dict(block=GatedBasicBlock, layers=(3, 4, 6, 3), gate='spa_c')
+    return _create_resnet('spa_c_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_c_resnet50(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-50 with SPA-C (the gate reads the block's input, channels matched)."""
+    model_args = dict(block=GatedBottleneck, layers=(3, 4, 6, 3), gate='spa_c')
+    return _create_resnet('spa_c_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_c_resnet101(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-101 with SPA-C (the gate reads the block's input, channels matched)."""
+    model_args = dict(block=GatedBottleneck, layers=(3, 4, 23, 3), gate='spa_c')
+    return _create_resnet('spa_c_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def spa_c_resnet152(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
+    """ResNet-152 with SPA-C (the gate reads the block's input, channels matched)."""
+    model_args = dict(block=GatedBottleneck, layers=(3, 8, 36, 3), gate='spa_c')
+    return _create_resnet('spa_c_resnet152', pretrained, **dict(model_args, **kwargs))

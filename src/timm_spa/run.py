@@ -1,0 +1,151 @@
+"""Runs timm's own scripts with the models of this package registered.
+
+    python -m timm_spa.run train --model spa_resnet50 ...
+    accelerate launch [accelerate's options] -m timm_spa.run train --model spa_resnet50 ...
+
+timm's release on the package index leaves its scripts out, and this package ships and changes none of them. They come
+from, in this order: `--timm-scripts PATH` or the environment variable TIMM_SCRIPTS (a checkout of
+pytorch-image-models, or one script); the cache; a download of the tagged file, whose digest is checked before it runs.
+"""
+import hashlib
+import os
+import runpy
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+__all__ = ['ScriptError', 'find_script', 'main']
+
+SCRIPTS_TAG = 'v1.0.28'
+SCRIPTS_URL = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/{tag}/{name}.py'
+SHA256 = {
+    'avg_checkpoints': '97b7e3240dab64cabeef658ee468ab80bd246e5a268944b372f4cb1b90c27b50',
+    'benchmark': 'c2257b70ef9cd6e1dbc19a86cc5d0daea0505649a82352add58013d0382ed1ba',
+    'clean_checkpoint': '9e8765c82ff3926d7fdac1727b936f58e645e2acd743bdcb42f56cbfe1faec14',
+    'inference': 'fc36c81ae3372b60fb7dc3a2b8676fd3de84afb79152134073109ac0333c95d4',
+    'onnx_export': 'f685366d0f814c3764445b3d2edb2966f0e3194b19511a280d9e3cbb72c82418',
+    'onnx_validate': 'e4e631022e3720ecfac175ab5db5ee3d6eed25495c4f37f9b9c2499103fc5405',
+    'train': '1fb02d26fe16536bc7de2c987980644353117c2b2b8046532261464093cd1ac6',
+    'validate': '1ff87867c808997ce443eb8ff8b2c7324519cdd0ec9dafbc3d5e666f89436749',
+}
+DOWNLOAD_TIMEOUT = 20  # seconds
+
+_USAGE = f"""usage: python -m timm_spa.run SCRIPT [--timm-scripts PATH] [arguments of timm's script]
+
+SCRIPT is one of {', '.join(SHA256)}.
+--timm-scripts PATH  a checkout of pytorch-image-models or one of its scripts (default: the environment variable
+                     TIMM_SCRIPTS, else the cache, else a checked download of {SCRIPTS_TAG})
+"""
+
+
+class ScriptError(RuntimeError):
+    """One of timm's scripts could not be had; the message says why and how to provide it."""
+
+
+def cache_dir() -> Path:
+    """Returns the folder that keeps downloaded scripts."""
+    base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(base) / 'timm_spa' / 'scripts' / SCRIPTS_TAG
+
+
+def find_script(name: str, given: Optional[str] = None) -> Path:
+    """Finds one of timm's scripts.
+
+    Args:
+        name: Name of the script without its suffix, a key of `SHA256`.
+        given: A checkout of pytorch-image-models, or one script of it. A given file runs as it is, unchecked.
+
+    Returns:
+        Path of the script.
+
+    Raises:
+        ScriptError: The name is unknown, the given path does not hold the script, the download failed, or its digest
+            is wrong. Nothing is left in the cache then.
+    """
+    if name not in SHA256:
+        raise ScriptError(f'timm has no script {name!r} that this package runs; there are {", ".join(SHA256)}.')
+    given = given or os.environ.get('TIMM_SCRIPTS')
+    if given:
+        path = Path(given)
+        script = path / f'{name}.py' if path.is_dir() else path
+        if script.name != f'{name}.py' or not script.is_file():
+            raise ScriptError(
+                f'{given} (from --timm-scripts or TIMM_SCRIPTS) is neither a folder with {name}.py nor that file.')
+        return script
+    script = cache_dir() / f'{name}.py'
+    if not script.is_file() or _sha256(script.read_bytes()) != SHA256[name]:
+        _download(name, script)
+    return script
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _download(name: str, script: Path) -> None:
+    url = SCRIPTS_URL.format(tag=SCRIPTS_TAG, name=name)
+    remedy = (
+        f'Get {name}.py of timm {SCRIPTS_TAG} by another way and name its path (or a checkout of '
+        f'pytorch-image-models) with --timm-scripts or TIMM_SCRIPTS.')
+    try:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
+            data = response.read()
+    except (urllib.error.URLError, OSError) as e:
+        raise ScriptError(f'Could not download {url}: {e}. {remedy}') from e
+    if _sha256(data) != SHA256[name]:
+        raise ScriptError(
+            f'{url} has the SHA-256 {_sha256(data)}, expected {SHA256[name]}: it is not run or kept. {remedy}')
+    script.parent.mkdir(parents=True, exist_ok=True)
+    # written beside and renamed: the processes of a launch may all download at the same time
+    with tempfile.NamedTemporaryFile(dir=script.parent, prefix=f'.{name}.', delete=False) as partial:
+        partial.write(data)
+    os.replace(partial.name, script)
+
+
+def _split_args(args: List[str]) -> Tuple[Optional[str], List[str]]:
+    """Takes our one option out of the arguments, and leaves the rest to timm's parser, as it is."""
+    given = None
+    rest = []
+    remaining = iter(args)
+    for arg in remaining:
+        if arg == '--timm-scripts':
+            given = next(remaining, None)
+            if given is None:
+                raise ScriptError('--timm-scripts needs a path.')
+        elif arg.startswith('--timm-scripts='):
+            given = arg.partition('=')[2]
+        else:
+            rest.append(arg)
+    return given, rest
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs one of timm's scripts in this process.
+
+    Args:
+        argv: Name of the script and its arguments; those of the process if None.
+
+    Returns:
+        Exit code. What the script raises, `SystemExit` included, passes through.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ('-h', '--help'):
+        print(_USAGE, end='', file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    try:
+        given, rest = _split_args(argv[1:])
+        script = find_script(argv[0], given)
+    except ScriptError as e:
+        print(f'timm_spa.run: {e}', file=sys.stderr)
+        return 2
+    import timm_spa  # noqa: F401  registers the models before the script asks for one
+    sys.argv = [str(script), *rest]
+    runpy.run_path(str(script), run_name='__main__')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""The layer against the equations of the paper, over shapes, pyramids, variants, dtypes and memory formats."""
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import spatial_pyramid_attention
+
+from timm_spa import SpatialPyramidAttention
+
+VARIANTS = ('a', 'b', 'c')
+
+
+def make_layer(channels, in_channels, variant, pyramid_sizes, seed=0, **kwargs):
+    """A layer whose every parameter and statistic is random, so that none of them can be left out unnoticed."""
+    layer = SpatialPyramidAttention(
+        channels, None if variant == 'a' else in_channels, variant=variant, pyramid_sizes=pyramid_sizes, **kwargs)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in layer.state_dict().items():
+            if not name.endswith('num_batches_tracked'):
+                low, high = (0.5, 1.5) if name.endswith('running_var') else (-1.0, 1.0)
+                value.copy_(torch.rand(value.shape, generator=generator) * (high - low) + low)
+    return layer
+
+
+def make_inputs(batch, channels, in_channels, size, in_size, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(batch, channels, *size, generator=generator, dtype=torch.float64).to(dtype)
+    block_input = torch.randn(batch, in_channels, *in_size, generator=generator, dtype=torch.float64).to(dtype)
+    return x, block_input
+
+
+def oracle(layer, x, block_input):
+    double = {k: v.detach().double() for k, v in layer.state_dict().items()}
+    return spatial_pyramid_attention(
+        double, x.double(), block_input.double(), layer.variant, layer.pyramid_sizes, layer.training)
+
+
+def rel(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+sizes = st.integers(1, 17)
+cases = st.fixed_dictionaries(dict(
+    variant=st.sampled_from(VARIANTS),
+    pyramid_sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True).map(tuple),
+    channels=st.integers(1, 20),
+    in_channels=st.integers(1, 20),
+    batch=st.integers(1, 3),
+    size=st.tuples(sizes, sizes),
+    in_size=st.tuples(sizes, sizes),
+    rd_ratio=st.sampled_from([1 / 16, 1 / 3, 1.0]),
+    seed=st.integers(0, 1000),
+))
+
+
+@given(case=cases)
+@settings(max_examples=150, deadline=None)
+def test_forward_is_the_equation(case):
+    """Any map, also smaller than the pyramid and not divisible by it, a batch of one included."""
+    layer = make_layer(
+        case['channels'], case['in_channels'], case['variant'], case['pyramid_sizes'], case['seed'],
+        rd_ratio=case['rd_ratio']).double().eval()
+    x, block_input = make_inputs(
+        case['batch'], case['channels'], case['in_channels'], case['size'], case['in_size'], case['seed'])
+    y = layer(x, block_input)
+    assert y.shape == x.shape
+    assert rel(y, oracle(layer, x, block_input)) < 1e-12
+
+
+@given(case=cases)
+@settings(max_examples=60, deadline=None)
+def test_backward_is_the_gradient_of_the_equation(case):
+    """In training mode, for both inputs and every parameter."""
+    layer = make_layer(
+        case['channels'], case['in_channels'], case['variant'], case['pyramid_sizes'], case['seed']).double().train()
+    x, block_input = make_inputs(
+        case['batch'] + 1, case['channels'], case['in_channels'], case['size'], case['in_size'], case['seed'])
+    upstream = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(case['seed']))
+    expected_inputs = [v.clone().requires_grad_() for v in (x, block_input)]
+    parameters = {k: v.detach().clone().requires_grad_() for k, v in layer.named_parameters()}
+    y = spatial_pyramid_attention(parameters, *expected_inputs, layer.variant, layer.pyramid_sizes, training=True)
+    (y * upstream).sum().backward()
+
+    inputs = [v.clone().requires_grad_() for v in (x, block_input)]
+    (layer(*inputs) * upstream).sum().backward()
+    pairs = [(a.grad, e.grad) for a, e in zip(inputs, expected_inputs, strict=True)]
+    pairs += [(v.grad, parameters[k].grad) for k, v in layer.named_parameters()]
+    scale = max(e.norm().item() for _, e in pairs if e is not None)
+    for actual, expected in pairs:
+        if expected is None:
+            assert actual is None  # variant a does not read the block's input
+        else:
+            # a norm layer over one value divides rounding by sqrt(eps)
+            assert (actual - expected).norm().item() < 1e-8 * max(scale, 1.0)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('size', [(14, 14), (13, 9), (4, 4)])
+def test_dtypes_and_memory_formats(variant, dtype, tolerance, memory_format, size):
+    """Dtype and memory format of the gated map are those of the result, in either mode."""
+    layer = make_layer(32, 24, variant, (1, 4, 7)).to(dtype).to(memory_format=memory_format)
+    x, block_input = (
+        v.to(memory_format=memory_format) for v in make_inputs(2, 32, 24, size, (2 * size[0], 2 * size[1]), dtype=dtype))
+    for mode in (False, True):
+        layer.train(mode)
+        expected = oracle(layer, x, block_input)
+        y = layer(x, block_input)
+        assert y.dtype == dtype
+        assert y.is_contiguous(memory_format=memory_format)
+        assert rel(y, expected) < tolerance
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_autocast_and_half_storage(variant):
+    """Autocast keeps float32 parameters; a float16 layer runs where the backend has the kernels."""
+    layer = make_layer(32, 24, variant, (1, 4, 7)).eval()
+    x, block_input = make_inputs(2, 32, 24, (14, 14), (14, 14), dtype=torch.float32)
+    expected = oracle(layer, x, block_input)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        y = layer(x.bfloat16(), block_input.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert rel(y, expected) < 3e-2
+    assert rel(layer.half()(x.half(), block_input.half()), expected) < 3e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(torch.float32, 1e-4), (torch.float16, 3e-3), (torch.bfloat16, 3e-2)])
+def test_cuda(variant, dtype, tolerance):
+    layer = make_layer(32, 24, variant, (1, 4, 7)).eval()
+    x, block_input = make_inputs(2, 32, 24, (14, 13), (28, 26), dtype=torch.float32)
+    expected = oracle(layer, x, block_input)
+    y = layer.to('cuda', dtype)(x.to('cuda', dtype), block_input.to('cuda', dtype))
+    assert rel(y.cpu(), expected) < tolerance
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_no_state_survives_a_call(variant):
+    """Sizes, dtypes and copies may change from call to call."""
+    layer = make_layer(8, 6, variant, (1, 2, 4)).eval()
+    for size in ((8, 8), (5, 7), (8, 8)):
+        x, block_input = make_inputs(2, 8, 6, size, size, dtype=torch.float32)
+        assert rel(layer(x, block_input), oracle(layer, x, block_input)) < 1e-5
+    doubled = copy.deepcopy(layer).double()
+    x, block_input = make_inputs(2, 8, 6, (8, 8), (8, 8))
+    assert rel(doubled(x, block_input), oracle(layer, x, block_input)) < 1e-12
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_compile_and_script(variant):
+    """One graph without a break, dynamic sizes, and TorchScript, all equal to eager."""
+    layer = make_layer(8, 6, variant, (1, 2, 4)).eval()
+    scripted = torch.jit.script(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend='aot_eager')
+    for size in ((8, 8), (12, 20), (7, 5)):
+        x, block_input = make_inputs(2, 8, 6, size, size, dtype=torch.float32)
+        expected = layer(x, block_input)
+        torch.testing.assert_close(compiled(x, block_input), expected)
+        torch.testing.assert_close(scripted(x, block_input), expected)
+
+
+def test_gate_has_the_resolution_of_the_pyramid():
+    layer = SpatialPyramidAttention(32, pyramid_sizes=(1, 4, 7)).eval()
+    gate = layer.forward_gate(torch.randn(2, 32, 28, 20))
+    assert gate.shape == (2, 32, 7, 7)
+    assert 0 < gate.min() <= gate.max() < 1
+
+
+def test_parameters_are_the_authors():
+    """C * C // r * 2 for the convs, 2 C // r for the norm layer, one weight a size; a matcher only where needed."""
+    def count(**kwargs):
+        return sum(p.numel() for p in SpatialPyramidAttention(256, **kwargs).parameters())
+
+    assert count() == 2 * 256 * 16 + 2 * 16 + 3
+    assert count(in_channels=64, variant='b') == 64 * 16 + 16 * 256 + 2 * 16 + 3
+    assert count(in_channels=64, variant='c') == 2 * 256 * 16 + 2 * 16 + 3 + 64 * 16 + 16 * 256 + 2 * 16 + 2 * 256
+    assert count(in_channels=256, variant='c') == count()
+    assert count(rd_channels=5, pyramid_sizes=(7,)) == 2 * 256 * 5 + 2 * 5 + 1
+    assert SpatialPyramidAttention(3).fc1.out_channels == 1
+
+
+@pytest.mark.parametrize(('kwargs', 'message'), [
+    (dict(pyramid_sizes=()), r'pyramid_sizes must name at least one size, got \(\)'),
+    (dict(pyramid_sizes=(1, 0)), r'pyramid_sizes must be whole numbers of at least 1, got 0 in \(1, 0\)'),
+    (dict(pyramid_sizes=(1, 2.5)), r'pyramid_sizes must be whole numbers of at least 1, got 2\.5'),
+    (dict(pyramid_sizes=(4, 1, 4)), r'pyramid_sizes must differ from each other, got \(4, 1, 4\)'),
+    (dict(pyramid_sizes=7), r'pyramid_sizes must be a sequence of whole numbers, got 7'),
+    (dict(pyramid_sizes='147'), r"pyramid_sizes must be a sequence of whole numbers, got '147'"),
+    (dict(channels=0), r'channels must be at least 1, got 0'),
+    (dict(in_channels=-2, variant='b'), r'in_channels must be at least 1, got -2'),
+    (dict(rd_channels=0), r'rd_channels must be at least 1, got 0'),
+    (dict(variant='d'), r"variant must be one of 'a', 'b', 'c', got 'd'"),
+    (dict(in_channels=4), r'variant a gates the map that it reads: in_channels must be channels \(8\), got 4'),
+])
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        SpatialPyramidAttention(**dict(dict(channels=8), **kwargs))
+
+
+@pytest.mark.parametrize('variant', ['b', 'c'])
+def test_missing_block_input_is_named(variant):
+    layer = SpatialPyramidAttention(8, variant=variant)
+    with pytest.raises(ValueError, match='need block_input, got None'):
+        layer(torch.randn(2, 8, 7, 7))
