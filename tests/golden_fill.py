@@ -64,7 +64,7 @@ def weights(golden):
         digest.update(single.tobytes())
         out[name] = single.astype(np.float64).reshape(shape)
         tensor += 1
-    assert digest.hexdigest() == golden['fill']['sha256'], 'the weights are not those that the golden file was made with'
+    assert digest.hexdigest() == golden['fill']['sha256'], 'not the weights that the golden file was made with'
     return out
 
 

@@ -1,7 +1,7 @@
 """Spatial Pyramid Attention once more, from the equations of the paper and nothing else.
 
-Every pooled cell, every enlarged pixel and every norm layer is written out with plain arithmetic in float64. It is slow,
-differentiable, and shares no code with the package: neither torch's pooling, resizing and convolution nor its modules.
+Every pooled cell, every enlarged pixel and every norm layer is written out with plain arithmetic in float64. It is
+slow, differentiable, and uses neither the package nor torch's pooling, resizing, convolution and norm layers.
 """
 import math
 

@@ -104,8 +104,8 @@ def test_backward_is_the_gradient_of_the_equation(case):
 def test_dtypes_and_memory_formats(variant, dtype, tolerance, memory_format, size):
     """Dtype and memory format of the gated map are those of the result, in either mode."""
     layer = make_layer(32, 24, variant, (1, 4, 7)).to(dtype).to(memory_format=memory_format)
-    x, block_input = (
-        v.to(memory_format=memory_format) for v in make_inputs(2, 32, 24, size, (2 * size[0], 2 * size[1]), dtype=dtype))
+    inputs = make_inputs(2, 32, 24, size, (2 * size[0], 2 * size[1]), dtype=dtype)
+    x, block_input = (v.to(memory_format=memory_format) for v in inputs)
     for mode in (False, True):
         layer.train(mode)
         expected = oracle(layer, x, block_input)

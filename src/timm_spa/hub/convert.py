@@ -127,10 +127,12 @@ def _rules_for(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Rules:
         return []  # timm and the authors both kept torchvision's names
     if isinstance(model, GatedEfficientNet):
         torchvision_layout = any(name.startswith('features.') for name in weights)
-        rules, blocks, first = (_FEATURES_RULES, 'features', 1) if torchvision_layout else (_LAYERS_RULES, 'layers', 0)
-        places = [(stage, i) for stage, stack in enumerate(model.blocks) for i in range(len(stack))]
+        rules, container, first = (
+            (_FEATURES_RULES, 'features', 1) if torchvision_layout else (_LAYERS_RULES, 'layers', 0))
+        places = [(stage, i) for stage, blocks in enumerate(model.blocks) for i, _ in enumerate(blocks.children())]
         numbering = [
-            (rf'^{blocks}\.{number}\.', f'blocks.{stage}.{i}.') for number, (stage, i) in enumerate(places, start=first)]
+            (rf'^{container}\.{number}\.', f'blocks.{stage}.{i}.')
+            for number, (stage, i) in enumerate(places, start=first)]
         return [*rules, *numbering]
     raise ConversionError(f'There are no rules to convert a checkpoint to a {type(model).__name__}.')
 

@@ -127,7 +127,7 @@ class SpatialPyramidAttention(nn.Module):
         self.coarse_sizes = list(sizes[1:])  # a list, because TorchScript can't loop over the slice of a tuple
 
         if variant == 'c' and in_channels != channels:
-            self.matcher = ChannelMatcher(in_channels, channels, rd_channels, act_layer, norm_layer, **dd)
+            self.matcher: nn.Module = ChannelMatcher(in_channels, channels, rd_channels, act_layer, norm_layer, **dd)
             in_channels = channels
         else:
             self.matcher = nn.Identity()

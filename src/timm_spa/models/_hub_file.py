@@ -1,7 +1,7 @@
 """Weight files on the Hub, found within seconds or refused with one clear error.
 
-Asked for weights without a network, huggingface_hub tries again for half a minute and more, and the error that comes out
-of timm in the end may name a file that nobody asked for.
+Asked for weights without a network, huggingface_hub tries again for half a minute and more, and the error that comes
+out of timm in the end may name a file that nobody asked for.
 """
 import logging
 from pathlib import Path

@@ -55,8 +55,8 @@ def warm_cfg(source: str) -> PretrainedCfg:
         hf_hub_filename=WEIGHTS_FILENAME,
         description=f'Warm start from {source}: the same function, attention still neutral.',
         notes=(
-            f'The weights are those of timm/{source}. Every gate is 1/2 and the norm layer before it is doubled, so the '
-            "model computes what the plain one does, with the plain one's accuracy, until it is fine-tuned.",
+            f'The weights are those of timm/{source}. Every gate is 1/2 and the norm layer before it is doubled, so '
+            "the model computes what the plain one does, with the plain one's accuracy, until it is fine-tuned.",
         ),
     )
 
@@ -83,6 +83,7 @@ def reset_parameters(model: nn.Module) -> None:
 
     A model made on the meta device has no values at all after `to_empty`, also not in its buffers.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, 'reset_parameters') and not isinstance(module, nn.Conv2d):
             module.reset_parameters()

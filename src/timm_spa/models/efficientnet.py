@@ -45,7 +45,7 @@ class GatedDepthwiseSeparableConv(DepthwiseSeparableConv):
             attn: Gate, called with the projected map and the block's input.
         """
         nn.Module.__init__(self)
-        vars(self).update(vars(block))
+        self.__dict__.update(block.__dict__)
         self.attn = attn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -62,6 +62,7 @@ class GatedDepthwiseSeparableConv(DepthwiseSeparableConv):
 class GatedInvertedResidual(InvertedResidual):
     """timm's inverted residual block with a gate on its projection, and optionally a projected shortcut."""
     gated_norm = 'bn3'
+    has_skip: bool
 
     def __init__(self, block: InvertedResidual, attn: nn.Module, shortcut: Optional[nn.Module] = None):
         """
@@ -72,7 +73,7 @@ class GatedInvertedResidual(InvertedResidual):
                 still has a residual sum.
         """
         nn.Module.__init__(self)
-        vars(self).update(vars(block))
+        self.__dict__.update(block.__dict__)
         self.attn = attn
         self.has_skip = self.has_skip or shortcut is not None
         self.shortcut = nn.Identity() if shortcut is None else shortcut
@@ -121,21 +122,24 @@ class GatedEfficientNet(EfficientNet):
             for info in self.feature_info:
                 info['reduction'] //= 2
 
-        dd = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
+        dd: Any = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
         norm_layer = kwargs.get('norm_layer') or nn.BatchNorm2d
-        make_gate = partial(create_gate, gate, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio, norm_layer=norm_layer, **dd)
-        for stage, strides in zip(self.blocks, block_strides):
-            for i, (block, stride) in enumerate(zip(stage, strides)):
+        make_gate = partial(
+            create_gate, gate, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio, norm_layer=norm_layer, **dd)
+        stage: Any
+        block: Any
+        for stage, strides in zip(self.blocks, block_strides, strict=True):
+            for i, (block, stride) in enumerate(zip(stage, strides, strict=True)):
                 if isinstance(block, InvertedResidual):
                     in_chs, out_chs = block.conv_pw.in_channels, block.conv_pwl.out_channels
                     shortcut = None
                     if cifar and stride == 1 and in_chs != out_chs:
                         shortcut = nn.Sequential(
                             nn.Conv2d(in_chs, out_chs, kernel_size=1, bias=False, **dd), norm_layer(out_chs, **dd))
-                    stage[i] = GatedInvertedResidual(block, make_gate(out_chs, in_chs), shortcut)
+                    stage[i] = GatedInvertedResidual(block, make_gate(channels=out_chs, in_channels=in_chs), shortcut)
                 else:
                     in_chs, out_chs = block.conv_dw.in_channels, block.conv_pw.out_channels
-                    stage[i] = GatedDepthwiseSeparableConv(block, make_gate(out_chs, in_chs))
+                    stage[i] = GatedDepthwiseSeparableConv(block, make_gate(channels=out_chs, in_channels=in_chs))
         self.init_weights()
 
     @torch.jit.ignore

@@ -5,8 +5,8 @@ Papers:
   * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 
 The gate sits after the last norm layer of the branch, before the residual sum, where timm's ResNet has its attention
-slot. The blocks here differ from timm's only in that the gate may read the block's input too, as variants B and C of the
-paper do, and keep the names of timm's parameters.
+slot. The blocks here differ from timm's only in that the gate may read the block's input too, as variants B and C of
+the paper do, and keep the names of timm's parameters.
 """
 from typing import Any, Dict, Optional, Sequence
 

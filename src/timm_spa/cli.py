@@ -1,0 +1,142 @@
+"""The command line: `timm-spa <verb>`, or `python -m timm_spa <verb>`."""
+import argparse
+import json
+import sys
+from importlib import resources
+from typing import Dict, List, Optional, Sequence, Tuple
+
+DEMO_MODEL = 'spa_mobilenetv2_cifar.tmm_tin200'
+# the classes of the demo model that a shipped picture shows; a picture of none of its classes has no right answer
+DEMO_PICTURES: Dict[str, Tuple[str, ...]] = {
+    'chelsea.jpg': ('n02123045',),
+    'coffee.jpg': ('n07920052',),
+    'rocket.jpg': ('n04008634',),
+    'astronaut.jpg': (),
+}
+
+
+def _print_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [c.rjust(widths[i]) if i in right_aligned else c.ljust(widths[i]) for i, c in enumerate(row)]
+        print('  '.join(cells).rstrip())
+
+
+def _list(args: argparse.Namespace) -> int:
+    import timm
+
+    from .profile import count_parameters_and_macs
+
+    rows = [('model', 'parameters (M)', 'GMACs', 'input', 'weights')]
+    for name in timm.list_models(args.filter):
+        if not timm.models.model_entrypoint(name).__module__.startswith('timm_spa.'):
+            continue
+        parameters, macs = count_parameters_and_macs(name)
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        weights = []
+        for tagged in timm.list_pretrained(name):
+            source = timm.get_pretrained_cfg(tagged)
+            tag = tagged.partition('.')[2]
+            weights.append(f'{tag} (with the package)' if source.file else f'{tag} (Hub: {source.hf_hub_id})')
+        rows.append((
+            name, f'{parameters / 1e6:.3f}', f'{macs / 1e9:.3f}', 'x'.join(map(str, cfg.input_size[1:])),
+            ', '.join(weights) or '-'))
+    if len(rows) == 1:
+        print(f'timm-spa: no model of this package is called {args.filter!r}.', file=sys.stderr)
+        return 1
+    _print_table(rows, right_aligned=(1, 2))
+    print('\nGMACs: multiply-adds of convolutions and linear layers, 1e9, for one image of the input size.')
+    return 0
+
+
+def _show_predictions(
+        model_name: str,
+        paths: Sequence[str],
+        expected: Dict[str, Tuple[str, ...]],
+        top_k: int,
+        as_json: bool,
+        checkpoint: Optional[str] = None,
+        num_classes: Optional[int] = None,
+        device: str = 'cpu',
+) -> int:
+    from .predict import load_model, predict
+
+    try:
+        model = load_model(model_name, checkpoint, num_classes, device)
+    except Exception as e:  # timm, torch and the Hub each raise their own; the reader needs the message, not the trace
+        print(f'timm-spa: {model_name} could not be loaded: {e}', file=sys.stderr)
+        return 1
+    predictions = list(predict(model, paths, top_k))
+    if as_json:
+        print(json.dumps([vars(p) for p in predictions], indent=2))
+    rows: List[Tuple[str, ...]] = [('picture', '', 'probability', 'class')]
+    for p in predictions:
+        known = expected.get(p.path, ())
+        for rank, c in enumerate(p.classes):
+            verdict = '' if rank or not known else ('right' if c['label'] in known else 'wrong')
+            rows.append((p.path.rpartition('/')[2] if rank == 0 else '', verdict, f'{c["probability"]:.1%}', c['name']))
+    if len(rows) > 1 and not as_json:
+        _print_table(rows, right_aligned=(2,))
+    failed = [p for p in predictions if p.error]
+    for p in failed:
+        print(f'timm-spa: {p.path} could not be read: {p.error}', file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    return _show_predictions(
+        args.model, args.images, {}, args.top_k, args.json, args.checkpoint, args.num_classes, args.device)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    import timm
+
+    cfg = timm.get_pretrained_cfg(DEMO_MODEL)
+    print(f'{DEMO_MODEL}: {cfg.description}\n')
+    folder = resources.files('timm_spa') / 'images'
+    pictures = {str(folder / name): labels for name, labels in DEMO_PICTURES.items()}
+    code = _show_predictions(DEMO_MODEL, [*pictures, *args.images], pictures, args.top_k, as_json=False)
+    print(
+        '\nIt sees 32x32 pixels and knows 200 classes. For 1000 classes at 224x224, with a connection to the Hub:\n'
+        '    timm-spa predict IMAGE... --model spa_resnet50\n'
+        "which starts from timm's resnet50 weights: the same accuracy, attention neutral until you fine-tune it.")
+    return code
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments; those of the process if None.
+
+    Returns:
+        Exit code: 0, or 1 if anything that was asked for could not be done.
+    """
+    parser = argparse.ArgumentParser(prog='timm-spa', description='Spatial Pyramid Attention models for timm.')
+    verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
+
+    verb = verbs.add_parser('list', help='models, their size and cost, and their weights')
+    verb.add_argument('filter', nargs='?', default='*', help='wildcard, e.g. "spa_b_*" (default: all)')
+    verb.set_defaults(run=_list)
+
+    verb = verbs.add_parser('demo', help='classify the shipped pictures with the shipped weights')
+    verb.add_argument('images', nargs='*', metavar='IMAGE', help='further pictures')
+    verb.add_argument('--top-k', type=int, default=5, help='classes to show for each picture (default: %(default)s)')
+    verb.set_defaults(run=_demo)
+
+    verb = verbs.add_parser('predict', help='classify pictures with any model that timm can create')
+    verb.add_argument('images', nargs='+', metavar='IMAGE')
+    verb.add_argument('--model', required=True, help="name, or 'hf-hub:organization/name', or 'local-dir:folder'")
+    verb.add_argument('--checkpoint', help='weights file to load in place of the published ones')
+    verb.add_argument('--num-classes', type=int, help='classes of the checkpoint, if they differ')
+    verb.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
+    verb.add_argument('--top-k', type=int, default=5, help='classes to show for each picture (default: %(default)s)')
+    verb.add_argument('--json', action='store_true', help='print JSON, errors included')
+    verb.set_defaults(run=_predict)
+
+    args = parser.parse_args(argv)
+    if getattr(args, 'top_k', 1) < 1:
+        parser.error(f'--top-k must be at least 1, got {args.top_k}.')
+    import timm_spa  # noqa: F401  registers the models; after the parser, so that --help is quick
+
+    return args.run(args)

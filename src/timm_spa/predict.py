@@ -1,0 +1,100 @@
+"""Classes of pictures, by any model that timm can create."""
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Union
+
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+
+__all__ = ['Prediction', 'class_names', 'load_model', 'predict']
+
+
+@dataclasses.dataclass
+class Prediction:
+    """What a model says of one picture, or why it could say nothing.
+
+    Attributes:
+        path: The picture.
+        classes: The likeliest classes first, each with 'index', 'label' (WordNet id or the like, if known), 'name' and
+            'probability'.
+        error: Why the picture could not be read, else None.
+    """
+    path: str
+    classes: List[Dict[str, Any]] = dataclasses.field(default_factory=list)
+    error: Optional[str] = None
+
+
+def load_model(
+        name: str,
+        checkpoint: Optional[Union[str, Path]] = None,
+        num_classes: Optional[int] = None,
+        device: str = 'cpu',
+) -> nn.Module:
+    """Creates a model for prediction, with its published weights or those of a file.
+
+    Args:
+        name: Whatever `timm.create_model` takes: a name, 'hf-hub:organization/name', 'local-dir:folder'.
+        checkpoint: Weights to load in place of the published ones.
+        num_classes: Classes of the checkpoint, if not those of the published weights.
+        device: Device to run on.
+
+    Returns:
+        The model, in eval mode.
+    """
+    model = timm.create_model(
+        name, pretrained=checkpoint is None, checkpoint_path=checkpoint or '', num_classes=num_classes)
+    return model.eval().to(device)
+
+
+def class_names(model: nn.Module) -> List[Dict[str, Optional[str]]]:
+    """Names the classes of a model.
+
+    Args:
+        model: A timm model.
+
+    Returns:
+        For each class its 'label' and its 'name': from the model's configuration, else ImageNet's for 1000 classes,
+        else numbers.
+    """
+    cfg: Any = model.pretrained_cfg
+    count: Any = model.num_classes
+    labels = cfg.get('label_names') or ()
+    if len(labels) == count:
+        descriptions = cfg.get('label_descriptions') or {}
+        return [dict(label=label, name=descriptions.get(label, label)) for label in labels]
+    if count == 1000:
+        imagenet = ImageNetInfo()
+        return [
+            dict(label=imagenet.index_to_label_name(i), name=imagenet.index_to_description(i)) for i in range(count)]
+    return [dict(label=None, name=f'class {i}') for i in range(count)]
+
+
+def predict(model: nn.Module, paths: Iterable[Union[str, Path]], top_k: int = 5) -> Iterator[Prediction]:
+    """Classifies pictures one after another.
+
+    Args:
+        model: A timm model in eval mode.
+        paths: Picture files.
+        top_k: Number of classes to name.
+
+    Yields:
+        A prediction for each path, in order; one that can't be read carries the error.
+    """
+    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    names = class_names(model)
+    device = next(model.parameters()).device
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                pixels = transform(image.convert('RGB'))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # PIL raises each of these
+            yield Prediction(str(path), error=f'{type(e).__name__}: {e}' if not isinstance(e, OSError) else str(e))
+            continue
+        with torch.inference_mode():
+            probabilities = model(pixels.unsqueeze(0).to(device)).float().softmax(1)[0].cpu()
+        top = probabilities.topk(min(top_k, len(names)))
+        yield Prediction(str(path), [
+            dict(index=i, **names[i], probability=probabilities[i].item()) for i in top.indices.tolist()])

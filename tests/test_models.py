@@ -1,0 +1,205 @@
+"""What every model promises beyond timm's own suite (`make timm-suite`)."""
+import json
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+import timm_spa  # noqa: F401
+from timm_spa.layers import SpatialPyramidAttention
+
+MODELS = timm.list_models('spa_*')
+# one name per kind of block and variant, where a property does not depend on width and depth
+KINDS = ('spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet50', 'spa_mobilenetv2_050', 'spa_c_mobilenetv2',
+         'spa_mobilenetv2_cifar')
+
+# trainable parameters of the authors' models, 1000 classes (counted by running their code)
+PARAMETERS = {
+    'spa_resnet18': 11_776_816,
+    'spa_resnet34': 21_955_376,
+    'spa_resnet50': 28_073_912,
+    'spa_resnet101': 49_296_491,
+    'spa_resnet152': 66_777_118,
+    'spa_mobilenetv2': 3_562_227,
+}
+
+
+def image_size(name):
+    return timm.get_pretrained_cfg(name).input_size[1:]
+
+
+def small_images(name, batch=2):
+    """Images as small as the model's five stages allow, to be quick."""
+    return torch.randn(batch, 3, *(min(n, 64) for n in image_size(name)))
+
+
+def test_every_name_of_this_package_is_listed():
+    assert set(MODELS) == set(timm.list_models('spa_*', module='resnet')) | set(
+        timm.list_models('spa_*', module='efficientnet'))
+    expected = {f'{v}_resnet{d}' for v in ('spa', 'spa_b', 'spa_c') for d in (18, 34, 50, 101, 152)}
+    expected |= {'spa_mobilenetv2', 'spa_mobilenetv2_050', 'spa_mobilenetv2_075', 'spa_mobilenetv2_140'}
+    expected |= {'spa_b_mobilenetv2', 'spa_c_mobilenetv2', 'spa_mobilenetv2_cifar'}
+    assert set(MODELS) == expected
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_structure(name):
+    """One gate a block, of the variant in the name; parameters as the authors'; names of the plain model kept."""
+    model = timm.create_model(name, device='meta')
+    blocks = [m for m in model.modules() if hasattr(m, 'gated_norm')]
+    gates = [m for m in model.modules() if isinstance(m, SpatialPyramidAttention)]
+    variant = {'spa_b': 'b', 'spa_c': 'c'}.get(name[:5], 'a')
+    assert len(blocks) == len(gates) > 0
+    assert {g.variant for g in gates} == {variant}
+    if name in PARAMETERS:
+        assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+    if image_size(name) == (224, 224):
+        plain = name.replace('spa_b_', '').replace('spa_c_', '').replace('spa_', '')
+        plain = timm.create_model('mobilenetv2_100' if plain == 'mobilenetv2' else plain, device='meta')
+        own = {k: v.shape for k, v in model.state_dict().items() if '.attn.' not in k}
+        assert own == {k: v.shape for k, v in plain.state_dict().items()}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_meta_device_then_init_weights(name):
+    """Every parameter and buffer gets a value: nothing of the uninitialized memory is left."""
+    with torch.device('meta'):
+        model = timm.create_model(name, num_classes=10)
+    model.to_empty(device='cpu')
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.fill_(77)
+    model.init_weights()
+    for key, value in model.state_dict().items():
+        assert not (value == 77).any(), key
+    for m in model.modules():
+        if isinstance(m, SpatialPyramidAttention):
+            assert (m.pyramid_weight == 1).all()
+    with torch.no_grad():
+        assert model.eval()(small_images(name)).isfinite().all()
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_device_and_dtype_keywords(name):
+    model = timm.create_model(name, dtype=torch.bfloat16, device='cpu').eval()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert model(small_images(name).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_model_arguments(name):
+    """in_chans, global_pool, drop rates and the pyramid, in training mode."""
+    model = timm.create_model(
+        name, num_classes=7, in_chans=1, global_pool='avgmax', drop_rate=0.1, drop_path_rate=0.1, pyramid_sizes=(1, 3))
+    assert model(small_images(name)[:, :1]).shape == (2, 7)
+    assert {m.pyramid_sizes for m in model.modules() if isinstance(m, SpatialPyramidAttention)} == {(3, 1)}
+    with pytest.raises(ValueError, match=r'pyramid_sizes .* got \(\)'):
+        timm.create_model(name, pyramid_sizes=())
+    with pytest.raises(ValueError, match=r"gate must be one of 'spa', 'spa_b', 'spa_c', got 'sap'"):
+        timm.create_model(name, gate='sap')
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_features_and_their_reduction(name):
+    """The reduction of a feature map is the image over the map, also for the nets whose stem keeps the resolution."""
+    model = timm.create_model(name, features_only=True).eval()
+    images = small_images(name)
+    with torch.no_grad():
+        maps = model(images)
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    assert [images.shape[-1] // m.shape[-1] for m in maps] == model.feature_info.reduction()
+    with torch.no_grad():
+        last = timm.create_model(name, features_only=True, out_indices=(-1,)).eval()(images)
+    assert [m.shape for m in last] == [maps[-1].shape]
+
+
+@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('output_stride', [8, 16])
+def test_output_stride(name, output_stride):
+    """Dilation keeps the resolution and every parameter."""
+    if 'cifar' in name:
+        output_stride //= 4
+    model = timm.create_model(name, output_stride=output_stride, num_classes=5).eval()
+    images = small_images(name)
+    with torch.no_grad():
+        assert images.shape[-1] // model.forward_features(images).shape[-1] == output_stride
+    plain = timm.create_model(name, num_classes=5)
+    assert model.load_state_dict(plain.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_layer_decay_groups(name):
+    """Every parameter has a group, and a gate is in the group of its block."""
+    model = timm.create_model(name, device='meta')
+    groups = timm.models.group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(groups) == {n for n, _ in model.named_parameters()}
+    for parameter, group in groups.items():
+        block, separator, _ = parameter.partition('.attn.')
+        if separator:
+            assert group == next(g for n, g in groups.items() if n.startswith(f'{block}.conv'))
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_channels_last_and_autocast(name):
+    model = timm.create_model(name).eval()
+    images = small_images(name)
+    with torch.no_grad():
+        expected = model(images)
+        model = model.to(memory_format=torch.channels_last)
+        actual = model(images.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert model(images).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_export_with_a_dynamic_batch(name):
+    model = timm.create_model(name).eval()
+    images = small_images(name)
+    batch = torch.export.Dim('batch', min=1, max=64)
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},)).module()
+    with torch.no_grad():
+        more = torch.cat([images, images, images])
+        torch.testing.assert_close(exported(more), model(more))
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_compile_is_one_graph(name):
+    """`fullgraph=True` raises on any graph break, in eval and in training mode."""
+    torch._dynamo.reset()
+    model = timm.create_model(name)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    images = small_images(name)
+    compiled(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images), model(images))
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_model_arguments_survive_config_json(name, tmp_path):
+    """What made the model is written as data, and makes it again."""
+    model = timm.create_model(name, num_classes=3, pyramid_sizes=(1, 2)).eval()
+    save_for_hf(model, tmp_path, model_args=dict(pyramid_sizes=(1, 2)), safe_serialization=True)
+    assert json.loads((tmp_path / 'config.json').read_text())['model_args']['pyramid_sizes'] == [1, 2]
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    images = small_images(name)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images), rtol=0, atol=0)
+
+
+def test_import_brings_in_models_and_layers_only():
+    """No training, plotting or command line code, and no module of the Hub's that timm does not import itself."""
+    import subprocess
+    import sys
+
+    code = (
+        'import sys, timm, timm.data; before = set(sys.modules); import timm_spa; '
+        'print(*sorted({m for m in set(sys.modules) - before}))')
+    new = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    allowed = ('timm_spa', 'timm_spa.layers', 'timm_spa.models')
+    assert 'timm_spa.models.resnet' in new
+    assert [m for m in new if m not in allowed and not m.startswith(tuple(a + '.' for a in allowed[1:]))] == []

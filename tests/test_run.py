@@ -1,0 +1,163 @@
+"""The runner of timm's scripts: where a script comes from, what is refused, and how it is run."""
+import hashlib
+import http.server
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from timm_spa import run
+
+SCRIPT = b'''
+import sys
+import timm
+print("arguments", sys.argv[1:])
+print("models", len(timm.list_models("spa_*")))
+print("name", __name__, "file", __file__)
+sys.exit(3 if "fail" in sys.argv else 0)
+'''
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.delenv('TIMM_SCRIPTS', raising=False)
+    return tmp_path / 'cache' / 'timm_spa' / 'scripts' / run.SCRIPTS_TAG
+
+
+@pytest.fixture
+def site(monkeypatch):
+    """A server that has one script, with the digest that is asked for."""
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            requests.append(self.path)
+            found = self.path.endswith('/train.py')
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(SCRIPT if found else b'not here')
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(run, 'SCRIPTS_URL', f'http://127.0.0.1:{server.server_port}/{{tag}}/{{name}}.py')
+    monkeypatch.setitem(run.SHA256, 'train', hashlib.sha256(SCRIPT).hexdigest())
+    yield requests
+    server.shutdown()
+
+
+def test_digests_are_those_of_the_tag():
+    assert set(run.SHA256) == {
+        'avg_checkpoints', 'benchmark', 'clean_checkpoint', 'inference', 'onnx_export', 'onnx_validate', 'train',
+        'validate'}
+    assert all(len(d) == 64 for d in run.SHA256.values())
+    assert run.SHA256['train'].startswith('1fb02d26fe16')
+
+
+def test_downloaded_once_and_kept(cache, site):
+    assert run.find_script('train') == cache / 'train.py'
+    assert run.find_script('train').read_bytes() == SCRIPT
+    assert site == ['/v1.0.28/train.py']
+    assert [p.name for p in cache.iterdir()] == ['train.py'], 'nothing half-written is left'
+
+
+def test_a_damaged_cache_is_fetched_anew(cache, site):
+    cache.mkdir(parents=True)
+    (cache / 'train.py').write_bytes(SCRIPT[:20])
+    assert run.find_script('train').read_bytes() == SCRIPT
+
+
+def test_a_wrong_digest_is_never_run_or_kept(cache, site, monkeypatch, capsys):
+    monkeypatch.setitem(run.SHA256, 'train', '0' * 64)
+    assert run.main(['train']) == 2
+    message = capsys.readouterr().err
+    assert hashlib.sha256(SCRIPT).hexdigest() in message
+    assert '--timm-scripts or TIMM_SCRIPTS' in message
+    assert not (cache / 'train.py').exists()
+
+
+@pytest.mark.parametrize('name', ['train', 'validate'])
+def test_no_network_or_no_such_file(cache, site, monkeypatch, capsys, name):
+    if name == 'train':
+        monkeypatch.setattr(run, 'SCRIPTS_URL', 'http://127.0.0.1:9/{tag}/{name}.py')
+    assert run.main([name]) == 2
+    message = capsys.readouterr().err
+    assert 'Could not download http://127.0.0.1' in message
+    assert f'Get {name}.py of timm v1.0.28' in message
+    assert '--timm-scripts or TIMM_SCRIPTS' in message
+
+
+def test_given_paths_come_first(cache, site, tmp_path, monkeypatch):
+    (tmp_path / 'train.py').touch()
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'train.py').touch()
+    assert run.find_script('train', str(tmp_path)) == tmp_path / 'train.py'
+    assert run.find_script('train', str(tmp_path / 'train.py')) == tmp_path / 'train.py'
+    monkeypatch.setenv('TIMM_SCRIPTS', str(tmp_path))
+    assert run.find_script('train') == tmp_path / 'train.py'
+    assert run.find_script('train', str(tmp_path / 'other')) == tmp_path / 'other' / 'train.py'
+    assert site == []
+    for wrong in (tmp_path / 'none', tmp_path / 'train.py'):
+        with pytest.raises(run.ScriptError, match=r'neither a folder with validate\.py nor that file'):
+            run.find_script('validate', str(wrong))
+
+
+@pytest.mark.parametrize(('argv', 'message'), [
+    (['sweep'], "timm has no script 'sweep'"),
+    (['train', '--timm-scripts'], '--timm-scripts needs a path'),
+])
+def test_bad_arguments(argv, message, capsys):
+    assert run.main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_usage(capsys):
+    assert run.main(['--help']) == 0
+    assert 'usage: python -m timm_spa.run' in capsys.readouterr().out
+    assert run.main([]) == 2
+
+
+@pytest.mark.parametrize('launcher', [[], ['-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1']])
+def test_runs_the_script_as_main_with_our_models(tmp_path, launcher):
+    """Directly and under `accelerate launch`: arguments and exit code pass through, wherever our own option stands."""
+    (tmp_path / 'train.py').write_bytes(SCRIPT)
+    for arguments, code in ((['--model', 'x', '--timm-scripts', str(tmp_path), '-j', '2'], 0),
+                            ([f'--timm-scripts={tmp_path}', 'fail'], 3)):
+        done = subprocess.run(
+            [sys.executable, *launcher, '-m', 'timm_spa.run', 'train', *arguments], capture_output=True, text=True)
+        expected = [a for a in arguments if str(tmp_path) not in a and a != '--timm-scripts']
+        assert f'arguments {expected}' in done.stdout
+        assert 'models 0' not in done.stdout
+        assert f'name __main__ file {tmp_path / "train.py"}' in done.stdout
+        assert (done.returncode == code) or (launcher and done.returncode == 1 and code)
+
+
+@pytest.mark.skipif(not os.environ.get('TIMM_SCRIPTS'), reason="needs timm's scripts: set TIMM_SCRIPTS to a checkout")
+def test_timms_own_scripts_take_our_names(tmp_path):
+    """Two epochs of timm's train.py on a handful of pictures, then its validate.py on the checkpoint."""
+    from PIL import Image
+
+    for split in ('train', 'validation'):
+        for label, colour in (('dark', 40), ('light', 200)):
+            folder = tmp_path / 'data' / split / label
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new('RGB', (40, 40), (colour + i, colour, colour)).save(folder / f'{i}.png')
+    common = [
+        '--data-dir', str(tmp_path / 'data'), '--model', 'spa_mobilenetv2_cifar', '--num-classes', '2',
+        '--device', 'cpu', '--workers', '0']
+    run_script = [sys.executable, '-m', 'timm_spa.run']
+    recipe = os.path.join(os.path.dirname(__file__), '..', 'train_scripts', 'recipes', 'tmm_small_image.yaml')
+    subprocess.run(
+        [*run_script, 'train', *common, '--config', recipe, '--epochs', '2', '--batch-size', '8', '--val-split',
+         'validation', '--output', str(tmp_path), '--experiment', 'run'], check=True)
+    assert (tmp_path / 'run' / 'summary.csv').read_text().count('\n') == 3
+    done = subprocess.run(
+        [*run_script, 'validate', *common, '--split', 'validation', '--checkpoint',
+         str(tmp_path / 'run' / 'model_best.pth.tar')], check=True, capture_output=True, text=True)
+    assert 'Acc@1' in done.stdout + done.stderr

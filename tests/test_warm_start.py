@@ -1,0 +1,141 @@
+"""Warm starts: from timm's plain weights, a model that computes the same until it is trained, and then learns."""
+import json
+import logging
+from pathlib import Path
+
+import golden_fill
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+
+import timm_spa  # noqa: F401
+from timm_spa.layers import SpatialPyramidAttention
+
+WARM = [name for name in timm.list_pretrained('spa_*') if '.warm_' in name]
+# one name per kind of block and variant
+KINDS = [name for name in WARM if name.partition('.')[0] in {
+    'spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet50',
+    'spa_mobilenetv2_050', 'spa_b_mobilenetv2', 'spa_c_mobilenetv2'}]
+
+
+def plain_name(name):
+    return timm.get_pretrained_cfg(name).hf_hub_id.removeprefix('timm/').partition('.')[0]
+
+
+def random_plain_model(name, seed=0):
+    """The plain model with random weights, norm layers and statistics."""
+    model = timm.create_model(plain_name(name)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for value, low in ((module.weight, 0.5), (module.running_var, 0.5), (module.bias, -0.5),
+                                   (module.running_mean, -0.5)):
+                    value.copy_(torch.rand(value.shape, generator=generator) + low)
+    return model
+
+
+def warm_model(name, path, **kwargs):
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)
+
+
+def test_every_imagenet_model_has_a_warm_start_where_timm_has_weights():
+    for name in timm.list_models('spa_*'):
+        if timm.get_pretrained_cfg(name).input_size == (3, 224, 224) and name != 'spa_mobilenetv2_075':
+            assert '.warm_' in timm.list_pretrained(name)[0], name
+            assert timm.get_pretrained_cfg(name).tag.startswith('warm_'), 'the default is the warm start'
+    assert not any(n.startswith('mobilenetv2_075') for n in timm.list_pretrained('mobilenetv2_*'))
+
+
+@pytest.mark.parametrize('name', WARM)
+def test_cfg_tells_the_truth(name):
+    cfg, plain = timm.get_pretrained_cfg(name), timm.get_pretrained_cfg(name).hf_hub_id.removeprefix('timm/')
+    source = timm.get_pretrained_cfg(plain)
+    assert source.has_weights
+    assert cfg.hf_hub_filename == 'model.safetensors'
+    assert cfg.url is None
+    assert cfg.license
+    assert cfg.origin_url
+    assert 'doi:10.1109/TMM.2021.3068576' in cfg.paper_ids
+    assert plain in cfg.notes[0]
+    assert 'until it is fine-tuned' in cfg.notes[0]
+    for field in ('mean', 'std', 'input_size', 'crop_pct', 'interpolation', 'test_input_size', 'test_crop_pct'):
+        assert getattr(cfg, field) == getattr(source, field)
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_same_function_as_the_plain_model(name, tmp_path, caplog):
+    """For random weights and statistics, through timm's own loading; one line in the log says what was done."""
+    plain = random_plain_model(name)
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    with caplog.at_level(logging.WARNING, logger='timm_spa'):
+        model = warm_model(name, tmp_path / 'plain.safetensors').eval()
+    lines = [r.getMessage() for r in caplog.records if r.name.startswith('timm_spa')]
+    assert len(lines) == 1
+    assert 'every gate neutral' in lines[0]
+    images = torch.randn(2, 3, 96, 80)
+    with torch.no_grad():
+        expected, actual = plain(images), model(images)
+    assert ((actual - expected).norm() / expected.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_every_gate_learns(name, tmp_path):
+    """At the first step only the zeroed convolution has a gradient, three steps later every parameter of the gates."""
+    safetensors.torch.save_file(random_plain_model(name).state_dict(), tmp_path / 'plain.safetensors')
+    model = warm_model(name, tmp_path / 'plain.safetensors', num_classes=10).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    torch.manual_seed(0)
+    images, targets = torch.randn(8, 3, 64, 64), torch.arange(8)
+    parameters = {
+        f'{gate}.{n}': p for gate, m in model.named_modules() if isinstance(m, SpatialPyramidAttention)
+        for n, p in m.named_parameters()}
+    for step in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), targets).backward()
+        if step == 0:
+            for key, p in parameters.items():
+                assert bool(p.grad.any()) == key.endswith('.attn.fc2.weight'), key
+        optimizer.step()
+    # a constant added before a norm layer over the batch has no effect: the matcher's last bias never has a gradient
+    silent = [key for key, p in parameters.items() if not p.grad.any() and not key.endswith('.matcher.bn2.bias')]
+    assert silent == []
+
+
+def test_plain_golden_model():
+    """The authors' plain ResNet-50 as a source: the warm start gives the logits that their code gave."""
+    golden = json.loads((Path(__file__).parent / 'golden' / 'old_resnet50.json').read_text())
+    weights = {k: torch.from_numpy(v).float() for k, v in golden_fill.weights(golden).items()}
+    cfg = dict(state_dict=weights)
+    images = torch.from_numpy(golden_fill.images(golden['eval']['input'])).float()
+    expected = torch.tensor(golden['eval']['logits'])
+    for name in ('spa_resnet50', 'spa_b_resnet50', 'spa_c_resnet50'):
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg).eval()
+        with torch.no_grad():
+            assert ((model(images) - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_a_gated_checkpoint_is_loaded_as_it_is(tmp_path, caplog):
+    model = timm.create_model('spa_resnet18').eval()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'gated.safetensors')
+    with caplog.at_level(logging.WARNING):
+        again = warm_model('spa_resnet18', tmp_path / 'gated.safetensors')
+    assert not [r for r in caplog.records if r.name.startswith('timm_spa')]
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    safetensors.torch.save_file(timm.create_model('resnet34').state_dict(), tmp_path / 'other.safetensors')
+    with pytest.raises(RuntimeError, match='layer1.2.conv1.weight'):
+        warm_model('spa_resnet18', tmp_path / 'other.safetensors')
+
+
+@pytest.mark.parametrize('kwargs', [dict(num_classes=5, in_chans=1), dict(num_classes=0), dict(features_only=True)])
+@pytest.mark.parametrize('name', ['spa_resnet18', 'spa_mobilenetv2_050'])
+def test_adapted_models_load_too(name, kwargs, tmp_path):
+    safetensors.torch.save_file(timm.create_model(plain_name(name)).state_dict(), tmp_path / 'plain.safetensors')
+    model = warm_model(name, tmp_path / 'plain.safetensors', **kwargs).eval()
+    with torch.no_grad():
+        model(torch.randn(1, kwargs.get('in_chans', 3), 64, 64))

@@ -1,0 +1,162 @@
+"""Runs timm's own model tests, unchanged, on the models of this package.
+
+    python tests/timm_suite.py                                  # every name
+    python tests/timm_suite.py spa_resnet50 spa_mobilenetv2     # these
+
+The source distribution of the installed timm holds the tests; it is fetched once, into `build/`. Two of the tests load
+pretrained weights. The Hub's files are stood in for by a cache of random weights of timm's plain models, laid out as
+huggingface_hub lays it out and read in offline mode, so that the loading itself is the real one.
+
+Fails if a test fails or is skipped, if a name was tested by fewer tests than it must be, or if timm has the tests of a
+family that our names did not get.
+"""
+import argparse
+import collections
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Dict, List, Set
+
+import safetensors.torch
+import timm
+
+import timm_spa  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / 'build' / 'timm_suite'
+# timm's tests that every name must pass, those that timm gives to some families only included
+TESTS = {
+    'test_model_forward',
+    'test_model_backward',
+    'test_model_default_cfgs',
+    'test_model_forward_torchscript',
+    'test_model_forward_features',
+    'test_model_forward_intermediates_features',
+    'test_model_forward_intermediates',
+    'test_model_forward_fx',
+    'test_model_backward_fx',
+    'test_model_forward_fx_torchscript',
+}
+PRETRAINED_TESTS = {'test_model_load_pretrained', 'test_model_features_pretrained'}
+
+
+def timm_tests() -> Path:
+    """Returns the folder of the installed timm's tests, fetched if it is not there."""
+    version = importlib.metadata.version('timm')
+    folder = BUILD / f'timm-{version}' / 'tests'
+    if not folder.is_dir():
+        BUILD.mkdir(parents=True, exist_ok=True)
+        subprocess.run(
+            [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm',
+             '--dest', str(BUILD), f'timm=={version}'], check=True)
+        with tarfile.open(BUILD / f'timm-{version}.tar.gz') as archive:
+            members = [m for m in archive.getmembers() if m.name.startswith(f'timm-{version}/tests/')]
+            archive.extractall(BUILD, members=members, filter='data')
+    return folder
+
+
+def fill_cache(names: List[str], cache: Path) -> None:
+    """Lays random weights of the plain models where huggingface_hub would have put the published ones."""
+    for name in timm.list_pretrained():
+        cfg = timm.get_pretrained_cfg(name)
+        if name.partition('.')[0] not in names or not cfg.hf_hub_id:
+            continue
+        repository = cache / ('models--' + cfg.hf_hub_id.replace('/', '--'))
+        snapshot = repository / 'snapshots' / ('0' * 40)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (repository / 'refs').mkdir(exist_ok=True)
+        (repository / 'refs' / 'main').write_text('0' * 40)
+        target = snapshot / cfg.hf_hub_filename
+        if not target.exists():
+            plain = timm.create_model(cfg.hf_hub_id.rpartition('/')[2].partition('.')[0])
+            partial = target.with_suffix('.partial')
+            safetensors.torch.save_file(plain.state_dict(), partial)
+            partial.rename(target)
+
+
+def run_tests(names: List[str], folder: Path, cache: Path, jobs: int) -> ET.Element:
+    """Runs timm's file in a process of its own, and returns its report."""
+    report = BUILD / 'report.xml'
+    report.unlink(missing_ok=True)
+    # cases are called '...[1-spa_resnet18]' or '...[1-spa_resnet18.warm_a1_in1k]'; '-k' would also find longer names
+    selector = BUILD / 'select_names.py'
+    selector.write_text(
+        'import re\n'
+        f'NAMES = {sorted(names)!r}\n'
+        'def pytest_collection_modifyitems(config, items):\n'
+        "    names = [re.search(r'\\[\\d+-([^].]+)', item.name) for item in items]\n"
+        '    keep = [i for i, n in zip(items, names) if n and n[1] in NAMES]\n'
+        '    config.hook.pytest_deselected(items=[i for i in items if i not in set(keep)])\n'
+        '    items[:] = keep\n')
+    environment = dict(
+        os.environ,
+        TORCH_BACKEND='timm_spa',
+        HF_HUB_OFFLINE='1',
+        HF_HUB_CACHE=str(cache),
+        PYTHONPATH=os.pathsep.join([str(BUILD), os.environ.get('PYTHONPATH', '')]),
+        TIMEOUT='1200',
+    )
+    environment.pop('GITHUB_ACTIONS', None)  # timm runs less where it is set
+    if jobs > 1:
+        environment['OMP_NUM_THREADS'] = '1'
+    subprocess.run(
+        [sys.executable, '-m', 'pytest', str(folder / 'test_models.py'), '-p', 'select_names', '-p', 'no:cacheprovider',
+         '-c', os.devnull, '--rootdir', str(folder.parent), '-n', str(jobs), '-q', '-rfEs', '-W', 'ignore',
+         f'--junitxml={report}', '--override-ini', 'markers=base\ncfg\ntorchscript\nfeatures\nfxforward\nfxbackward'],
+        env=environment, check=False)
+    return ET.parse(report).getroot()
+
+
+def problems_of(report: ET.Element, names: List[str]) -> List[str]:
+    """Holds the report against the tests that every name must have passed."""
+    problems = []
+    passed: Dict[str, Set[str]] = collections.defaultdict(set)
+    for case in report.iter('testcase'):
+        title = case.get('name', '')
+        outcome = next((c.tag for c in case if c.tag in ('failure', 'error', 'skipped')), 'passed')
+        if outcome != 'passed':
+            problems.append(f'{outcome}: {title}')
+            continue
+        test, _, parameters = title.partition('[')
+        passed[re.sub(r'^\d+-', '', parameters.rstrip(']'))].add(test)
+    for name in names:
+        missing = TESTS - set().union(*(tests for key, tests in passed.items() if key.partition('.')[0] == name))
+        if missing:
+            problems.append(f'{name} was not tested by {", ".join(sorted(missing))}')
+        for tagged in timm.list_pretrained(name):
+            if not passed[tagged] >= PRETRAINED_TESTS:
+                problems.append(f'{tagged} was not tested by {", ".join(sorted(PRETRAINED_TESTS - passed[tagged]))}')
+    return problems
+
+
+def main() -> int:
+    """Runs the command line, and returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('names', nargs='*', help='models to test (default: all of this package)')
+    parser.add_argument('--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: one a core)')
+    args = parser.parse_args()
+    ours = timm.list_models('spa_*')
+    names = args.names or ours
+    unknown = sorted(set(names) - set(ours))
+    if unknown:
+        parser.error(f'no model of this package: {", ".join(unknown)}')
+
+    folder = timm_tests()
+    cache = BUILD / 'hub'
+    fill_cache(names, cache)
+    report = run_tests(names, folder, cache, args.jobs)
+    problems = problems_of(report, names)
+    count = sum(1 for _ in report.iter('testcase'))
+    print(f"timm {timm.__version__}'s own tests on {len(names)} models: {count} run, {len(problems)} problems")
+    for problem in problems:
+        print(f'  {problem}')
+    return 1 if problems or not count else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
