@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# the tests run in two processes, whose threads would get in each other's way
+SERIAL := OMP_NUM_THREADS=1
 
 .PHONY: demo test test-slow quality timm-suite clean
 
@@ -10,10 +12,10 @@ demo: $(READY)
 	$(BIN)/timm-spa demo
 
 test: $(READY) quality
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(SERIAL) $(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(SERIAL) $(BIN)/python -m pytest -m slow -n 2
 
 quality: $(READY)
 	$(BIN)/ruff check .

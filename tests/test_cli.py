@@ -1,0 +1,106 @@
+"""The command line, as a user runs it."""
+import json
+import subprocess
+import sys
+from importlib import resources
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_spa  # noqa: F401
+from timm_spa import cli
+from timm_spa.predict import class_names
+
+IMAGES = resources.files('timm_spa') / 'images'
+
+
+def test_list_counts_what_the_authors_counted(capsys):
+    """Parameters and multiply-adds of convolutions and linear layers, counted by running the authors' code."""
+    assert cli.main(['list', 'spa_resnet*']) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith('spa_')}
+    expected = {
+        'spa_resnet18': (11.776816, 1.8183), 'spa_resnet34': (21.955376, 3.6715), 'spa_resnet50': (28.073912, 4.2124),
+        'spa_resnet101': (49.296491, 8.0338), 'spa_resnet152': (66.777118, 11.8360)}
+    assert set(lines) == set(expected)
+    for name, (parameters, macs) in expected.items():
+        assert float(lines[name][1]) == round(parameters, 3)
+        assert float(lines[name][2]) == round(macs, 3)
+        assert lines[name][3] == '224x224'
+        assert lines[name][4] == 'warm_a1_in1k'
+
+
+def test_list_of_nothing(capsys):
+    assert cli.main(['list', 'resnet50']) == 1
+    assert "no model of this package is called 'resnet50'" in capsys.readouterr().err
+
+
+def test_demo(capsys):
+    assert cli.main(['demo', str(IMAGES / 'coffee.jpg')]) == 0
+    out = capsys.readouterr().out
+    for name in (*cli.DEMO_PICTURES, 'spa_resnet50', 'attention neutral'):
+        assert name in out
+    verdicts = [line.split()[1] for line in out.splitlines() if line.partition(' ')[0] in cli.DEMO_PICTURES]
+    assert len(verdicts) == 5
+    assert {v for v in verdicts if '%' not in v} <= {'right', 'wrong'}
+    assert sum('%' in v for v in verdicts) == 2, 'the picture of no known class, and the one named by the user'
+
+
+def test_every_shipped_picture_is_shown_and_described():
+    names = {p.name for p in IMAGES.iterdir() if p.name.endswith('.jpg')}
+    assert names == set(cli.DEMO_PICTURES)
+    for name in names:
+        assert f'`{name}`' in (IMAGES / 'README.md').read_text()
+
+
+def test_predict_reports_broken_pictures_and_goes_on(tmp_path, capsys):
+    checkpoint = tmp_path / 'weights.pth'
+    model = timm.create_model('spa_resnet18', num_classes=4).eval()
+    torch.save(model.state_dict(), checkpoint)
+    (tmp_path / 'broken.jpg').write_bytes(b'\xff\xd8\xff no picture')
+    Image.new('RGBA', (50, 40), (200, 100, 0, 128)).save(tmp_path / 'transparent.png')
+    pictures = [tmp_path / 'missing.jpg', tmp_path / 'transparent.png', tmp_path / 'broken.jpg', tmp_path]
+    arguments = ['predict', *map(str, pictures), '--model', 'spa_resnet18', '--checkpoint', str(checkpoint),
+                 '--num-classes', '4', '--top-k', '9']
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert [line.split()[0] for line in captured.out.splitlines()[1:2]] == ['transparent.png']
+    assert captured.out.count('class ') == 4, 'there are no more than four classes'
+    for name in ('missing.jpg', 'broken.jpg', str(tmp_path)):
+        assert any(name in line and 'could not be read' in line for line in captured.err.splitlines())
+
+    assert cli.main([*arguments, '--json']) == 1
+    entries = json.loads(capsys.readouterr().out)
+    assert [bool(e['error']) for e in entries] == [True, False, True, True]
+    probabilities = [c['probability'] for c in entries[1]['classes']]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(('model', 'message'), [
+    ('spa_resnet5', 'Unknown model'),
+    ('spa_mobilenetv2_075', 'No pretrained weights exist'),
+])
+def test_a_model_that_cannot_be_loaded(model, message, capsys):
+    assert cli.main(['predict', str(IMAGES / 'coffee.jpg'), '--model', model]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_bad_top_k():
+    with pytest.raises(SystemExit, match='2'):
+        cli.main(['demo', '--top-k', '0'])
+
+
+def test_names_of_imagenet_classes():
+    names = class_names(timm.create_model('spa_resnet18', device='meta'))
+    assert len(names) == 1000
+    assert names[285]['label'] == 'n02124075'
+    assert names[285]['name'].startswith('Egyptian cat')
+
+
+def test_as_a_module_and_as_a_command():
+    for command in ([sys.executable, '-m', 'timm_spa'], ['timm-spa']):
+        done = subprocess.run([*command, '--help'], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert 'demo' in done.stdout
