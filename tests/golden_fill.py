@@ -46,7 +46,8 @@ def weights(golden):
             out[name] = np.zeros((), dtype=np.int64)
             continue
         owner, _, leaf = name.rpartition('.')
-        in_attention = bool({'transform', 'matcher'} & set(name.split('.')))
+        parts = name.split('.')
+        in_attention = bool({'transform', 'matcher'} & set(parts)) or 'fc' in parts[1:]
         in_norm = f'{owner}.running_mean' in names
         s = signed(tensor, int(np.prod(shape)))
         if len(shape) == 5:

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from importlib import resources
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +13,8 @@ from PIL import Image
 import timm_spa  # noqa: F401
 from timm_spa import cli
 from timm_spa.predict import class_names
+from timm_spa.profile import count_cost
+from timm_spa.tables import TABLES
 
 IMAGES = resources.files('timm_spa') / 'images'
 
@@ -29,6 +32,30 @@ def test_list_counts_what_the_authors_counted(capsys):
         assert float(lines[name][2]) == round(macs, 3)
         assert lines[name][3] == '224x224'
         assert lines[name][4] == 'warm_a1_in1k'
+
+
+def test_tables(capsys):
+    """The paper's parameters to three digits, the authors' exact FLOPs, from a count of today."""
+    assert cli.main(['list', '--tables']) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith('SPA-')}
+    assert rows['SPA-ResNet50'][2:9] == ['28.074', '28.074', '28.074', '+0.00%', '4.262', '4.262', '4.262']
+    assert rows['SPA-MobileNetV2'][2:5] == ['3.562', '3.562', '3.562']
+    assert rows['SPA-MobileNetV2'][6:9] == ['0.325', '0.325', '0.325']
+    for table in ('table III', 'table V', 'table VI'):
+        assert table in out
+
+
+@pytest.mark.parametrize('row', [row for rows in TABLES.values() for row in rows if row.flops or row.authors])
+def test_counts_are_the_papers(row):
+    cost = count_cost(row.model, **row.kwargs)
+    if row.parameters:
+        assert round(cost.parameters / 1e6, 3) == pytest.approx(row.parameters, abs=0.0011)
+    if row.flops:
+        assert cost.paper_flops / 1e9 == pytest.approx(row.flops, rel=0.005)
+    if row.authors:
+        assert cost.parameters == row.authors[0]
+        assert cost.paper_flops == pytest.approx(row.authors[1], rel=3e-4)
 
 
 def test_list_of_nothing(capsys):
@@ -100,7 +127,7 @@ def test_names_of_imagenet_classes():
 
 
 def test_as_a_module_and_as_a_command():
-    for command in ([sys.executable, '-m', 'timm_spa'], ['timm-spa']):
+    for command in ([sys.executable, '-m', 'timm_spa'], [Path(sys.executable).parent / 'timm-spa']):
         done = subprocess.run([*command, '--help'], capture_output=True, text=True)
         assert done.returncode == 0
         assert 'demo' in done.stdout

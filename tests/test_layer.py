@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from oracle import spatial_pyramid_attention
 
 from timm_spa import SpatialPyramidAttention
+from timm_spa.layers import GATES, SqueezeExcite, create_gate
 
 VARIANTS = ('a', 'b', 'c')
 
@@ -163,6 +164,36 @@ def test_compile_and_script(variant):
         expected = layer(x, block_input)
         torch.testing.assert_close(compiled(x, block_input), expected)
         torch.testing.assert_close(scripted(x, block_input), expected)
+
+
+@pytest.mark.parametrize('gate', [g for g in GATES if not g.startswith('spa')])
+@pytest.mark.parametrize('size', [(8, 8), (5, 7)])
+def test_comparison_gates(gate, size):
+    """Same shape and place as SPA's; each gate is a factor between 0 and 1, and 'none' is exactly 1."""
+    torch.manual_seed(0)
+    layer = create_gate(gate, channels=16, in_channels=12, rd_ratio=0.5).eval()
+    x, block_input = make_inputs(2, 16, 12, size, size, dtype=torch.float32)
+    y = layer(x, block_input)
+    ratio = y / x
+    assert y.shape == x.shape
+    assert (y == x).all() if gate == 'none' else ((ratio > 0) & (ratio < 1)).all()
+    other = layer(x, block_input + 1)
+    assert torch.equal(other, y) != layer.reads_block_input
+    if layer.reads_block_input:
+        with pytest.raises(ValueError, match='need block_input, got None'):
+            layer(x)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_squeeze_excite_is_its_equation(variant):
+    """SE, SE+ and SE++: SPA's oracle with a pyramid of the global mean alone, its weight one and no norm layer."""
+    layer = SqueezeExcite(16, 12, variant, rd_ratio=0.25).double().eval()
+    x, block_input = make_inputs(2, 16, 12, (5, 7), (10, 14))
+    p = dict(layer.state_dict(), pyramid_weight=torch.ones(1).double())
+    zeros, ones = torch.zeros(4).double(), torch.ones(4).double()
+    p |= {'bn.weight': ones, 'bn.bias': zeros, 'bn.running_mean': zeros, 'bn.running_var': ones - 1e-5}
+    expected = spatial_pyramid_attention(p, x, block_input, variant, (1,), training=False)
+    assert rel(layer(x, block_input), expected) < 1e-12
 
 
 def test_gate_has_the_resolution_of_the_pyramid():

@@ -1,20 +1,27 @@
 """What every model promises beyond timm's own suite (`make timm-suite`)."""
 import json
+import pydoc
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from timm.models import save_for_hf
 
-import timm_spa  # noqa: F401
-from timm_spa.layers import SpatialPyramidAttention
+import timm_spa
+from timm_spa.layers import NoGate, SelfGate, SpatialPyramidAttention, SqueezeExcite
+from timm_spa.layers.comparison_gates import GatherExciteConv
+from timm_spa.models._entrypoints import split_gate
 
-MODELS = timm.list_models('spa_*')
+MODELS = timm_spa.list_models()
 # one name per kind of block and variant, where a property does not depend on width and depth
-KINDS = ('spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet50', 'spa_mobilenetv2_050', 'spa_c_mobilenetv2',
-         'spa_mobilenetv2_cifar')
+KINDS = (
+    'spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet50', 'spa_mobilenetv2_050', 'spa_c_mobilenetv2',
+    'spa_mobilenetv2_cifar', 'spa_b_preresnet18_cifar', 'se_c_preresnet50_cifar', 'spa_c_densenet_cifar',
+    'spa_c_vgg16_cifar')
 
-# trainable parameters of the authors' models, 1000 classes (counted by running their code)
+# trainable parameters of the authors' models, 1000 or 100 classes (counted by running their code)
 PARAMETERS = {
     'spa_resnet18': 11_776_816,
     'spa_resnet34': 21_955_376,
@@ -22,6 +29,26 @@ PARAMETERS = {
     'spa_resnet101': 49_296_491,
     'spa_resnet152': 66_777_118,
     'spa_mobilenetv2': 3_562_227,
+    'preresnet50_cifar': 23_693_476,
+    'preresnet101_cifar': 42_685_604,
+    'se_preresnet50_cifar': 26_208_420,
+    'se_preresnet101_cifar': 47_428_772,
+    'se_b_preresnet50_cifar': 26_033_316,
+    'se_b_preresnet101_cifar': 47_253_668,
+    'se_c_preresnet50_cifar': 26_737_796,
+    'se_c_preresnet101_cifar': 47_958_148,
+    'spa_preresnet50_cifar': 26_210_356,
+    'spa_preresnet101_cifar': 47_432_935,
+    'spa_b_preresnet50_cifar': 26_035_252,
+    'spa_b_preresnet101_cifar': 47_257_831,
+    'spa_c_preresnet50_cifar': 26_739_732,
+    'spa_c_preresnet101_cifar': 47_962_311,
+}
+
+GATE_CLASSES = {
+    'spa': SpatialPyramidAttention, 'spa_b': SpatialPyramidAttention, 'spa_c': SpatialPyramidAttention,
+    'se': (SqueezeExcite, SelfGate), 'se_b': SqueezeExcite, 'se_c': SqueezeExcite, 'ge': (SelfGate, GatherExciteConv),
+    'cbam': SelfGate, 'gc': SelfGate, 'none': NoGate,
 }
 
 
@@ -34,31 +61,58 @@ def small_images(name, batch=2):
     return torch.randn(batch, 3, *(min(n, 64) for n in image_size(name)))
 
 
-def test_every_name_of_this_package_is_listed():
-    assert set(MODELS) == set(timm.list_models('spa_*', module='resnet')) | set(
-        timm.list_models('spa_*', module='efficientnet'))
-    expected = {f'{v}_resnet{d}' for v in ('spa', 'spa_b', 'spa_c') for d in (18, 34, 50, 101, 152)}
+def test_every_row_of_the_tables_has_a_name():
+    """Tables I to VI: every backbone, variant and control (timm has resnet50, seresnet50 and mobilenetv2_100)."""
+    gates = ('', 'se_', 'ge_', 'spa_', 'spa_b_', 'spa_c_')
+    expected = {f'{g}resnet{d}' for g in gates[3:] for d in (18, 34, 50, 101, 152)}
+    expected |= {'ge_resnet50', 'cbam_resnet50', 'gc_resnet50'}
     expected |= {'spa_mobilenetv2', 'spa_mobilenetv2_050', 'spa_mobilenetv2_075', 'spa_mobilenetv2_140'}
-    expected |= {'spa_b_mobilenetv2', 'spa_c_mobilenetv2', 'spa_mobilenetv2_cifar'}
+    expected |= {'spa_b_mobilenetv2', 'spa_c_mobilenetv2', 'se_mobilenetv2', 'ge_mobilenetv2', 'cbam_mobilenetv2'}
+    expected |= {f'{g}preresnet{d}_cifar' for g in gates for d in (18, 34, 50, 101, 152)}
+    expected |= {f'{g}preresnet{d}_cifar' for g in ('se_b_', 'se_c_') for d in (18, 50, 101)}
+    nets = ('mobilenetv2_cifar', 'densenet_cifar', 'densenet121_cifar', 'vgg16_cifar')
+    expected |= {f'{g}{net}' for g in gates for net in nets}
+    expected |= {f'spa_densenet{d}' for d in (121, 161, 169, 201)} | {'spa_vgg16_bn'}
     assert set(MODELS) == expected
 
 
 @pytest.mark.parametrize('name', MODELS)
+def test_names_are_found(name):
+    """By a search in the sources, by help() on the module, and by timm under the module of the family."""
+    module = sys.modules[timm.models.model_entrypoint(name).__module__]
+    assert f"'{name}'" in Path(module.__file__).read_text()
+    assert f'{name}(pretrained' in pydoc.render_doc(module, renderer=pydoc.plaintext)
+    assert name in timm.list_models(module=module.__name__.rpartition('.')[2])
+    assert '.' in getattr(module, name).__doc__
+
+
+@pytest.mark.parametrize('name', MODELS)
 def test_structure(name):
-    """One gate a block, of the variant in the name; parameters as the authors'; names of the plain model kept."""
+    """One gate a block, of the kind in the name; parameters as the authors'; names of the plain model kept."""
     model = timm.create_model(name, device='meta')
-    blocks = [m for m in model.modules() if hasattr(m, 'gated_norm')]
-    gates = [m for m in model.modules() if isinstance(m, SpatialPyramidAttention)]
-    variant = {'spa_b': 'b', 'spa_c': 'c'}.get(name[:5], 'a')
-    assert len(blocks) == len(gates) > 0
-    assert {g.variant for g in gates} == {variant}
+    _, gate, _ = split_gate(name)
+    gates = [m.attn for m in model.modules() if hasattr(m, 'attn')]
+    blocks = {'resnet18': 8, 'resnet34': 16, 'resnet50': 16, 'resnet101': 33, 'resnet152': 50, 'mobilenetv2': 17,
+              'densenet121': 58, 'densenet161': 78, 'densenet169': 82, 'densenet201': 98, 'densenet_cifar': 58,
+              'vgg16': 13}
+    assert len(gates) == next(count for base, count in blocks.items() if base in name)
+    assert all(isinstance(g, GATE_CLASSES[gate]) for g in gates)
+    if gate.startswith('spa'):
+        assert {g.variant for g in gates} == {{'spa_b': 'b', 'spa_c': 'c'}.get(gate, 'a')}
     if name in PARAMETERS:
         assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     if image_size(name) == (224, 224):
-        plain = name.replace('spa_b_', '').replace('spa_c_', '').replace('spa_', '')
+        plain = split_gate(name)[0]
         plain = timm.create_model('mobilenetv2_100' if plain == 'mobilenetv2' else plain, device='meta')
         own = {k: v.shape for k, v in model.state_dict().items() if '.attn.' not in k}
         assert own == {k: v.shape for k, v in plain.state_dict().items()}
+
+
+@pytest.mark.parametrize('sizes', [(1, 2), (1, 2, 4), (1, 4, 7), (1, 2, 4, 7)])
+def test_pyramids_of_table_v(sizes):
+    """The authors' four settings, and what they make of a ResNet-50: 16 more parameters for each size."""
+    model = timm.create_model('spa_resnet50', pyramid_sizes=sizes, device='meta')
+    assert sum(p.numel() for p in model.parameters()) == 28_073_912 + 16 * (len(sizes) - 3)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -91,13 +145,14 @@ def test_device_and_dtype_keywords(name):
 @pytest.mark.parametrize('name', KINDS)
 def test_model_arguments(name):
     """in_chans, global_pool, drop rates and the pyramid, in training mode."""
-    model = timm.create_model(
-        name, num_classes=7, in_chans=1, global_pool='avgmax', drop_rate=0.1, drop_path_rate=0.1, pyramid_sizes=(1, 3))
+    kwargs = {} if 'densenet' in name or 'vgg' in name else dict(drop_path_rate=0.1)
+    kwargs |= dict(num_classes=7, in_chans=1, global_pool='avgmax', drop_rate=0.1)
+    model = timm.create_model(name, gate='spa', pyramid_sizes=(1, 3), **kwargs)
     assert model(small_images(name)[:, :1]).shape == (2, 7)
     assert {m.pyramid_sizes for m in model.modules() if isinstance(m, SpatialPyramidAttention)} == {(3, 1)}
     with pytest.raises(ValueError, match=r'pyramid_sizes .* got \(\)'):
-        timm.create_model(name, pyramid_sizes=())
-    with pytest.raises(ValueError, match=r"gate must be one of 'spa', 'spa_b', 'spa_c', got 'sap'"):
+        timm.create_model(name, gate='spa', pyramid_sizes=())
+    with pytest.raises(ValueError, match=r"gate must be one of 'spa', 'spa_b', 'spa_c', .* got 'sap'"):
         timm.create_model(name, gate='sap')
 
 
@@ -115,7 +170,8 @@ def test_features_and_their_reduction(name):
     assert [m.shape for m in last] == [maps[-1].shape]
 
 
-@pytest.mark.parametrize('name', KINDS)
+# timm's DenseNet and VGG have neither drop path nor output_stride
+@pytest.mark.parametrize('name', [name for name in KINDS if 'densenet' not in name and 'vgg' not in name])
 @pytest.mark.parametrize('output_stride', [8, 16])
 def test_output_stride(name, output_stride):
     """Dilation keeps the resolution and every parameter."""
@@ -138,7 +194,8 @@ def test_layer_decay_groups(name):
     for parameter, group in groups.items():
         block, separator, _ = parameter.partition('.attn.')
         if separator:
-            assert group == next(g for n, g in groups.items() if n.startswith(f'{block}.conv'))
+            # timm's VGG makes every layer a group; a gate goes with its activation
+            assert group == next((g for n, g in groups.items() if n.startswith(f'{block}.conv')), group)
 
 
 @pytest.mark.parametrize('name', KINDS)

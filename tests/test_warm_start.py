@@ -12,21 +12,22 @@ import torch.nn.functional as F
 
 import timm_spa  # noqa: F401
 from timm_spa.layers import SpatialPyramidAttention
+from timm_spa.models._warm_start import checkpoint_filter_fn
 
 WARM = [name for name in timm.list_pretrained('spa_*') if '.warm_' in name]
 # one name per kind of block and variant
 KINDS = [name for name in WARM if name.partition('.')[0] in {
     'spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet50',
-    'spa_mobilenetv2_050', 'spa_b_mobilenetv2', 'spa_c_mobilenetv2'}]
+    'spa_mobilenetv2_050', 'spa_b_mobilenetv2', 'spa_c_mobilenetv2', 'spa_densenet121', 'spa_vgg16_bn'}]
 
 
 def plain_name(name):
     return timm.get_pretrained_cfg(name).hf_hub_id.removeprefix('timm/').partition('.')[0]
 
 
-def random_plain_model(name, seed=0):
-    """The plain model with random weights, norm layers and statistics."""
-    model = timm.create_model(plain_name(name)).eval()
+def random_plain_model(plain, seed=0):
+    """A plain model with random weights, norm layers and statistics."""
+    model = timm.create_model(plain).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -68,7 +69,7 @@ def test_cfg_tells_the_truth(name):
 @pytest.mark.parametrize('name', KINDS)
 def test_same_function_as_the_plain_model(name, tmp_path, caplog):
     """For random weights and statistics, through timm's own loading; one line in the log says what was done."""
-    plain = random_plain_model(name)
+    plain = random_plain_model(plain_name(name))
     safetensors.torch.save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
     with caplog.at_level(logging.WARNING, logger='timm_spa'):
         model = warm_model(name, tmp_path / 'plain.safetensors').eval()
@@ -84,7 +85,7 @@ def test_same_function_as_the_plain_model(name, tmp_path, caplog):
 @pytest.mark.parametrize('name', KINDS)
 def test_every_gate_learns(name, tmp_path):
     """At the first step only the zeroed convolution has a gradient, three steps later every parameter of the gates."""
-    safetensors.torch.save_file(random_plain_model(name).state_dict(), tmp_path / 'plain.safetensors')
+    safetensors.torch.save_file(random_plain_model(plain_name(name)).state_dict(), tmp_path / 'plain.safetensors')
     model = warm_model(name, tmp_path / 'plain.safetensors', num_classes=10).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     torch.manual_seed(0)
@@ -115,6 +116,36 @@ def test_plain_golden_model():
         model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=cfg).eval()
         with torch.no_grad():
             assert ((model(images) - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize('plain', ['preresnet18_cifar', 'preresnet50_cifar', 'mobilenetv2_cifar', 'densenet_cifar',
+                                   'vgg16_cifar'])
+@pytest.mark.parametrize('gate', ['spa', 'spa_b', 'spa_c', 'se'])
+def test_nets_for_small_images_and_se_too(plain, gate, tmp_path):
+    """From the plain nets of this package. Their gates follow a convolution, a norm layer, or a ReLU."""
+    source = random_plain_model(plain)
+    safetensors.torch.save_file(source.state_dict(), tmp_path / 'plain.safetensors')
+    model = timm.create_model(f'{gate}_{plain}')
+    filtered = checkpoint_filter_fn(safetensors.torch.load_file(tmp_path / 'plain.safetensors'), model)
+    model.load_state_dict(filtered, strict=True)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, actual = source(images), model.eval()(images)
+    assert ((actual - expected).norm() / expected.norm()).item() < 1e-6
+
+
+def test_a_gate_that_cannot_be_neutral_is_named(tmp_path):
+    safetensors.torch.save_file(timm.create_model('resnet50').state_dict(), tmp_path / 'plain.safetensors')
+    for name in ('cbam_resnet50', 'ge_resnet50', 'gc_resnet50'):
+        with pytest.raises(ValueError, match=r'layer1\.0\.attn that no weights make neutral'):
+            warm_model(name, tmp_path / 'plain.safetensors')
+
+
+def test_plain_models_take_plain_weights(caplog):
+    source = random_plain_model('preresnet18_cifar')
+    model = timm.create_model('preresnet18_cifar')
+    assert checkpoint_filter_fn(source.state_dict(), model).keys() == source.state_dict().keys()
+    assert not caplog.records
 
 
 def test_a_gated_checkpoint_is_loaded_as_it_is(tmp_path, caplog):

@@ -25,7 +25,7 @@ from typing import Dict, List, Set
 import safetensors.torch
 import timm
 
-import timm_spa  # noqa: F401
+import timm_spa
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / 'build' / 'timm_suite'
@@ -125,7 +125,9 @@ def problems_of(report: ET.Element, names: List[str]) -> List[str]:
         test, _, parameters = title.partition('[')
         passed[re.sub(r'^\d+-', '', parameters.rstrip(']'))].add(test)
     for name in names:
-        missing = TESTS - set().union(*(tests for key, tests in passed.items() if key.partition('.')[0] == name))
+        # timm leaves TorchScript out for every name that begins with densenet
+        expected = {t for t in TESTS if not (name.startswith('densenet') and t.endswith('torchscript'))}
+        missing = expected - set().union(*(tests for key, tests in passed.items() if key.partition('.')[0] == name))
         if missing:
             problems.append(f'{name} was not tested by {", ".join(sorted(missing))}')
         for tagged in timm.list_pretrained(name):
@@ -140,7 +142,7 @@ def main() -> int:
     parser.add_argument('names', nargs='*', help='models to test (default: all of this package)')
     parser.add_argument('--jobs', type=int, default=os.cpu_count() or 1, help='processes (default: one a core)')
     args = parser.parse_args()
-    ours = timm.list_models('spa_*')
+    ours = timm_spa.list_models()
     names = args.names or ours
     unknown = sorted(set(names) - set(ours))
     if unknown:

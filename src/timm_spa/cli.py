@@ -22,16 +22,28 @@ def _print_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = (
         print('  '.join(cells).rstrip())
 
 
+def _tables() -> int:
+    from .tables import NOTE, TABLES, table_rows
+
+    for table in TABLES:
+        _print_table(table_rows(table), right_aligned=range(2, 11))
+        print()
+    print(NOTE)
+    return 0
+
+
 def _list(args: argparse.Namespace) -> int:
+    if args.tables:
+        return _tables()
     import timm
 
-    from .profile import count_parameters_and_macs
+    import timm_spa
+
+    from .profile import count_cost
 
     rows = [('model', 'parameters (M)', 'GMACs', 'input', 'weights')]
-    for name in timm.list_models(args.filter):
-        if not timm.models.model_entrypoint(name).__module__.startswith('timm_spa.'):
-            continue
-        parameters, macs = count_parameters_and_macs(name)
+    for name in timm_spa.list_models(args.filter):
+        cost = count_cost(name)
         cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
         weights = []
         for tagged in timm.list_pretrained(name):
@@ -39,7 +51,7 @@ def _list(args: argparse.Namespace) -> int:
             tag = tagged.partition('.')[2]
             weights.append(f'{tag} (with the package)' if source.file else f'{tag} (Hub: {source.hf_hub_id})')
         rows.append((
-            name, f'{parameters / 1e6:.3f}', f'{macs / 1e9:.3f}', 'x'.join(map(str, cfg.input_size[1:])),
+            name, f'{cost.parameters / 1e6:.3f}', f'{cost.macs / 1e9:.3f}', 'x'.join(map(str, cfg.input_size[1:])),
             ', '.join(weights) or '-'))
     if len(rows) == 1:
         print(f'timm-spa: no model of this package is called {args.filter!r}.', file=sys.stderr)
@@ -117,6 +129,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     verb = verbs.add_parser('list', help='models, their size and cost, and their weights')
     verb.add_argument('filter', nargs='?', default='*', help='wildcard, e.g. "spa_b_*" (default: all)')
+    verb.add_argument('--tables', action='store_true', help="the size and cost columns of the paper's tables instead")
     verb.set_defaults(run=_list)
 
     verb = verbs.add_parser('demo', help='classify the shipped pictures with the shipped weights')

@@ -1,25 +1,76 @@
 """Size and cost of a model, counted and not looked up."""
-from typing import Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
+import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['count_parameters_and_macs']
+from .layers import SpatialPyramidAttention
+
+__all__ = ['ModelCost', 'count_cost']
 
 
-def count_parameters_and_macs(model_name: str) -> Tuple[int, int]:
+class ModelCost(NamedTuple):
+    """What a model costs, for one image.
+
+    Attributes:
+        parameters: Number of parameters.
+        macs: Multiply-adds of convolutions and linear layers.
+        paper_flops: What the paper calls FLOPs: `macs`, one for each bias that a convolution adds, two for each value
+            that passes a norm layer, and one for each that passes a ReLU or comes into a pooling.
+    """
+    parameters: int
+    macs: int
+    paper_flops: int
+
+
+def count_cost(model_name: str, input_size: Optional[Tuple[int, int, int]] = None, **kwargs: Any) -> ModelCost:
     """Counts a model on the meta device, without memory for its weights.
 
     Args:
         model_name: Name of a model that timm knows.
+        input_size: Channels, height and width of the image; the model's own if None.
+        **kwargs: Arguments of `timm.create_model`.
 
     Returns:
-        Number of parameters, and multiply-adds of the convolutions and linear layers for one image of the model's
-        input size.
+        The counts.
     """
-    model = timm.create_model(model_name, device=torch.device('meta')).eval()
+    model = timm.create_model(model_name, device=torch.device('meta'), **kwargs).eval()
+    extra = _count_other_operations(model)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+        model(torch.empty(1, *(input_size or model.pretrained_cfg['input_size']), device='meta'))
+    macs = counter.get_total_flops() // 2
+    return ModelCost(sum(p.numel() for p in model.parameters()), macs, macs + sum(extra))
+
+
+def _count_other_operations(model: nn.Module) -> List[int]:
+    """Adds hooks that append what a module costs beside the multiply-adds to the returned list."""
+    counts: List[int] = []
+
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            counts.append(2 * inputs[0].numel())
+        elif isinstance(module, (nn.ReLU, nn.ReLU6)):
+            counts.append(output.numel())
+        elif isinstance(module, nn.Conv2d):
+            counts.append(output.numel() if module.bias is not None else 0)
+        elif isinstance(module, SpatialPyramidAttention):
+            # every size pools the source, which the channel matcher has brought to the channels of the gated map
+            source = inputs[1] if module.reads_block_input else inputs[0]
+            channels = source.shape[1] if isinstance(module.matcher, nn.Identity) else inputs[0].shape[1]
+            counts.append(len(module.pyramid_sizes) * channels * source.shape[2] * source.shape[3])
+        else:
+            counts.append(inputs[0].numel())
+
+    pooling = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, timm.layers.SelectAdaptivePool2d)
+    counted = (
+        nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.ReLU6, nn.Conv2d, SpatialPyramidAttention, *pooling)
+    inside_pooling = {
+        id(child) for m in model.modules() if isinstance(m, timm.layers.SelectAdaptivePool2d) for child in m.modules()
+        if child is not m}
+    for module in model.modules():
+        if isinstance(module, counted) and id(module) not in inside_pooling:
+            module.register_forward_hook(hook)
+    return counts

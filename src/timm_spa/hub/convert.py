@@ -12,19 +12,21 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 
-from ..models import GatedEfficientNet, GatedResNet
+from ..models import CifarVGG, GatedDenseNet, GatedEfficientNet, GatedPreActResNet, GatedResNet
 
 __all__ = ['ConversionError', 'convert_state_dict', 'read_checkpoint']
 
 Rules = List[Tuple[str, str]]
 
-# names inside a block's attention; its attribute is called spa, SPA3, SPAB, SPAC, ...
+# names inside a block's attention; its attribute is called spa, SPA3, SPAB, SPAC, se, ...
 _ATTN_RULES: Rules = [
-    (r'\.(?:spa|SPA\w?)\.', '.attn.'),
+    (r'\.(?:spa|SPA\w?|se)\.', '.attn.'),
     (r'\.attn\.weight$', '.attn.pyramid_weight'),
     (r'\.attn\.transform\.0\.', '.attn.fc1.'),
     (r'\.attn\.transform\.1\.', '.attn.bn.'),
     (r'\.attn\.transform\.3\.', '.attn.fc2.'),
+    (r'\.attn\.fc\.0\.', '.attn.fc1.'),
+    (r'\.attn\.fc\.2\.', '.attn.fc2.'),
     (r'\.attn\.matcher\.0\.', '.attn.matcher.fc1.'),
     (r'\.attn\.matcher\.1\.', '.attn.matcher.bn1.'),
     (r'\.attn\.matcher\.3\.', '.attn.matcher.fc2.'),
@@ -58,6 +60,23 @@ _LAYERS_RULES: Rules = [
     (r'^(layers\.\d+)\.conv1\.', r'\1.conv_pw.'),
     (r'^(layers\.\d+)\.conv2\.', r'\1.conv_dw.'),
     (r'^(layers\.\d+)\.conv3\.', r'\1.conv_pwl.'),
+]
+
+
+# pre-activation ResNet for CIFAR
+_PREACT_RULES: Rules = [
+    (r'\.shortcut\.0\.', '.downsample.'),
+    (r'^linear\.', 'fc.'),
+]
+
+# DenseNet for CIFAR
+_DENSE_RULES: Rules = [
+    (r'^conv1\.', 'features.conv0.'),
+    (r'^bn\.', 'features.norm5.'),
+    (r'^linear\.', 'classifier.'),
+    (r'^trans(\d)\.bn\.', r'features.transition\1.norm.'),
+    (r'^trans(\d)\.conv\.', r'features.transition\1.conv.'),
+    (r'^(dense\d\.\d+)\.bn(\d)\.', r'\1.norm\2.'),
 ]
 
 
@@ -113,16 +132,29 @@ def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: n
     weights = {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
 
     rules = [*_rules_for(model, weights), *_ATTN_RULES]
+    own = model.state_dict()
     converted = {}
     for name, tensor in weights.items():
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
-        converted[name] = tensor.reshape(-1) if tensor.ndim == 5 else tensor
+        if tensor.ndim == 5:
+            tensor = tensor.reshape(-1)
+        elif tensor.ndim == 2 and name in own and own[name].ndim == 4:
+            tensor = tensor[:, :, None, None]  # a linear layer of theirs that is a 1x1 convolution of ours
+        converted[name] = tensor
     _check_fit(converted, model)
-    return converted
+    return _dense_channels_reordered(converted, model) if isinstance(model, GatedDenseNet) else converted
 
 
 def _rules_for(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Rules:
+    if isinstance(model, GatedPreActResNet):
+        return _PREACT_RULES
+    if isinstance(model, CifarVGG):
+        return _vgg_rules(model)
+    if isinstance(model, GatedDenseNet):
+        blocks = [(b, i) for b in range(1, 5) for i in range(len(getattr(model.features, f'denseblock{b}')))]
+        return [*_DENSE_RULES, *(
+            (rf'^dense{b}\.{i}\.', f'features.denseblock{b}.denselayer{i + 1}.') for b, i in blocks)]
     if isinstance(model, GatedResNet):
         return []  # timm and the authors both kept torchvision's names
     if isinstance(model, GatedEfficientNet):
@@ -154,3 +186,45 @@ def _check_fit(converted: Mapping[str, torch.Tensor], model: nn.Module) -> None:
 def _shortened(names: List[str], limit: int = 6) -> str:
     shown = ', '.join(names[:limit])
     return f'{shown} and {len(names) - limit} more' if len(names) > limit else shown
+
+
+def _vgg_rules(model: CifarVGG) -> Rules:
+    rules = [(r'^classifier\.', 'head.fc.')]
+    block, unit = 1, 0
+    for i, layer in enumerate(model.features):
+        if isinstance(layer, nn.MaxPool2d):
+            block, unit = block + 1, 0
+        else:
+            rules.append((rf'^vggblock{block}\.{unit}\.', f'features.{i}.'))
+            unit += 1
+    return rules
+
+
+def _dense_channels_reordered(weights: Dict[str, torch.Tensor], model: GatedDenseNet) -> Dict[str, torch.Tensor]:
+    """Reorders what reads concatenated channels: the authors put new channels before the old, timm behind them."""
+    out = dict(weights)
+
+    def reorder(prefix: str, first: int, layers: int, growth: int) -> None:
+        # the authors' channels are those of the last layer, ..., of the first layer, of the block's input
+        parts = torch.arange(first + layers * growth).split([growth] * layers + [first])
+        order = torch.cat(parts[::-1])
+        for key in weights:
+            if key.startswith(prefix) and weights[key].ndim:
+                out[key] = weights[key][order] if weights[key].ndim == 1 else weights[key][:, order]
+
+    for number in range(1, 5):
+        block = getattr(model.features, f'denseblock{number}')
+        name = f'features.denseblock{number}'
+        growth = block['denselayer1'].conv2.out_channels
+        first = block['denselayer1'].conv1.in_channels
+        for i, layer in enumerate(block.values()):
+            prefix = f'{name}.denselayer{i + 1}'
+            reads_input = layer.attn.reads_block_input
+            matched = f'{prefix}.attn.matcher.fc1.weight' in weights
+            readers = ['norm1', 'conv1', *((['attn.matcher.fc1'] if matched else ['attn.fc1']) if reads_input else [])]
+            for reader in readers:
+                reorder(f'{prefix}.{reader}.', first, i, growth)
+        readers = [f'features.transition{number}.norm.', f'features.transition{number}.conv.']
+        for reader in readers if number < 4 else ['features.norm5.', 'classifier.weight']:
+            reorder(reader, first, len(block), growth)
+    return out

@@ -1,5 +1,8 @@
 """The attention layers. They know nothing of models."""
-from .create_gate import create_gate
+from .comparison_gates import GatherExciteConv, NoGate, SelfGate, SqueezeExcite
+from .create_gate import GATES, create_gate
 from .spatial_pyramid_attention import ChannelMatcher, SpatialPyramidAttention
 
-__all__ = ['ChannelMatcher', 'SpatialPyramidAttention', 'create_gate']
+__all__ = [
+    'GATES', 'ChannelMatcher', 'GatherExciteConv', 'NoGate', 'SelfGate', 'SpatialPyramidAttention', 'SqueezeExcite',
+    'create_gate']

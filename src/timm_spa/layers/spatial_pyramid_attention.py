@@ -85,6 +85,7 @@ class SpatialPyramidAttention(nn.Module):
             pyramid_sizes: Sequence[int] = (1, 4, 7),
             rd_ratio: float = 1. / 16,
             rd_channels: Optional[int] = None,
+            matcher_rd_channels: Optional[int] = None,
             act_layer: LayerType = nn.ReLU,
             norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
             gate_layer: LayerType = 'sigmoid',
@@ -99,6 +100,7 @@ class SpatialPyramidAttention(nn.Module):
             pyramid_sizes: Side lengths of the square pooled maps, in cells, in any order.
             rd_ratio: Width between the two convolutions over `channels`, rounded down, at least 1.
             rd_channels: That width itself, overrides `rd_ratio`.
+            matcher_rd_channels: Width inside the channel matcher; that between the two convolutions if None.
             act_layer: Activation between the two convolutions.
             norm_layer: Norm layer after the first convolution (and in the channel matcher).
             gate_layer: Activation that makes the gate.
@@ -113,7 +115,10 @@ class SpatialPyramidAttention(nn.Module):
         in_channels = channels if in_channels is None else in_channels
         sizes = _checked_pyramid_sizes(pyramid_sizes)
         rd_channels = max(1, int(channels * rd_ratio)) if rd_channels is None else rd_channels
-        for name, value in (('channels', channels), ('in_channels', in_channels), ('rd_channels', rd_channels)):
+        matcher_rd_channels = rd_channels if matcher_rd_channels is None else matcher_rd_channels
+        for name, value in (
+                ('channels', channels), ('in_channels', in_channels), ('rd_channels', rd_channels),
+                ('matcher_rd_channels', matcher_rd_channels)):
             if value < 1:
                 raise ValueError(f'{name} must be at least 1, got {value}.')
         if variant == 'a' and in_channels != channels:
@@ -127,7 +132,8 @@ class SpatialPyramidAttention(nn.Module):
         self.coarse_sizes = list(sizes[1:])  # a list, because TorchScript can't loop over the slice of a tuple
 
         if variant == 'c' and in_channels != channels:
-            self.matcher: nn.Module = ChannelMatcher(in_channels, channels, rd_channels, act_layer, norm_layer, **dd)
+            self.matcher: nn.Module = ChannelMatcher(
+                in_channels, channels, matcher_rd_channels, act_layer, norm_layer, **dd)
             in_channels = channels
         else:
             self.matcher = nn.Identity()

@@ -1,3 +1,7 @@
 """The model families, each on the timm family of the same name. Importing them registers their models with timm."""
+from ._entrypoints import list_models as list_models
+from .densenet import *
 from .efficientnet import *
 from .resnet import *
+from .resnetv2 import *
+from .vgg import *

@@ -1,8 +1,9 @@
 """Pretrained configurations and the loading of weights, for every model of the package."""
 import dataclasses
 import json
+from functools import partial
 from importlib import resources
-from typing import Any, Dict, Optional, Type
+from typing import Any, Callable, Dict, Optional, Type
 
 import torch.nn as nn
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
@@ -10,7 +11,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg,
 from ._hub_file import locate_weights
 from ._warm_start import checkpoint_filter_fn
 
-__all__ = ['PAPER_ID', 'build_model', 'reset_parameters', 'shipped_cfg', 'untrained_cfg', 'warm_cfg']
+__all__ = ['PAPER_ID', 'build_model', 'cifar_cfg', 'reset_parameters', 'shipped_cfg', 'untrained_cfg', 'warm_cfg']
 
 PAPER_ID = 'doi:10.1109/TMM.2021.3068576'
 WEIGHTS_FILENAME = 'model.safetensors'
@@ -31,6 +32,7 @@ def untrained_cfg(source: str, **kwargs: Any) -> PretrainedCfg:
     fields = dict(
         url=None,
         hf_hub_id=None,
+        hf_hub_filename=None,
         architecture=None,
         tag=None,
         license=plain.license or 'apache-2.0',
@@ -59,6 +61,28 @@ def warm_cfg(source: str) -> PretrainedCfg:
             "the model computes what the plain one does, with the plain one's accuracy, until it is fine-tuned.",
         ),
     )
+
+
+def cifar_cfg(**kwargs: Any) -> PretrainedCfg:
+    """Makes a configuration without weights for a net of 32x32 images, 100 classes as CIFAR-100.
+
+    Args:
+        **kwargs: Fields that differ.
+
+    Returns:
+        The configuration. Mean and standard deviation are ImageNet's, as the paper uses them.
+    """
+    fields = dict(
+        input_size=(3, 32, 32),
+        pool_size=(4, 4),
+        crop_pct=1.0,
+        interpolation='bilinear',
+        num_classes=100,
+        license='apache-2.0',
+        origin_url='https://github.com/13952522076/SPANet_TMM',
+        paper_ids=PAPER_ID,
+    )
+    return PretrainedCfg(**dict(fields, **kwargs))
 
 
 def shipped_cfg(name: str, **kwargs: Any) -> PretrainedCfg:
@@ -96,6 +120,7 @@ def build_model(
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Any = None,
+        plain_filter: Optional[Callable[[Dict[str, Any]], Dict[str, Any]]] = None,
         **kwargs: Any,
 ) -> Any:
     """Builds a model through timm's builder, with its weights already found if they are on the Hub.
@@ -107,6 +132,7 @@ def build_model(
         pretrained_cfg: Configuration or tag, as timm passes it.
         pretrained_cfg_overlay: Fields of the configuration to replace.
         cache_dir: Cache of the Hub to use.
+        plain_filter: Brings weights of the plain model to timm's names, if they may have others.
         **kwargs: Arguments of timm's builder and of the model.
 
     Returns:
@@ -129,7 +155,7 @@ def build_model(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         cache_dir=cache_dir,
-        pretrained_filter_fn=checkpoint_filter_fn,
+        pretrained_filter_fn=partial(checkpoint_filter_fn, plain_filter=plain_filter),
         **kwargs,
     )
     if located:

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 import torch.nn as nn
 from timm.layers import get_act_layer
-from timm.models import PretrainedCfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from timm.models._efficientnet_builder import (
     decode_arch_def,
@@ -25,7 +25,8 @@ from timm.models._efficientnet_builder import (
 from timm.models.efficientnet import EfficientNet
 
 from ..layers import create_gate
-from ._pretrained import PAPER_ID, build_model, reset_parameters, untrained_cfg, warm_cfg
+from ._entrypoints import register_gated
+from ._pretrained import build_model, cifar_cfg, reset_parameters, untrained_cfg, warm_cfg
 
 __all__ = ['GatedDepthwiseSeparableConv', 'GatedEfficientNet', 'GatedInvertedResidual']
 
@@ -36,7 +37,7 @@ MOBILENETV2_STAGES = (
 
 class GatedDepthwiseSeparableConv(DepthwiseSeparableConv):
     """timm's depthwise-separable block (MobileNetV2's first) with a gate on its projection."""
-    gated_norm = 'bn2'
+    gated_parameters = ('bn2.weight', 'bn2.bias')
 
     def __init__(self, block: DepthwiseSeparableConv, attn: nn.Module):
         """
@@ -61,7 +62,7 @@ class GatedDepthwiseSeparableConv(DepthwiseSeparableConv):
 
 class GatedInvertedResidual(InvertedResidual):
     """timm's inverted residual block with a gate on its projection, and optionally a projected shortcut."""
-    gated_norm = 'bn3'
+    gated_parameters = ('bn3.weight', 'bn3.bias')
     has_skip: bool
 
     def __init__(self, block: InvertedResidual, attn: nn.Module, shortcut: Optional[nn.Module] = None):
@@ -149,22 +150,31 @@ class GatedEfficientNet(EfficientNet):
         efficientnet_init_weights(self)
 
 
-def _create_mobilenetv2(
-        variant: str,
-        channel_multiplier: float,
-        pretrained: bool,
-        cifar: bool = False,
-        **kwargs: Any,
-) -> GatedEfficientNet:
+_WIDTHS = {
+    'mobilenetv2': 1.0,
+    'mobilenetv2_050': 0.5,
+    'mobilenetv2_075': 0.75,
+    'mobilenetv2_140': 1.4,
+    'mobilenetv2_cifar': 1.0,
+}
+# what the paper compares with at ImageNet's size has biases (SE) and learned gathering (GE), see table III
+_IMAGENET_GATES = {'se': 'se_bias', 'ge': 'ge_conv'}
+
+
+def _create_mobilenetv2(variant: str, pretrained: bool, base: str, gate: str, **kwargs: Any) -> GatedEfficientNet:
+    cifar = base == 'mobilenetv2_cifar'
     stages = list(MOBILENETV2_STAGES)
     if cifar:
         stages[1] = (6, 24, 2, 1)
     arch_def = [
         # timm's block for an expansion of 1 leaves the expanding convolution out, the authors' CIFAR net has it
         [f'ds_r{n}_k3_s{s}_c{c}' if t == 1 and not cifar else f'ir_r{n}_k3_s{s}_e{t}_c{c}'] for t, c, n, s in stages]
-    round_chs_fn = partial(round_channels, multiplier=channel_multiplier)
+    round_chs_fn = partial(round_channels, multiplier=_WIDTHS[base])
     model_args = dict(
         block_args=decode_arch_def(arch_def),
+        gate=gate if cifar else _IMAGENET_GATES.get(gate, gate),
+        pyramid_sizes=(1, 2, 4) if cifar else (1, 4, 7),
+        rd_ratio=1. / 16 if cifar else 1. / 8,
         num_features=max(1280, round_chs_fn(1280)),
         round_chs_fn=round_chs_fn,
         norm_layer=kwargs.pop('norm_layer', None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
@@ -176,6 +186,15 @@ def _create_mobilenetv2(
     return build_model(GatedEfficientNet, variant, pretrained, **dict(model_args, **kwargs))
 
 
+NAMES = (
+    'spa_mobilenetv2', 'spa_mobilenetv2_050', 'spa_mobilenetv2_075', 'spa_mobilenetv2_140',
+    'spa_b_mobilenetv2', 'spa_c_mobilenetv2', 'se_mobilenetv2', 'ge_mobilenetv2', 'cbam_mobilenetv2',
+    'mobilenetv2_cifar', 'spa_mobilenetv2_cifar', 'spa_b_mobilenetv2_cifar', 'spa_c_mobilenetv2_cifar',
+    'se_mobilenetv2_cifar', 'ge_mobilenetv2_cifar',
+)
+
+_cifar_cfg = partial(cifar_cfg, first_conv='conv_stem', classifier='classifier')
+
 default_cfgs = generate_default_cfgs({
     'spa_mobilenetv2.warm_ra_in1k': warm_cfg('mobilenetv2_100.ra_in1k'),
     'spa_mobilenetv2_050.warm_lamb_in1k': warm_cfg('mobilenetv2_050.lamb_in1k'),
@@ -183,58 +202,22 @@ default_cfgs = generate_default_cfgs({
     'spa_mobilenetv2_140.warm_ra_in1k': warm_cfg('mobilenetv2_140.ra_in1k'),
     'spa_b_mobilenetv2.warm_ra_in1k': warm_cfg('mobilenetv2_100.ra_in1k'),
     'spa_c_mobilenetv2.warm_ra_in1k': warm_cfg('mobilenetv2_100.ra_in1k'),
-    'spa_mobilenetv2_cifar.untrained': PretrainedCfg(
-        input_size=(3, 32, 32),
-        pool_size=(4, 4),
-        crop_pct=1.0,
-        interpolation='bilinear',
-        num_classes=100,
-        first_conv='conv_stem',
-        classifier='classifier',
-        paper_ids=PAPER_ID,
-        origin_url='https://github.com/13952522076/SPANet_TMM',
-    ),
+    'se_mobilenetv2.untrained': untrained_cfg('mobilenetv2_100.ra_in1k'),
+    'ge_mobilenetv2.untrained': untrained_cfg('mobilenetv2_100.ra_in1k'),
+    'cbam_mobilenetv2.untrained': untrained_cfg('mobilenetv2_100.ra_in1k'),
+    'mobilenetv2_cifar.untrained': _cifar_cfg(),
+    'spa_mobilenetv2_cifar.untrained': _cifar_cfg(),
+    'spa_b_mobilenetv2_cifar.untrained': _cifar_cfg(),
+    'spa_c_mobilenetv2_cifar.untrained': _cifar_cfg(),
+    'se_mobilenetv2_cifar.untrained': _cifar_cfg(),
+    'ge_mobilenetv2_cifar.untrained': _cifar_cfg(),
 })
 
 
-@register_model
-def spa_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> GatedEfficientNet:
-    """MobileNetV2 with SPA-A, table III of the paper."""
-    return _create_mobilenetv2('spa_mobilenetv2', 1.0, pretrained, **kwargs)
+def _describe(base: str) -> str:
+    if base == 'mobilenetv2_cifar':
+        return 'MobileNetV2 for 32x32 images, tables I and II of the paper,'
+    return f'MobileNetV2 of width {_WIDTHS[base]}'
 
 
-@register_model
-def spa_mobilenetv2_050(pretrained: bool = False, **kwargs: Any) -> GatedEfficientNet:
-    """MobileNetV2 of half the width, with SPA-A."""
-    return _create_mobilenetv2('spa_mobilenetv2_050', 0.5, pretrained, **kwargs)
-
-
-@register_model
-def spa_mobilenetv2_075(pretrained: bool = False, **kwargs: Any) -> GatedEfficientNet:
-    """MobileNetV2 of three quarters of the width, with SPA-A."""
-    return _create_mobilenetv2('spa_mobilenetv2_075', 0.75, pretrained, **kwargs)
-
-
-@register_model
-def spa_mobilenetv2_140(pretrained: bool = False, **kwargs: Any) -> GatedEfficientNet:
-    """MobileNetV2 of 1.4 times the width, with SPA-A."""
-    return _create_mobilenetv2('spa_mobilenetv2_140', 1.4, pretrained, **kwargs)
-
-
-@register_model
-def spa_b_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> GatedEfficientNet:
-    """MobileNetV2 with SPA-B (the gate reads the block's input)."""
-    return _create_mobilenetv2('spa_b_mobilenetv2', 1.0, pretrained, **dict({'gate': 'spa_b'}, **kwargs))
-
-
-@register_model
-def spa_c_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> GatedEfficientNet:
-    """MobileNetV2 with SPA-C (the gate reads the block's input, channels matched)."""
-    return _create_mobilenetv2('spa_c_mobilenetv2', 1.0, pretrained, **dict({'gate': 'spa_c'}, **kwargs))
-
-
-@register_model
-def spa_mobilenetv2_cifar(pretrained: bool = False, **kwargs: Any) -> GatedEfficientNet:
-    """MobileNetV2 for 32x32 images with SPA-A, tables I and II of the paper."""
-    model_args = dict(cifar=True, pyramid_sizes=(1, 2, 4), rd_ratio=1. / 16)
-    return _create_mobilenetv2('spa_mobilenetv2_cifar', 1.0, pretrained, **dict(model_args, **kwargs))
+register_gated(globals(), NAMES, _create_mobilenetv2, _describe)

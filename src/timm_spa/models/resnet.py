@@ -12,18 +12,19 @@ from typing import Any, Dict, Optional, Sequence
 
 import torch
 import torch.nn as nn
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..layers import create_gate
-from ._pretrained import build_model, reset_parameters, warm_cfg
+from ._entrypoints import register_gated, split_gate
+from ._pretrained import build_model, reset_parameters, untrained_cfg, warm_cfg
 
 __all__ = ['GatedBasicBlock', 'GatedBottleneck', 'GatedResNet']
 
 
 class GatedBasicBlock(BasicBlock):
     """timm's basic block with a gate on its residual branch."""
-    gated_norm = 'bn2'
+    gated_parameters = ('bn2.weight', 'bn2.bias')
 
     def __init__(self, inplanes: int, planes: int, *args: Any, gate_args: Dict[str, Any], **kwargs: Any):
         """
@@ -56,7 +57,7 @@ class GatedBasicBlock(BasicBlock):
 
 class GatedBottleneck(Bottleneck):
     """timm's bottleneck block with a gate on its residual branch."""
-    gated_norm = 'bn3'
+    gated_parameters = ('bn3.weight', 'bn3.bias')
 
     def __init__(self, inplanes: int, planes: int, *args: Any, gate_args: Dict[str, Any], **kwargs: Any):
         """
@@ -128,116 +129,36 @@ class GatedResNet(ResNet):
         super().init_weights(zero_init_last=zero_init_last)
 
 
-def _create_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    return build_model(GatedResNet, variant, pretrained, **kwargs)
+_DEPTHS: Dict[str, Any] = {
+    'resnet18': (GatedBasicBlock, (2, 2, 2, 2)),
+    'resnet34': (GatedBasicBlock, (3, 4, 6, 3)),
+    'resnet50': (GatedBottleneck, (3, 4, 6, 3)),
+    'resnet101': (GatedBottleneck, (3, 4, 23, 3)),
+    'resnet152': (GatedBottleneck, (3, 8, 36, 3)),
+}
 
+
+def _create_resnet(variant: str, pretrained: bool, base: str, **kwargs: Any) -> GatedResNet:
+    block, layers = _DEPTHS[base]
+    return build_model(GatedResNet, variant, pretrained, **dict(dict(block=block, layers=layers), **kwargs))
+
+
+NAMES = (
+    'spa_resnet18', 'spa_resnet34', 'spa_resnet50', 'spa_resnet101', 'spa_resnet152',
+    'spa_b_resnet18', 'spa_b_resnet34', 'spa_b_resnet50', 'spa_b_resnet101', 'spa_b_resnet152',
+    'spa_c_resnet18', 'spa_c_resnet34', 'spa_c_resnet50', 'spa_c_resnet101', 'spa_c_resnet152',
+    # tables III and VI compare with these; timm has the plain nets and seresnet50
+    'ge_resnet50', 'cbam_resnet50', 'gc_resnet50',
+)
 
 default_cfgs = generate_default_cfgs({
-    f'{gate}_resnet{depth}.warm_a1_in1k': warm_cfg(f'resnet{depth}.a1_in1k')
-    for gate in ('spa', 'spa_b', 'spa_c') for depth in (18, 34, 50, 101, 152)
+    **{
+        f'{name}.warm_a1_in1k': warm_cfg(f'{split_gate(name)[0]}.a1_in1k')
+        for name in NAMES if split_gate(name)[1].startswith('spa')
+    },
+    'ge_resnet50.untrained': untrained_cfg('resnet50.a1_in1k'),
+    'cbam_resnet50.untrained': untrained_cfg('resnet50.a1_in1k'),
+    'gc_resnet50.untrained': untrained_cfg('resnet50.a1_in1k'),
 })
 
-
-@register_model
-def spa_resnet18(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-18 with SPA-A (the gate reads the map that it gates)."""
-    model_args = dict(block=GatedBasicBlock, layers=(2, 2, 2, 2))
-    return _create_resnet('spa_resnet18', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_resnet34(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-34 with SPA-A (the gate reads the map that it gates)."""
-    model_args = dict(block=GatedBasicBlock, layers=(3, 4, 6, 3))
-    return _create_resnet('spa_resnet34', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_resnet50(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-50 with SPA-A (the gate reads the map that it gates)."""
-    model_args = dict(block=GatedBottleneck, layers=(3, 4, 6, 3))
-    return _create_resnet('spa_resnet50', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_resnet101(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-101 with SPA-A (the gate reads the map that it gates)."""
-    model_args = dict(block=GatedBottleneck, layers=(3, 4, 23, 3))
-    return _create_resnet('spa_resnet101', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_resnet152(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-152 with SPA-A (the gate reads the map that it gates)."""
-    model_args = dict(block=GatedBottleneck, layers=(3, 8, 36, 3))
-    return _create_resnet('spa_resnet152', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_b_resnet18(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-18 with SPA-B (the gate reads the block's input)."""
-    model_args = dict(block=GatedBasicBlock, layers=(2, 2, 2, 2), gate='spa_b')
-    return _create_resnet('spa_b_resnet18', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_b_resnet34(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-34 with SPA-B (the gate reads the block's input)."""
-    model_args = dict(block=GatedBasicBlock, layers=(3, 4, 6, 3), gate='spa_b')
-    return _create_resnet('spa_b_resnet34', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_b_resnet50(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-50 with SPA-B (the gate reads the block's input)."""
-    model_args = dict(block=GatedBottleneck, layers=(3, 4, 6, 3), gate='spa_b')
-    return _create_resnet('spa_b_resnet50', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_b_resnet101(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-101 with SPA-B (the gate reads the block's input)."""
-    model_args = dict(block=GatedBottleneck, layers=(3, 4, 23, 3), gate='spa_b')
-    return _create_resnet('spa_b_resnet101', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_b_resnet152(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-152 with SPA-B (the gate reads the block's input)."""
-    model_args = dict(block=GatedBottleneck, layers=(3, 8, 36, 3), gate='spa_b')
-    return _create_resnet('spa_b_resnet152', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_c_resnet18(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-18 with SPA-C (the gate reads the block's input, channels matched)."""
-    model_args = dict(block=GatedBasicBlock, layers=(2, 2, 2, 2), gate='spa_c')
-    return _create_resnet('spa_c_resnet18', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_c_resnet34(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-34 with SPA-C (the gate reads the block's input, channels matched)."""
-    model_args = dict(block=GatedBasicBlock, layers=(3, 4, 6, 3), gate='spa_c')
-    return _create_resnet('spa_c_resnet34', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_c_resnet50(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-50 with SPA-C (the gate reads the block's input, channels matched)."""
-    model_args = dict(block=GatedBottleneck, layers=(3, 4, 6, 3), gate='spa_c')
-    return _create_resnet('spa_c_resnet50', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_c_resnet101(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-101 with SPA-C (the gate reads the block's input, channels matched)."""
-    model_args = dict(block=GatedBottleneck, layers=(3, 4, 23, 3), gate='spa_c')
-    return _create_resnet('spa_c_resnet101', pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def spa_c_resnet152(pretrained: bool = False, **kwargs: Any) -> GatedResNet:
-    """ResNet-152 with SPA-C (the gate reads the block's input, channels matched)."""
-    model_args = dict(block=GatedBottleneck, layers=(3, 8, 36, 3), gate='spa_c')
-    return _create_resnet('spa_c_resnet152', pretrained, **dict(model_args, **kwargs))
+register_gated(globals(), NAMES, _create_resnet, lambda base: f'ResNet-{base[len("resnet"):]}')

@@ -1,0 +1,74 @@
+"""Entry points of models that differ only in their gate."""
+from typing import Any, Callable, Dict, Iterable, List, Tuple
+
+import timm
+import torch.nn as nn
+from timm.models import model_entrypoint, register_model
+
+__all__ = ['GATE_PREFIXES', 'list_models', 'register_gated', 'split_gate']
+
+# prefix of a model name -> gate of `timm_spa.layers.create_gate`, and what it is called; the longest prefix counts
+GATE_PREFIXES: Dict[str, Tuple[str, str]] = {
+    'spa_b_': ('spa_b', "SPA-B (the gate reads the block's input)"),
+    'spa_c_': ('spa_c', "SPA-C (the gate reads the block's input, channels matched)"),
+    'spa_': ('spa', 'SPA-A (the gate reads the map that it gates)'),
+    'se_b_': ('se_b', "SE+, squeeze-and-excitation of the block's input"),
+    'se_c_': ('se_c', "SE++, squeeze-and-excitation of the block's input, channels matched"),
+    'se_': ('se', 'squeeze-and-excitation'),
+    'ge_': ('ge', 'parameter-free gather-excite of global extent'),
+    'cbam_': ('cbam', 'the convolutional block attention module'),
+    'gc_': ('gc', 'global context'),
+    '': ('none', 'no attention'),
+}
+
+
+def split_gate(name: str) -> Tuple[str, str, str]:
+    """Splits a model's name into its base, its gate, and a description of the gate.
+
+    Args:
+        name: Name of a model, e.g. 'se_b_preresnet18_cifar'.
+
+    Returns:
+        Base name ('preresnet18_cifar'), gate ('se_b') and description.
+    """
+    prefix = next(p for p in GATE_PREFIXES if name.startswith(p))
+    return (name[len(prefix):], *GATE_PREFIXES[prefix])
+
+
+def register_gated(
+        module: Dict[str, Any],
+        names: Iterable[str],
+        create: Callable[..., nn.Module],
+        base_doc: Callable[[str], str],
+) -> None:
+    """Makes and registers an entry point for each name, as a member of the calling module.
+
+    Args:
+        module: Namespace of the module, its `globals()`. `default_cfgs` must be in it.
+        names: Names of models, base names with a prefix of `GATE_PREFIXES`.
+        create: Called as `create(name, pretrained, base=base, gate=gate, **kwargs)`.
+        base_doc: Describes a base name, e.g. 'preresnet18_cifar' as 'Pre-activation ResNet-18 for 32x32 images'.
+    """
+    for name in names:
+        base, gate, description = split_gate(name)
+
+        def entrypoint(pretrained: bool = False, *, _name=name, _base=base, _gate=gate, **kwargs: Any) -> nn.Module:
+            return create(_name, pretrained, **dict(dict(base=_base, gate=_gate), **kwargs))
+
+        entrypoint.__name__ = entrypoint.__qualname__ = name
+        entrypoint.__module__ = module['__name__']
+        entrypoint.__doc__ = f'{base_doc(base)} with {description}.'
+        module[name] = register_model(entrypoint)
+
+
+def list_models(filter: str = '*') -> List[str]:
+    """Lists the models of this package.
+
+    Args:
+        filter: Wildcard on the names.
+
+    Returns:
+        Names without tags, in timm's order.
+    """
+    package = __name__.partition('.')[0]
+    return [name for name in timm.list_models(filter) if model_entrypoint(name).__module__.partition('.')[0] == package]

@@ -1,0 +1,163 @@
+"""DenseNet with attention on the new channels of every layer, on timm's DenseNet.
+
+Papers:
+  * `Spatial Pyramid Attention for Deep Convolutional Neural Networks` - https://doi.org/10.1109/TMM.2021.3068576
+  * `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
+
+The gate acts on the raw output of a layer's last convolution, before it is concatenated; variants B and C read all
+channels that come into the layer, as they are. Transitions have none. The reduction is 3, in the 32x32 nets of the
+authors as in the ImageNet nets here, for which there is no precedent.
+"""
+import re
+from typing import Any, Dict, List, Sequence
+
+import torch
+import torch.nn as nn
+from timm.models import generate_default_cfgs
+from timm.models.densenet import DenseBlock, DenseLayer, DenseNet
+
+from ..layers import create_gate
+from ._entrypoints import register_gated
+from ._pretrained import build_model, cifar_cfg, reset_parameters, warm_cfg
+
+__all__ = ['GatedDenseLayer', 'GatedDenseNet']
+
+
+class GatedDenseLayer(DenseLayer):
+    """timm's dense layer with a gate on its new channels."""
+    gated_parameters = ('conv2.weight',)
+
+    def __init__(self, layer: DenseLayer, attn: nn.Module):
+        """
+        Args:
+            layer: The layer as timm's block made it; its parts are taken over.
+            attn: Gate, called with the new channels and with all that come into the layer.
+        """
+        nn.Module.__init__(self)
+        self.__dict__.update(layer.__dict__)
+        self.attn = attn
+
+    def forward(self, x: List[torch.Tensor]) -> torch.Tensor:
+        """Makes new channels.
+
+        Args:
+            x: What the layers before made, (N, C_i, H, W) each.
+
+        Returns:
+            The new channels, (N, growth_rate, H, W).
+        """
+        if not torch.jit.is_scripting() and self.grad_checkpointing and self.any_requires_grad(x):
+            bottleneck = self.call_checkpoint_bottleneck(x)
+        else:
+            bottleneck = self.bottleneck_fn(x)
+        new = self.conv2(self.norm2(bottleneck))
+        new = self.attn(new, torch.cat(x, 1) if self.attn.reads_block_input else new)
+        if self.drop_rate > 0:
+            new = nn.functional.dropout(new, p=self.drop_rate, training=self.training)
+        return new
+
+
+class GatedDenseNet(DenseNet):
+    """timm's DenseNet with a gate in every dense layer."""
+
+    def __init__(
+            self,
+            gate: str = 'spa',
+            pyramid_sizes: Sequence[int] = (1, 4, 7),
+            rd_ratio: float = 1. / 3,
+            cifar: bool = False,
+            in_chans: int = 3,
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            gate: Name of the gate, see `timm_spa.layers.create_gate`.
+            pyramid_sizes: Side lengths of the gate's pooled maps, in cells.
+            rd_ratio: Reduced width of the gates over the channels that they read.
+            cifar: The shape of net for 32x32 images: a stem of one 3x3 convolution that keeps the resolution.
+            in_chans: Channels of the images.
+            **kwargs: Arguments of timm's DenseNet.
+        """
+        dd: Any = {'device': device, 'dtype': dtype}
+        super().__init__(in_chans=in_chans, **kwargs, **dd)
+        if cifar:
+            self.features.conv0 = nn.Conv2d(
+                in_chans, self.features.conv0.out_channels, 3, padding=1, bias=False, **dd)
+            self.features.norm0 = nn.Identity()
+            self.features.pool0 = nn.Identity()
+            for i, info in enumerate(self.feature_info):
+                info['reduction'] //= 4 if i else 2  # timm counts a stem of stride 2 and a pooling of stride 2
+        for block in self.features.children():
+            if isinstance(block, DenseBlock):
+                for name, layer in list(block.items()):
+                    attn = create_gate(
+                        gate, layer.conv2.out_channels, layer.conv1.in_channels, pyramid_sizes, rd_ratio,
+                        reduce_source=True, **dd)
+                    block[name] = GatedDenseLayer(layer, attn)
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`."""
+        reset_parameters(self)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+_BASES: Dict[str, Dict[str, Any]] = {
+    'densenet121': dict(growth_rate=32, block_config=(6, 12, 24, 16)),
+    'densenet161': dict(growth_rate=48, block_config=(6, 12, 36, 24)),
+    'densenet169': dict(growth_rate=32, block_config=(6, 12, 32, 32)),
+    'densenet201': dict(growth_rate=32, block_config=(6, 12, 48, 32)),
+    'densenet_cifar': dict(growth_rate=12, block_config=(6, 12, 24, 16), cifar=True, pyramid_sizes=(1, 2, 4)),
+    'densenet121_cifar': dict(growth_rate=32, block_config=(6, 12, 24, 16), cifar=True, pyramid_sizes=(1, 2, 4)),
+}
+
+
+def _rename_torchvision(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    # torchvision's first DenseNet files have 'denselayer1.norm.1.weight' for 'denselayer1.norm1.weight'
+    return {re.sub(r'\.(norm|conv)\.(\d)\.', r'.\1\2.', key): value for key, value in state_dict.items()}
+
+
+def _create_densenet(variant: str, pretrained: bool, base: str, **kwargs: Any) -> GatedDenseNet:
+    return build_model(
+        GatedDenseNet,
+        variant,
+        pretrained,
+        feature_cfg=dict(flatten_sequential=True),
+        plain_filter=_rename_torchvision,
+        **dict(_BASES[base], **kwargs),
+    )
+
+
+NAMES = (
+    'spa_densenet121', 'spa_densenet161', 'spa_densenet169', 'spa_densenet201',
+    'densenet_cifar', 'spa_densenet_cifar', 'spa_b_densenet_cifar', 'spa_c_densenet_cifar', 'se_densenet_cifar',
+    'ge_densenet_cifar', 'densenet121_cifar', 'spa_densenet121_cifar', 'spa_b_densenet121_cifar',
+    'spa_c_densenet121_cifar', 'se_densenet121_cifar', 'ge_densenet121_cifar',
+)
+
+default_cfgs = generate_default_cfgs({
+    'spa_densenet121.warm_ra_in1k': warm_cfg('densenet121.ra_in1k'),
+    'spa_densenet161.warm_tv_in1k': warm_cfg('densenet161.tv_in1k'),
+    'spa_densenet169.warm_tv_in1k': warm_cfg('densenet169.tv_in1k'),
+    'spa_densenet201.warm_tv_in1k': warm_cfg('densenet201.tv_in1k'),
+    **{
+        f'{name}.untrained': cifar_cfg(first_conv='features.conv0', classifier='classifier')
+        for name in NAMES if name.endswith('_cifar')
+    },
+})
+
+
+def _describe(base: str) -> str:
+    config = _BASES[base]
+    size = ' for 32x32 images' if config.get('cifar') else ''
+    return f'DenseNet of growth {config["growth_rate"]}, blocks {config["block_config"]}{size},'
+
+
+register_gated(globals(), NAMES, _create_densenet, _describe)

@@ -1,0 +1,223 @@
+"""Pre-activation ResNet for 32x32 images, with and without attention at the end of every residual branch.
+
+Papers:
+  * `Spatial Pyramid Attention for Deep Convolutional Neural Networks` - https://doi.org/10.1109/TMM.2021.3068576
+  * `Identity Mappings in Deep Residual Networks` - https://arxiv.org/abs/1603.05027
+
+The nets of the paper's tables II and IV, as its authors' code has them: the gate acts on the last convolution's raw
+output; variants B and C (and SE+, SE++) read the block's raw input, before its first norm layer; the projection of the
+shortcut reads that norm layer's activated output; no norm layer stands before the final pooling.
+
+All else is timm's ResNet. `feature_info` gives the reduction against the image: 1 for the stem and the first stage,
+then 2, 4 and 8.
+"""
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn as nn
+from timm.models import generate_default_cfgs
+
+from ..layers import create_gate
+from ._entrypoints import register_gated
+from ._pretrained import build_model, cifar_cfg
+from .resnet import GatedResNet
+
+__all__ = ['GatedPreActBasicBlock', 'GatedPreActBottleneck', 'GatedPreActResNet']
+
+
+
+class GatedPreActBasicBlock(nn.Module):
+    """norm - act - conv 3x3, twice, then a gate. Takes the arguments of timm's BasicBlock."""
+    expansion = 1
+    gated_parameters = ('conv2.weight',)
+
+    def __init__(
+            self,
+            inplanes: int,
+            planes: int,
+            stride: int = 1,
+            downsample: Optional[nn.Sequential] = None,
+            dilation: int = 1,
+            first_dilation: Optional[int] = None,
+            act_layer: Any = nn.ReLU,
+            norm_layer: Any = nn.BatchNorm2d,
+            drop_path: Optional[nn.Module] = None,
+            gate_args: Optional[Dict[str, Any]] = None,
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            inplanes: Channels of the input.
+            planes: Channels of the output.
+            stride: Stride of the first convolution.
+            downsample: timm's projection of the shortcut; its convolution is used.
+            dilation: Dilation of the last convolution.
+            first_dilation: Dilation of the first; `dilation` if None.
+            act_layer: Activation.
+            norm_layer: Norm layer.
+            drop_path: Stochastic depth of the branch.
+            gate_args: Arguments of `timm_spa.layers.create_gate` that do not depend on the block.
+            **kwargs: Arguments of timm's block that have no counterpart here, at their defaults.
+        """
+        _check_unsupported(kwargs)
+        dd: Any = {'device': device, 'dtype': dtype}
+        super().__init__()
+        first_dilation = first_dilation or dilation
+        self.bn1 = norm_layer(inplanes, **dd)
+        self.act1 = act_layer(inplace=True)
+        self.conv1 = nn.Conv2d(
+            inplanes, planes, 3, stride=stride, padding=first_dilation, dilation=first_dilation, bias=False, **dd)
+        self.bn2 = norm_layer(planes, **dd)
+        self.act2 = act_layer(inplace=True)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=dilation, dilation=dilation, bias=False, **dd)
+        self.attn = create_gate(
+            channels=planes, in_channels=inplanes, norm_layer=norm_layer, **(gate_args or {}), **dd)
+        self.downsample = None if downsample is None else downsample[0]
+        self.drop_path = nn.Identity() if drop_path is None else drop_path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, inplanes, H, W) to (N, planes, H / stride, W / stride)."""
+        out = self.act1(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(out)
+        out = self.conv1(out)
+        out = self.conv2(self.act2(self.bn2(out)))
+        return self.drop_path(self.attn(out, x)) + shortcut
+
+
+class GatedPreActBottleneck(nn.Module):
+    """norm - act - conv of 1x1, 3x3 and 1x1, then a gate. Takes the arguments of timm's Bottleneck."""
+    expansion = 4
+    gated_parameters = ('conv3.weight',)
+
+    def __init__(
+            self,
+            inplanes: int,
+            planes: int,
+            stride: int = 1,
+            downsample: Optional[nn.Sequential] = None,
+            dilation: int = 1,
+            first_dilation: Optional[int] = None,
+            act_layer: Any = nn.ReLU,
+            norm_layer: Any = nn.BatchNorm2d,
+            drop_path: Optional[nn.Module] = None,
+            gate_args: Optional[Dict[str, Any]] = None,
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            inplanes: Channels of the input.
+            planes: Channels of the branch, a quarter of those of the output.
+            stride: Stride of the 3x3 convolution.
+            downsample: timm's projection of the shortcut; its convolution is used.
+            dilation: Not used but where `first_dilation` is None.
+            first_dilation: Dilation of the 3x3 convolution; `dilation` if None.
+            act_layer: Activation.
+            norm_layer: Norm layer.
+            drop_path: Stochastic depth of the branch.
+            gate_args: Arguments of `timm_spa.layers.create_gate` that do not depend on the block.
+            **kwargs: Arguments of timm's block that have no counterpart here, at their defaults.
+        """
+        _check_unsupported(kwargs)
+        dd: Any = {'device': device, 'dtype': dtype}
+        super().__init__()
+        outplanes = planes * self.expansion
+        first_dilation = first_dilation or dilation
+        self.bn1 = norm_layer(inplanes, **dd)
+        self.act1 = act_layer(inplace=True)
+        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False, **dd)
+        self.bn2 = norm_layer(planes, **dd)
+        self.act2 = act_layer(inplace=True)
+        self.conv2 = nn.Conv2d(
+            planes, planes, 3, stride=stride, padding=first_dilation, dilation=first_dilation, bias=False, **dd)
+        self.bn3 = norm_layer(planes, **dd)
+        self.act3 = act_layer(inplace=True)
+        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False, **dd)
+        self.attn = create_gate(
+            channels=outplanes, in_channels=inplanes, norm_layer=norm_layer, **(gate_args or {}), **dd)
+        self.downsample = None if downsample is None else downsample[0]
+        self.drop_path = nn.Identity() if drop_path is None else drop_path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, inplanes, H, W) to (N, planes * 4, H / stride, W / stride)."""
+        out = self.act1(self.bn1(x))
+        shortcut = x if self.downsample is None else self.downsample(out)
+        out = self.conv1(out)
+        out = self.conv2(self.act2(self.bn2(out)))
+        out = self.conv3(self.act3(self.bn3(out)))
+        return self.drop_path(self.attn(out, x)) + shortcut
+
+
+def _check_unsupported(kwargs: Dict[str, Any]) -> None:
+    nothing = dict(cardinality=1, base_width=64, reduce_first=1, aa_layer=None, drop_block=None)
+    for name, value in kwargs.items():
+        if name not in nothing or value != nothing[name]:
+            raise ValueError(f'The pre-activation blocks do not support {name}, got {value!r}.')
+
+
+class GatedPreActResNet(GatedResNet):
+    """Pre-activation ResNet on a stem of one 3x3 convolution that keeps the resolution."""
+
+    def __init__(self, *args: Any, in_chans: int = 3, output_stride: int = 8, **kwargs: Any):
+        """
+        Args:
+            *args: Positional arguments of timm's ResNet.
+            in_chans: Channels of the images.
+            output_stride: Resolution of the input over that of the last feature map: 8, 4 or 2, limited by dilation.
+            **kwargs: Arguments of `GatedResNet`.
+
+        Raises:
+            ValueError: `output_stride` is another number.
+        """
+        if output_stride not in (2, 4, 8):
+            raise ValueError(f'output_stride must be 2, 4 or 8, got {output_stride}.')
+        super().__init__(*args, in_chans=in_chans, output_stride=output_stride * 4, **kwargs)
+        self.conv1: nn.Module = nn.Conv2d(
+            in_chans, self.feature_info[0]['num_chs'], 3, padding=1, bias=False, device=kwargs.get('device'),
+            dtype=kwargs.get('dtype'))
+        nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
+        self.bn1 = nn.Identity()
+        self.act1 = nn.Identity()
+        self.maxpool = nn.Identity()
+        for i, info in enumerate(self.feature_info):
+            info['reduction'] //= 4 if i else 2  # timm counts a stem of stride 2 and a pooling of stride 2
+
+
+_DEPTHS: Dict[str, Any] = {
+    'preresnet18_cifar': (GatedPreActBasicBlock, (2, 2, 2, 2)),
+    'preresnet34_cifar': (GatedPreActBasicBlock, (3, 4, 6, 3)),
+    'preresnet50_cifar': (GatedPreActBottleneck, (3, 4, 6, 3)),
+    'preresnet101_cifar': (GatedPreActBottleneck, (3, 4, 23, 3)),
+    'preresnet152_cifar': (GatedPreActBottleneck, (3, 8, 36, 3)),
+}
+
+
+def _create_preact_resnet(variant: str, pretrained: bool, base: str, **kwargs: Any) -> GatedPreActResNet:
+    block, layers = _DEPTHS[base]
+    model_args = dict(block=block, layers=layers, pyramid_sizes=(1, 2, 4), rd_ratio=1. / 16)
+    return build_model(GatedPreActResNet, variant, pretrained, **dict(model_args, **kwargs))
+
+
+NAMES = (
+    'preresnet18_cifar', 'preresnet34_cifar', 'preresnet50_cifar', 'preresnet101_cifar', 'preresnet152_cifar',
+    'spa_preresnet18_cifar', 'spa_preresnet34_cifar', 'spa_preresnet50_cifar', 'spa_preresnet101_cifar',
+    'spa_preresnet152_cifar', 'spa_b_preresnet18_cifar', 'spa_b_preresnet34_cifar', 'spa_b_preresnet50_cifar',
+    'spa_b_preresnet101_cifar', 'spa_b_preresnet152_cifar', 'spa_c_preresnet18_cifar', 'spa_c_preresnet34_cifar',
+    'spa_c_preresnet50_cifar', 'spa_c_preresnet101_cifar', 'spa_c_preresnet152_cifar',
+    'se_preresnet18_cifar', 'se_preresnet34_cifar', 'se_preresnet50_cifar', 'se_preresnet101_cifar',
+    'se_preresnet152_cifar', 'ge_preresnet18_cifar', 'ge_preresnet34_cifar', 'ge_preresnet50_cifar',
+    'ge_preresnet101_cifar', 'ge_preresnet152_cifar',
+    # the connection study of table IV
+    'se_b_preresnet18_cifar', 'se_b_preresnet50_cifar', 'se_b_preresnet101_cifar',
+    'se_c_preresnet18_cifar', 'se_c_preresnet50_cifar', 'se_c_preresnet101_cifar',
+)
+
+default_cfgs = generate_default_cfgs({
+    f'{name}.untrained': cifar_cfg(first_conv='conv1', classifier='fc') for name in NAMES})
+
+register_gated(
+    globals(), NAMES, _create_preact_resnet,
+    lambda base: f'Pre-activation ResNet-{base[len("preresnet"):-len("_cifar")]} for 32x32 images')

@@ -1,0 +1,115 @@
+"""The size and cost columns of the paper's tables, beside what the models here are counted to have."""
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+import timm
+
+from .profile import count_cost
+
+__all__ = ['PaperRow', 'TABLES', 'table_rows']
+
+NOTE = """\
+"paper" columns are the paper's figures, "authors" what the authors' code was counted to have, "ours" is counted now.
+The paper's FLOPs are multiply-adds of convolutions and linear layers, plus one for each bias of a convolution, two for
+each value that passes a norm layer, and one for each that passes a ReLU or comes into a pooling; they leave out gates,
+residual sums and resizing. "ours" counts the same things; "GMACs" the convolutions and linear layers alone.
+Table VI gives the trained parameters of whole detectors, whose stem and first stage are frozen: its rows here are what
+the trained part of a backbone adds to that of ResNet-50 in the same detector."""
+
+
+class PaperRow(NamedTuple):
+    """One row of a table.
+
+    Attributes:
+        system: What the paper calls it.
+        model: Our (or timm's) name.
+        parameters: The paper's parameters, in millions.
+        flops: The paper's FLOPs, in 1e9.
+        authors: Parameters and FLOPs of the authors' code, where there is code.
+        kwargs: Arguments of the model.
+    """
+    system: str
+    model: str
+    parameters: Optional[float] = None
+    flops: Optional[float] = None
+    authors: Optional[Sequence[int]] = None
+    kwargs: Dict[str, Any] = {}
+
+
+TABLES: Dict[str, List[PaperRow]] = {
+    'III': [
+        PaperRow('ResNet50', 'resnet50', 25.557, 4.122, (25_557_032, 4_121_924_096)),
+        PaperRow('SE-ResNet50', 'seresnet50', 28.088, 4.130),
+        PaperRow('GE-ResNet50', 'ge_resnet50', 25.557, 4.127),
+        PaperRow('CBAM-ResNet50', 'cbam_resnet50', 28.090, 4.139),
+        PaperRow('SPA-ResNet50', 'spa_resnet50', 28.074, 4.262, (28_073_912, 4_261_853_200)),
+        PaperRow('MobileNetV2', 'mobilenetv2_100', 3.505, 0.320),
+        PaperRow('SE-MobileNetV2', 'se_mobilenetv2', 3.563, 0.321),
+        PaperRow('GE-MobileNetV2', 'ge_mobilenetv2', 3.555, 0.322),
+        PaperRow('CBAM-MobileNetV2', 'cbam_mobilenetv2', 3.565, 0.324),
+        PaperRow('SPA-MobileNetV2', 'spa_mobilenetv2', 3.562, 0.325, (3_562_227, 324_770_356)),
+    ],
+    # the paper gives no size or cost here; the authors' counter printed FLOPs to five digits
+    'V': [
+        PaperRow('[1, 2]', 'spa_resnet50', None, None, (28_073_896, 4_143_000_000), dict(pyramid_sizes=(1, 2))),
+        PaperRow('[1, 2, 4]', 'spa_resnet50', None, None, (28_073_912, 4_178_800_000), dict(pyramid_sizes=(1, 2, 4))),
+        PaperRow('[1, 4, 7]', 'spa_resnet50', None, None, (28_073_912, 4_261_853_200), dict(pyramid_sizes=(1, 4, 7))),
+        PaperRow(
+            '[1, 2, 4, 7]', 'spa_resnet50', None, None, (28_073_928, 4_267_400_000),
+            dict(pyramid_sizes=(1, 2, 4, 7))),
+    ],
+    # parameters that the backbone adds: the difference of two detectors, to two decimals
+    'VI': [
+        PaperRow('RetinaNet, SE-ResNet50', 'seresnet50', 2.51),
+        PaperRow('RetinaNet, SPA-ResNet50', 'spa_resnet50', 2.51),
+        PaperRow('Cascade R-CNN, GC-ResNet50', 'gc_resnet50', 2.52),
+        PaperRow('Cascade R-CNN, SPA-ResNet50', 'spa_resnet50', 2.50),
+    ],
+}
+
+
+def table_rows(table: str) -> List[List[str]]:
+    """Counts the models of a table.
+
+    Args:
+        table: Roman number of the table, a key of `TABLES`.
+
+    Returns:
+        Rows of text, a header first.
+    """
+    rows = [[
+        f'table {table}', 'model', 'params M: paper', 'authors', 'ours', 'diff',
+        'FLOPs G: paper', 'authors', 'ours', 'diff', 'GMACs']]
+    for row in TABLES[table]:
+        if table == 'VI':
+            added = _trained_in_a_detector(row.model) - _trained_in_a_detector('resnet50')
+            rows.append([
+                row.system, row.model, _number(row.parameters), '-', _number(added, 1e6),
+                f'{added / 1e6 - (row.parameters or 0):+.3f}', *('-' * 5)])
+            continue
+        cost = count_cost(row.model, **row.kwargs)
+        authors_parameters, authors_flops = row.authors or (None, None)
+        rows.append([
+            row.system, row.model,
+            _number(row.parameters), _number(authors_parameters, 1e6), _number(cost.parameters, 1e6),
+            _difference(cost.parameters, authors_parameters, row.parameters and row.parameters * 1e6),
+            _number(row.flops), _number(authors_flops, 1e9), _number(cost.paper_flops, 1e9),
+            _difference(cost.paper_flops, authors_flops, row.flops and row.flops * 1e9),
+            _number(cost.macs, 1e9),
+        ])
+    return rows
+
+
+def _trained_in_a_detector(model_name: str) -> int:
+    model = timm.create_model(model_name, device='meta')
+    frozen = ('conv1.', 'bn1.', 'layer1.', 'fc.')
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(frozen))
+
+
+def _number(value: Optional[float], unit: float = 1) -> str:
+    return '-' if value is None else f'{value / unit:.3f}'
+
+
+def _difference(ours: float, authors: Optional[float], paper: Optional[float]) -> str:
+    """Relative difference to the authors' exact count, or to the paper's rounded figure."""
+    reference = authors or paper
+    return '-' if not reference else f'{ours / reference - 1:+.2%}'
