@@ -166,7 +166,7 @@ def test_features_and_their_reduction(name):
     assert [m.shape[1] for m in maps] == model.feature_info.channels()
     assert [images.shape[-1] // m.shape[-1] for m in maps] == model.feature_info.reduction()
     with torch.no_grad():
-        last = timm.create_model(name, features_only=True, out_indices=(-1,)).eval()(images)
+        last = timm.create_model(name, features_only=True, out_indices=(len(maps) - 1,)).eval()(images)
     assert [m.shape for m in last] == [maps[-1].shape]
 
 
