@@ -222,7 +222,8 @@ def test_export_with_a_dynamic_batch(name):
         torch.testing.assert_close(exported(more), model(more))
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=pytest.mark.slow if 'densenet' in name else ()) for name in KINDS])
 def test_compile_is_one_graph(name):
     """`fullgraph=True` raises on any graph break, in eval and in training mode."""
     torch._dynamo.reset()

@@ -103,13 +103,14 @@ def shipped_cfg(name: str, **kwargs: Any) -> PretrainedCfg:
 
 
 def reset_parameters(model: nn.Module) -> None:
-    """Resets what timm's `init_weights` leaves out: norm layers, classifiers and gates, but no convolution.
+    """Resets what the families' `init_weights` leave out: all but the weights of convolutions.
 
     A model made on the meta device has no values at all after `to_empty`, also not in its buffers.
     """
     module: Any
     for module in model.modules():
-        if hasattr(module, 'reset_parameters') and not isinstance(module, nn.Conv2d):
+        weights_only = isinstance(module, nn.Conv2d) and module.bias is None
+        if hasattr(module, 'reset_parameters') and not weights_only:
             module.reset_parameters()
 
 
