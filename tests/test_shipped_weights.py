@@ -72,7 +72,7 @@ def test_card_configuration_and_cfg_agree(name):
         assert needed in body
     summary = (ROOT / 'hub_cards' / name / 'summary.csv').read_text().splitlines()
     last = dict(zip(summary[0].split(','), summary[-1].split(','), strict=True))
-    assert float(last['eval_top1']) == pytest.approx(float(top1), abs=0.05), 'float16 storage moves it by less'
+    assert float(last['eval_top1']) == pytest.approx(float(top1), abs=0.1), 'bfloat16 there, float32 here'
 
     config = json.loads((ROOT / 'hub_cards' / name / 'config.json').read_text())
     model = timm.create_model(name, pretrained=True)

@@ -26,7 +26,7 @@ from timm.models.efficientnet import EfficientNet
 
 from ..layers import create_gate
 from ._entrypoints import register_gated
-from ._pretrained import build_model, cifar_cfg, reset_parameters, untrained_cfg, warm_cfg
+from ._pretrained import build_model, cifar_cfg, reset_parameters, shipped_cfg, untrained_cfg, warm_cfg
 
 __all__ = ['GatedDepthwiseSeparableConv', 'GatedEfficientNet', 'GatedInvertedResidual']
 
@@ -206,7 +206,7 @@ default_cfgs = generate_default_cfgs({
     'ge_mobilenetv2.untrained': untrained_cfg('mobilenetv2_100.ra_in1k'),
     'cbam_mobilenetv2.untrained': untrained_cfg('mobilenetv2_100.ra_in1k'),
     'mobilenetv2_cifar.untrained': _cifar_cfg(),
-    'spa_mobilenetv2_cifar.untrained': _cifar_cfg(),
+    'spa_mobilenetv2_cifar.tmm_tin200': shipped_cfg('spa_mobilenetv2_cifar.tmm_tin200'),
     'spa_b_mobilenetv2_cifar.untrained': _cifar_cfg(),
     'spa_c_mobilenetv2_cifar.untrained': _cifar_cfg(),
     'se_mobilenetv2_cifar.untrained': _cifar_cfg(),
