@@ -10,8 +10,7 @@ import torch
 from timm.models import save_for_hf
 
 import timm_spa
-from timm_spa.layers import NoGate, SelfGate, SpatialPyramidAttention, SqueezeExcite
-from timm_spa.layers.comparison_gates import GatherExciteConv
+from timm_spa.layers import GatherExcite, GatherExciteConv, NoGate, SelfGate, SpatialPyramidAttention, SqueezeExcite
 from timm_spa.models._entrypoints import split_gate
 
 MODELS = timm_spa.list_models()
@@ -47,7 +46,8 @@ PARAMETERS = {
 
 GATE_CLASSES = {
     'spa': SpatialPyramidAttention, 'spa_b': SpatialPyramidAttention, 'spa_c': SpatialPyramidAttention,
-    'se': (SqueezeExcite, SelfGate), 'se_b': SqueezeExcite, 'se_c': SqueezeExcite, 'ge': (SelfGate, GatherExciteConv),
+    'se': (SqueezeExcite, SelfGate), 'se_b': SqueezeExcite, 'se_c': SqueezeExcite,
+    'ge': (GatherExcite, GatherExciteConv),
     'cbam': SelfGate, 'gc': SelfGate, 'none': NoGate,
 }
 

@@ -1,8 +1,8 @@
 """The attention layers. They know nothing of models."""
-from .comparison_gates import GatherExciteConv, NoGate, SelfGate, SqueezeExcite
+from .comparison_gates import GatherExcite, GatherExciteConv, NoGate, SelfGate, SqueezeExcite
 from .create_gate import GATES, create_gate
 from .spatial_pyramid_attention import ChannelMatcher, SpatialPyramidAttention
 
 __all__ = [
-    'GATES', 'ChannelMatcher', 'GatherExciteConv', 'NoGate', 'SelfGate', 'SpatialPyramidAttention', 'SqueezeExcite',
-    'create_gate']
+    'GATES', 'ChannelMatcher', 'GatherExcite', 'GatherExciteConv', 'NoGate', 'SelfGate', 'SpatialPyramidAttention',
+    'SqueezeExcite', 'create_gate']

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .spatial_pyramid_attention import ChannelMatcher
 
-__all__ = ['GatherExciteConv', 'NoGate', 'SelfGate', 'SqueezeExcite']
+__all__ = ['GatherExcite', 'GatherExciteConv', 'NoGate', 'SelfGate', 'SqueezeExcite']
 
 
 class NoGate(nn.Module):
@@ -98,6 +98,19 @@ class SqueezeExcite(nn.Module):
             source = block_input
         squeezed = self.matcher(source).mean((2, 3), keepdim=True)
         return x * self.gate(self.fc2(self.act(self.fc1(squeezed))))
+
+
+class GatherExcite(nn.Module):
+    """Gather-excite without parameters, of global extent: every channel is gated by the sigmoid of its own mean.
+
+    Paper: `Gather-Excite: Exploiting Feature Context in Convolutional Neural Networks`, https://arxiv.org/abs/1810.12348
+    timm's layer of that name computes the same, and can't be compiled by TorchScript in timm 1.0.28 to 1.0.31.
+    """
+    reads_block_input = False
+
+    def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Gates (N, C, H, W), with one value a channel."""
+        return x * x.mean((2, 3), keepdim=True).sigmoid()
 
 
 class GatherExciteConv(nn.Module):

@@ -2,10 +2,10 @@
 from typing import Any, Dict, Optional, Sequence
 
 import torch.nn as nn
-from timm.layers import GatherExcite, GlobalContext, SEModule
+from timm.layers import GlobalContext, SEModule
 from timm.layers.cbam import CbamModule
 
-from .comparison_gates import GatherExciteConv, NoGate, SelfGate, SqueezeExcite
+from .comparison_gates import GatherExcite, GatherExciteConv, NoGate, SelfGate, SqueezeExcite
 from .spatial_pyramid_attention import SpatialPyramidAttention
 
 __all__ = ['GATES', 'create_gate']
@@ -71,7 +71,7 @@ def create_gate(
     if gate == 'se_bias':
         return SelfGate(SEModule(channels, rd_channels=rd_channels, **dd))
     if gate == 'ge':
-        return SelfGate(GatherExcite(channels, use_mlp=False))
+        return GatherExcite()
     if gate == 'ge_conv':
         return GatherExciteConv(channels, norm_layer=norm_layer, **dd)
     if gate == 'cbam':
