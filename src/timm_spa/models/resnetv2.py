@@ -11,7 +11,7 @@ shortcut reads that norm layer's activated output; no norm layer stands before t
 All else is timm's ResNet. `feature_info` gives the reduction against the image: 1 for the stem and the first stage,
 then 2, 4 and 8.
 """
-from typing import Any, Dict, Optional
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -26,10 +26,19 @@ __all__ = ['GatedPreActBasicBlock', 'GatedPreActBottleneck', 'GatedPreActResNet'
 
 
 
-class GatedPreActBasicBlock(nn.Module):
-    """norm - act - conv 3x3, twice, then a gate. Takes the arguments of timm's BasicBlock."""
-    expansion = 1
-    gated_parameters = ('conv2.weight',)
+class _GatedPreActBlock(nn.Module):
+    """norm - act - conv, two or three times, then a gate and the residual sum. Takes the arguments of timm's blocks."""
+    expansion: int
+    if TYPE_CHECKING:  # made in a loop
+        bn1: nn.Module
+        bn2: nn.Module
+        bn3: nn.Module
+        act1: nn.Module
+        act2: nn.Module
+        act3: nn.Module
+        conv1: nn.Module
+        conv2: nn.Module
+        conv3: nn.Module
 
     def __init__(
             self,
@@ -50,32 +59,53 @@ class GatedPreActBasicBlock(nn.Module):
         """
         Args:
             inplanes: Channels of the input.
-            planes: Channels of the output.
-            stride: Stride of the first convolution.
+            planes: Channels of the branch, those of the output over `expansion`.
+            stride: Stride of the first 3x3 convolution.
             downsample: timm's projection of the shortcut; its convolution is used.
-            dilation: Dilation of the last convolution.
+            dilation: Dilation of a second 3x3 convolution.
             first_dilation: Dilation of the first; `dilation` if None.
             act_layer: Activation.
             norm_layer: Norm layer.
             drop_path: Stochastic depth of the branch.
             gate_args: Arguments of `timm_spa.layers.create_gate` that do not depend on the block.
-            **kwargs: Arguments of timm's block that have no counterpart here, at their defaults.
+            **kwargs: Arguments of timm's blocks that have no counterpart here, at their defaults.
+
+        Raises:
+            ValueError: An argument without counterpart is not at its default.
         """
-        _check_unsupported(kwargs)
+        nothing = dict(cardinality=1, base_width=64, reduce_first=1, aa_layer=None, drop_block=None)
+        for name, value in kwargs.items():
+            if name not in nothing or value != nothing[name]:
+                raise ValueError(f'The pre-activation blocks do not support {name}, got {value!r}.')
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__()
-        first_dilation = first_dilation or dilation
-        self.bn1 = norm_layer(inplanes, **dd)
-        self.act1 = act_layer(inplace=True)
-        self.conv1 = nn.Conv2d(
-            inplanes, planes, 3, stride=stride, padding=first_dilation, dilation=first_dilation, bias=False, **dd)
-        self.bn2 = norm_layer(planes, **dd)
-        self.act2 = act_layer(inplace=True)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=dilation, dilation=dilation, bias=False, **dd)
+        channels = inplanes
+        for i, (out_channels, kernel_size, first) in enumerate(self._convolutions(planes), start=1):
+            conv_stride = stride if first else 1
+            conv_dilation = 1 if kernel_size == 1 else (first_dilation or dilation) if first else dilation
+            self.add_module(f'bn{i}', norm_layer(channels, **dd))
+            self.add_module(f'act{i}', act_layer(inplace=True))
+            self.add_module(f'conv{i}', nn.Conv2d(
+                channels, out_channels, kernel_size, stride=conv_stride, padding=conv_dilation * (kernel_size // 2),
+                dilation=conv_dilation, bias=False, **dd))
+            channels = out_channels
         self.attn = create_gate(
-            channels=planes, in_channels=inplanes, norm_layer=norm_layer, **(gate_args or {}), **dd)
+            channels=channels, in_channels=inplanes, norm_layer=norm_layer, **(gate_args or {}), **dd)
         self.downsample = None if downsample is None else downsample[0]
         self.drop_path = nn.Identity() if drop_path is None else drop_path
+
+    def _convolutions(self, planes: int) -> List[Tuple[int, int, bool]]:
+        """Channels and kernel size of each convolution, and whether it is the one with the stride."""
+        raise NotImplementedError
+
+
+class GatedPreActBasicBlock(_GatedPreActBlock):
+    """Two convolutions of 3x3."""
+    expansion = 1
+    gated_parameters = ('conv2.weight',)
+
+    def _convolutions(self, planes: int) -> List[Tuple[int, int, bool]]:
+        return [(planes, 3, True), (planes, 3, False)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, inplanes, H, W) to (N, planes, H / stride, W / stride)."""
@@ -86,60 +116,13 @@ class GatedPreActBasicBlock(nn.Module):
         return self.drop_path(self.attn(out, x)) + shortcut
 
 
-class GatedPreActBottleneck(nn.Module):
-    """norm - act - conv of 1x1, 3x3 and 1x1, then a gate. Takes the arguments of timm's Bottleneck."""
+class GatedPreActBottleneck(_GatedPreActBlock):
+    """Convolutions of 1x1, 3x3 and 1x1."""
     expansion = 4
     gated_parameters = ('conv3.weight',)
 
-    def __init__(
-            self,
-            inplanes: int,
-            planes: int,
-            stride: int = 1,
-            downsample: Optional[nn.Sequential] = None,
-            dilation: int = 1,
-            first_dilation: Optional[int] = None,
-            act_layer: Any = nn.ReLU,
-            norm_layer: Any = nn.BatchNorm2d,
-            drop_path: Optional[nn.Module] = None,
-            gate_args: Optional[Dict[str, Any]] = None,
-            device=None,
-            dtype=None,
-            **kwargs: Any,
-    ):
-        """
-        Args:
-            inplanes: Channels of the input.
-            planes: Channels of the branch, a quarter of those of the output.
-            stride: Stride of the 3x3 convolution.
-            downsample: timm's projection of the shortcut; its convolution is used.
-            dilation: Not used but where `first_dilation` is None.
-            first_dilation: Dilation of the 3x3 convolution; `dilation` if None.
-            act_layer: Activation.
-            norm_layer: Norm layer.
-            drop_path: Stochastic depth of the branch.
-            gate_args: Arguments of `timm_spa.layers.create_gate` that do not depend on the block.
-            **kwargs: Arguments of timm's block that have no counterpart here, at their defaults.
-        """
-        _check_unsupported(kwargs)
-        dd: Any = {'device': device, 'dtype': dtype}
-        super().__init__()
-        outplanes = planes * self.expansion
-        first_dilation = first_dilation or dilation
-        self.bn1 = norm_layer(inplanes, **dd)
-        self.act1 = act_layer(inplace=True)
-        self.conv1 = nn.Conv2d(inplanes, planes, 1, bias=False, **dd)
-        self.bn2 = norm_layer(planes, **dd)
-        self.act2 = act_layer(inplace=True)
-        self.conv2 = nn.Conv2d(
-            planes, planes, 3, stride=stride, padding=first_dilation, dilation=first_dilation, bias=False, **dd)
-        self.bn3 = norm_layer(planes, **dd)
-        self.act3 = act_layer(inplace=True)
-        self.conv3 = nn.Conv2d(planes, outplanes, 1, bias=False, **dd)
-        self.attn = create_gate(
-            channels=outplanes, in_channels=inplanes, norm_layer=norm_layer, **(gate_args or {}), **dd)
-        self.downsample = None if downsample is None else downsample[0]
-        self.drop_path = nn.Identity() if drop_path is None else drop_path
+    def _convolutions(self, planes: int) -> List[Tuple[int, int, bool]]:
+        return [(planes, 1, False), (planes, 3, True), (planes * self.expansion, 1, False)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, inplanes, H, W) to (N, planes * 4, H / stride, W / stride)."""
@@ -149,13 +132,6 @@ class GatedPreActBottleneck(nn.Module):
         out = self.conv2(self.act2(self.bn2(out)))
         out = self.conv3(self.act3(self.bn3(out)))
         return self.drop_path(self.attn(out, x)) + shortcut
-
-
-def _check_unsupported(kwargs: Dict[str, Any]) -> None:
-    nothing = dict(cardinality=1, base_width=64, reduce_first=1, aa_layer=None, drop_block=None)
-    for name, value in kwargs.items():
-        if name not in nothing or value != nothing[name]:
-            raise ValueError(f'The pre-activation blocks do not support {name}, got {value!r}.')
 
 
 class GatedPreActResNet(GatedResNet):
