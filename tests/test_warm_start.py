@@ -125,7 +125,7 @@ def test_nets_for_small_images_and_se_too(plain, gate, tmp_path):
     """From the plain nets of this package. Their gates follow a convolution, a norm layer, or a ReLU."""
     source = random_plain_model(plain)
     safetensors.torch.save_file(source.state_dict(), tmp_path / 'plain.safetensors')
-    model = timm.create_model(f'{gate}_{plain}')
+    model = timm.create_model(f'{gate}_{plain}', num_classes=source.num_classes)
     filtered = checkpoint_filter_fn(safetensors.torch.load_file(tmp_path / 'plain.safetensors'), model)
     model.load_state_dict(filtered, strict=True)
     images = torch.randn(2, 3, 32, 32)

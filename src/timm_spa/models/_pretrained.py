@@ -2,7 +2,7 @@
 import dataclasses
 import json
 from functools import partial
-from importlib import resources
+from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Type
 
 import torch.nn as nn
@@ -96,7 +96,7 @@ def shipped_cfg(name: str, **kwargs: Any) -> PretrainedCfg:
     Returns:
         The configuration. Lists of the JSON file are tuples in it, as timm has them.
     """
-    folder = resources.files('timm_spa') / 'weights'
+    folder = Path(__file__).parent.parent / 'weights'
     fields = json.loads((folder / f'{name}.json').read_text(encoding='utf-8'))
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     return PretrainedCfg(**dict(fields, file=str(folder / f'{name}.safetensors'), **kwargs))
