@@ -128,6 +128,13 @@ def test_names_of_imagenet_classes():
     assert names[285]['name'].startswith('Egyptian cat')
 
 
+def test_a_closed_pipe_is_no_error_to_show():
+    command = f'{sys.executable} -m timm_spa list "spa_resnet*" | head -1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith('model')
+    assert done.stderr == ''
+
+
 def test_as_a_module_and_as_a_command():
     for command in ([sys.executable, '-m', 'timm_spa'], [Path(sys.executable).parent / 'timm-spa']):
         done = subprocess.run([*command, '--help'], capture_output=True, text=True)

@@ -156,7 +156,7 @@ def test_model_arguments(name):
         timm.create_model(name, gate='sap')
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', MODELS)
 def test_features_and_their_reduction(name):
     """The reduction of a feature map is the image over the map, also for the nets whose stem keeps the resolution."""
     model = timm.create_model(name, features_only=True).eval()

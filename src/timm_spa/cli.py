@@ -1,6 +1,7 @@
 """The command line: `timm-spa <verb>`, or `python -m timm_spa <verb>`."""
 import argparse
 import json
+import os
 import sys
 from importlib import resources
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -152,4 +153,10 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error(f'--top-k must be at least 1, got {args.top_k}.')
     import timm_spa  # noqa: F401  registers the models; after the parser, so that --help is quick
 
-    return args.run(args)
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has seen enough, e.g. `timm-spa list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
