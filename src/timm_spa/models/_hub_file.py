@@ -23,7 +23,7 @@ class HubWeightsError(RuntimeError):
     def __init__(self, repo_id: str, filename: str, cause: str):
         super().__init__(
             f'No weights: {filename} of {repo_id} is not in the cache, and {cause}. Three ways out: connect to '
-            f'{constants.ENDPOINT} (huggingface-cli login, if the repository is private); or set HF_HUB_OFFLINE=1 and '
+            f'{constants.ENDPOINT} (`hf auth login` first, if the repository is private); or set HF_HUB_OFFLINE=1 and '
             f'HF_HOME to a cache that holds it (from a connected machine); or name a local file with '
             f"timm.create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file='model.safetensors')).")
 
