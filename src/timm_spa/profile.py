@@ -1,5 +1,5 @@
 """Size and cost of a model, counted and not looked up."""
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple
 
 import timm
 import torch
@@ -25,22 +25,21 @@ class ModelCost(NamedTuple):
     paper_flops: int
 
 
-def count_cost(model_name: str, input_size: Optional[Tuple[int, int, int]] = None, **kwargs: Any) -> ModelCost:
+def count_cost(model_name: str, **kwargs: Any) -> ModelCost:
     """Counts a model on the meta device, without memory for its weights.
 
     Args:
         model_name: Name of a model that timm knows.
-        input_size: Channels, height and width of the image; the model's own if None.
         **kwargs: Arguments of `timm.create_model`.
 
     Returns:
-        The counts.
+        The counts, for one image of the model's input size.
     """
     model = timm.create_model(model_name, device=torch.device('meta'), **kwargs).eval()
     extra = _count_other_operations(model)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(torch.empty(1, *(input_size or model.pretrained_cfg['input_size']), device='meta'))
+        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
     macs = counter.get_total_flops() // 2
     return ModelCost(sum(p.numel() for p in model.parameters()), macs, macs + sum(extra))
 

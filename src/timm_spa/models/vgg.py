@@ -71,7 +71,7 @@ class GatedVGG(VGG):
                     raise ValueError(f'gate must read the map that it gates in GatedVGG, got {gate!r}.')
                 # conv, norm, activation: the gate goes with the third, so that timm's names stay
                 self.features[i + 2] = _GatedActivation(self.features[i + 2], attn, f'features.{i + 1}')
-        self.init_weights()
+                _init_weights(attn)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
