@@ -27,7 +27,7 @@ class GatedDenseLayer(DenseLayer):
     """timm's dense layer with a gate on its new channels."""
     gated_parameters = ('conv2.weight',)
 
-    def __init__(self, layer: DenseLayer, attn: nn.Module):
+    def __init__(self, layer: DenseLayer, attn: Any):
         """
         Args:
             layer: The layer as timm's block made it; its parts are taken over.
@@ -36,6 +36,7 @@ class GatedDenseLayer(DenseLayer):
         nn.Module.__init__(self)
         self.__dict__.update(layer.__dict__)
         self.attn = attn
+        self.reads_block_input = bool(attn.reads_block_input)  # TorchScript sees no attribute of another class
 
     def forward(self, x: List[torch.Tensor]) -> torch.Tensor:
         """Makes new channels.
@@ -51,7 +52,7 @@ class GatedDenseLayer(DenseLayer):
         else:
             bottleneck = self.bottleneck_fn(x)
         new = self.conv2(self.norm2(bottleneck))
-        new = self.attn(new, torch.cat(x, 1) if self.attn.reads_block_input else new)
+        new = self.attn(new, torch.cat(x, 1) if self.reads_block_input else new)
         if self.drop_rate > 0:
             new = nn.functional.dropout(new, p=self.drop_rate, training=self.training)
         return new
