@@ -142,7 +142,7 @@ def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: n
         elif tensor.ndim == 2 and name in own and own[name].ndim == 4:
             tensor = tensor[:, :, None, None]  # a linear layer of theirs that is a 1x1 convolution of ours
         converted[name] = tensor
-    _check_fit(converted, model)
+    _check_fit(converted, own, type(model).__name__)
     return _dense_channels_reordered(converted, model) if isinstance(model, GatedDenseNet) else converted
 
 
@@ -169,8 +169,7 @@ def _rules_for(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Rules:
     raise ConversionError(f'There are no rules to convert a checkpoint to a {type(model).__name__}.')
 
 
-def _check_fit(converted: Mapping[str, torch.Tensor], model: nn.Module) -> None:
-    own = model.state_dict()
+def _check_fit(converted: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], model_class: str) -> None:
     problems = {
         'missing': [name for name in own if name not in converted],
         'unexpected': [name for name in converted if name not in own],
@@ -180,7 +179,7 @@ def _check_fit(converted: Mapping[str, torch.Tensor], model: nn.Module) -> None:
     }
     lines = [f'{len(names)} {what}: {_shortened(names)}' for what, names in problems.items() if names]
     if lines:
-        raise ConversionError(f'The checkpoint does not fit {type(model).__name__}; tensors ' + '; '.join(lines) + '.')
+        raise ConversionError(f'The checkpoint does not fit {model_class}; tensors ' + '; '.join(lines) + '.')
 
 
 def _shortened(names: List[str], limit: int = 6) -> str:

@@ -57,7 +57,7 @@ def create_gate(
         ValueError: The gate is unknown.
     """
     dd: Any = {'device': device, 'dtype': dtype}
-    variant = {'b': 'b', 'c': 'c'}.get(gate.rpartition('_')[2], 'a')
+    variant = gate[-1] if gate.endswith(('_b', '_c')) else 'a'
     source_channels = channels if variant == 'a' else in_channels
     rd_channels = max(1, int(channels * rd_ratio))
     source_rd_channels = max(1, int(source_channels * rd_ratio)) if reduce_source else rd_channels

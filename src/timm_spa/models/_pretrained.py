@@ -57,7 +57,7 @@ def warm_cfg(source: str) -> PretrainedCfg:
         hf_hub_filename=WEIGHTS_FILENAME,
         description=f'Warm start from {source}: the same function, attention still neutral.',
         notes=(
-            f'The weights are those of timm/{source}. Every gate is 1/2 and the norm layer before it is doubled, so '
+            f'The weights are those of timm/{source}. Every gate is 1/2 and what it gates is doubled, so '
             "the model computes what the plain one does, with the plain one's accuracy, until it is fine-tuned.",
         ),
     )
