@@ -1,0 +1,133 @@
+"""Trains several models with several seeds under one recipe, and keeps what proves the outcome.
+
+Every run is `accelerate launch ... -m timm_spa.run train` with the arguments that follow `--`, and its own --model,
+--seed, --output and --experiment. A run that ended is kept in RESULTS/<model>-seed<seed>/: `summary.csv` and
+`args.yaml` as timm wrote them, `run.json` with the command, hardware, versions and duration. Calling it again skips
+those, goes on with a run that was interrupted from its last checkpoint, and starts the rest.
+
+    python train_scripts/sweep.py --models preresnet18_cifar spa_preresnet18_cifar --seeds 42 43 44 --parallel 4 \
+        --launch train_scripts/accelerate/gpu1.yaml --runs runs --results train_scripts/results/tin200 -- \
+        --config train_scripts/recipes/tmm_small_image.yaml --num-classes 200 \
+        --data-dir TIN200_40 --val-split validation
+"""
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+PACKAGES = ('timm_spa', 'timm', 'torch', 'torchvision', 'accelerate')
+OWN_OPTIONS = ('--model', '--seed', '--output', '--experiment', '--resume')
+
+
+def hardware() -> str:
+    """Returns the accelerator's name, or that of the processor with the threads that torch uses."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}'
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        name = next(line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        pass
+    return f'CPU, {torch.get_num_threads()} of {os.cpu_count()} threads, {name}'
+
+
+def environment() -> Dict[str, Any]:
+    """Returns what a run's numbers depend on beside its arguments."""
+    return dict(
+        hardware=hardware(), python=platform.python_version(),
+        versions={name: metadata.version(name) for name in PACKAGES})
+
+
+def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]) -> Optional[str]:
+    """Trains one model with one seed, from its last checkpoint if there is one.
+
+    Returns:
+        What went wrong, or None.
+    """
+    name = f'{model}-seed{seed}'
+    kept = args.results / name
+    if (kept / 'run.json').exists():
+        print(f'{name}: done before', flush=True)
+        return None
+    run = args.runs / name
+    run.mkdir(parents=True, exist_ok=True)
+    command = [
+        'accelerate', 'launch', '--config_file', str(args.launch), '-m', 'timm_spa.run', 'train', *args.arguments,
+        '--model', model, '--seed', str(seed), '--output', str(args.runs), '--experiment', name]
+    checkpoint = run / 'last.pth.tar'
+    resumed = checkpoint.exists()
+    if resumed:
+        command += ['--resume', str(checkpoint)]
+    print(f'{name}: {"goes on" if resumed else "starts"}', flush=True)
+    started = time.time()
+    with open(run / 'log.txt', 'a') as log:
+        # the launcher beside this interpreter, whatever PATH says
+        code = subprocess.run(
+            [sys.executable, '-m', 'accelerate.commands.launch', *command[2:]], stdout=log, stderr=log).returncode
+    if code or not (run / 'summary.csv').exists():
+        return f'{name}: exit code {code}, see {run / "log.txt"}'
+    partial = kept.with_name(f'.{name}')
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in ('summary.csv', 'args.yaml'):
+        shutil.copy(run / file, partial)
+    record = dict(
+        model=model, seed=seed, command=shlex.join(command), resumed=resumed, seconds=round(time.time() - started),
+        **about)
+    (partial / 'run.json').write_text(json.dumps(record, indent=2) + '\n')
+    shutil.rmtree(kept, ignore_errors=True)
+    partial.rename(kept)
+    print(f'{name}: done in {record["seconds"]} s', flush=True)
+    return None
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs the command line, and returns its exit code: 1 if any run failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--models', nargs='+', required=True)
+    parser.add_argument('--seeds', nargs='+', type=int, default=[42], help='default: 42')
+    parser.add_argument('--parallel', type=int, default=1, help='runs at a time (default: %(default)s)')
+    parser.add_argument('--launch', type=Path, required=True, help="accelerate's configuration")
+    parser.add_argument('--runs', type=Path, required=True, help='folder for checkpoints and logs')
+    parser.add_argument('--results', type=Path, required=True, help='folder for what is kept')
+    parser.add_argument('arguments', nargs='*', metavar='-- ARGUMENT', help="arguments of timm's train.py")
+    args = parser.parse_args(argv)
+
+    taken = [a for a in args.arguments if a.partition('=')[0] in OWN_OPTIONS]
+    if taken:
+        parser.error(f'{", ".join(taken)} is set for each run; name models and seeds before the "--".')
+    if args.parallel < 1:
+        parser.error(f'--parallel must be at least 1, got {args.parallel}.')
+    if not args.launch.is_file():
+        parser.error(f'{args.launch} is no configuration of accelerate.')
+    import timm
+
+    import timm_spa  # noqa: F401
+
+    for model in args.models:
+        if not timm.is_model(model):
+            parser.error(f'there is no model {model!r}.')
+    about = environment()
+    jobs = [(model, seed) for seed in args.seeds for model in args.models]
+    with ThreadPoolExecutor(args.parallel) as pool:
+        problems = [p for p in pool.map(lambda job: train(*job, args, about), jobs) if p]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
