@@ -1,0 +1,68 @@
+"""The metrics file that timm's train.py writes, one row an epoch."""
+import csv
+import os
+from pathlib import Path
+from typing import Dict, List, Union
+
+__all__ = ['SummaryError', 'read_summary', 'write_summary']
+
+
+class SummaryError(ValueError):
+    """A metrics file cannot be read as one row for each epoch; the message names the file and the line."""
+
+
+def read_summary(path: Union[str, Path]) -> List[Dict[str, float]]:
+    """Reads `summary.csv` of a run, also of one that was interrupted and resumed.
+
+    timm appends to the file of a resumed run, with a second header line in its middle; and an epoch is there twice if
+    the run was killed between the writing of its row and of its checkpoint. The later row is the one that the
+    checkpoints go on from.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The columns of each epoch by their name, in the order of epochs.
+
+    Raises:
+        SummaryError: The file is missing or empty, a line does not have a number for each column, or an epoch is
+            missing between two others.
+    """
+    rows: Dict[int, Dict[str, float]] = {}
+    header: List[str] = []
+    try:
+        lines = list(csv.reader(Path(path).read_text(encoding='utf-8').splitlines()))
+    except (OSError, UnicodeDecodeError) as e:
+        raise SummaryError(f'{path} cannot be read: {e}') from e
+    for number, cells in enumerate(lines, start=1):
+        if cells[:1] == ['epoch']:
+            header = cells
+            continue
+        try:
+            row = dict(zip(header, map(float, cells), strict=True))
+            rows[int(row['epoch'])] = row
+        except (KeyError, ValueError):
+            raise SummaryError(f'{path}, line {number}, is no row of metrics: {",".join(cells)!r}.') from None
+    if not rows:
+        raise SummaryError(f'{path} has no epoch in it.')
+    missing = sorted(set(range(min(rows), max(rows))) - set(rows))
+    if missing:
+        raise SummaryError(f'{path} lacks epoch {", ".join(map(str, missing))}.')
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def write_summary(path: Union[str, Path], rows: List[Dict[str, float]]) -> None:
+    """Writes rows of `read_summary` as timm writes them: one header, one line an epoch.
+
+    Args:
+        path: The file; it is replaced as a whole or not at all.
+        rows: The columns of each epoch; those of the last row make the header.
+    """
+    path = Path(path)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}')
+    with open(partial, 'w', newline='', encoding='utf-8') as f:
+        writer = csv.writer(f, lineterminator='\n')
+        writer.writerow(rows[-1])
+        for row in rows:
+            writer.writerow([int(row['epoch']) if name == 'epoch' else row.get(name, '') for name in rows[-1]])
+    partial.replace(path)
