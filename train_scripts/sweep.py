@@ -123,7 +123,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     about = environment()
     jobs = [(model, seed) for seed in args.seeds for model in args.models]
     with ThreadPoolExecutor(args.parallel) as pool:
-        problems = [p for p in pool.map(lambda job: train(*job, args, about), jobs) if p]
+        problems = [p for p in pool.map(lambda job: train(job[0], job[1], args, about), jobs) if p]
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

@@ -1,0 +1,190 @@
+"""The preparation of data: exact pixels, broken images, interrupted work."""
+import hashlib
+import io
+import pickle
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from timm.data import create_dataset, create_transform
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / 'train_scripts' / 'prepare_data.py'
+
+
+def prepare(*args, **kwargs):
+    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for label in ('a', 'b'):
+        (tmp_path / 'train' / label).mkdir(parents=True)
+        for i in range(3):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'train' / label / f'{i}.png')
+    return tmp_path
+
+
+def test_padding_makes_the_exact_random_crop(pictures):
+    """timm's training transform of the recipe draws exactly the windows of a 4-pixel-padded crop, unchanged."""
+    done = prepare('pad', pictures / 'train', pictures / 'padded', '--workers', 1)
+    assert done.returncode == 0, done.stderr
+    recipe = yaml.safe_load((ROOT / 'train_scripts' / 'recipes' / 'tmm_small_image.yaml').read_text())
+    transform = create_transform(
+        tuple(recipe['input_size']), is_training=True, scale=recipe['scale'], ratio=recipe['ratio'],
+        hflip=recipe['hflip'], color_jitter=recipe['color_jitter'], interpolation=recipe['train_interpolation'],
+        mean=(0, 0, 0), std=(1, 1, 1))
+    original = np.asarray(Image.open(pictures / 'train' / 'a' / '0.png'))
+    border = np.pad(original, ((4, 4), (4, 4), (0, 0)))
+    windows = {
+        np.ascontiguousarray(border[y:y + 32, x:x + 32][:, ::flip]).tobytes()
+        for y in range(9) for x in range(9) for flip in (1, -1)}
+    padded = Image.open(pictures / 'padded' / 'a' / '0.png')
+    torch.manual_seed(0)
+    drawn = set()
+    for _ in range(4000):
+        pixels = (transform(padded) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+        drawn.add(pixels.tobytes())
+    assert drawn <= windows, 'a draw is no window'
+    assert len(drawn) == len(windows) == 162
+
+
+def test_downsampling_is_the_mean_of_the_pixels(pictures):
+    (pictures / 'train' / 'a' / '0.png').unlink()
+    Image.fromarray(np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)).save(pictures / 'train' / 'a' / '0.png')
+    assert prepare('downsample', pictures / 'train', pictures / 'small', '--size', 4).returncode == 0
+    large = np.asarray(Image.open(pictures / 'train' / 'a' / '0.png')).astype(float)
+    small = np.asarray(Image.open(pictures / 'small' / 'a' / '0.png')).astype(float)
+    means = large.reshape(4, 2, 4, 3, 3).mean(axis=(1, 3))
+    assert small.shape == (4, 4, 3)
+    assert np.abs(small - means).max() < 1, 'rounded once in each direction'
+
+
+@pytest.mark.parametrize('verb', ['pad', 'downsample'])
+def test_broken_pictures_stop_or_are_skipped_and_named(pictures, verb):
+    (pictures / 'train' / 'a' / 'broken.png').write_bytes(b'\x89PNG, not')
+    (pictures / 'train' / 'b' / 'short.png').write_bytes((pictures / 'train' / 'b' / '0.png').read_bytes()[:900])
+    (pictures / 'train' / 'a' / 'notes.txt').write_text('no picture')
+    stopped = prepare(verb, pictures / 'train', pictures / 'out', '--workers', 1)
+    assert stopped.returncode == 1
+    assert 'broken.png is no readable image' in stopped.stderr
+    assert '--broken skip' in stopped.stderr
+    skipped = prepare(verb, pictures / 'train', pictures / 'out', '--workers', 2, '--broken', 'skip')
+    assert skipped.returncode == 0
+    assert '2 images skipped' in skipped.stderr
+    assert 'broken.png' in skipped.stderr
+    assert 'short.png' in skipped.stderr
+    assert len(list((pictures / 'out').rglob('*.*'))) == 6, 'nothing half-written, nothing that is no picture'
+    assert len(create_dataset('', root=str(pictures / 'out'))) == 6
+
+
+def test_interrupted_work_goes_on(pictures):
+    assert prepare('pad', pictures / 'train', pictures / 'out').returncode == 0
+    (pictures / 'out' / 'b' / '1.png').unlink()
+    kept = (pictures / 'out' / 'a' / '1.png').stat().st_mtime_ns
+    assert prepare('pad', pictures / 'train', pictures / 'out').returncode == 0
+    assert (pictures / 'out' / 'b' / '1.png').exists()
+    assert (pictures / 'out' / 'a' / '1.png').stat().st_mtime_ns == kept
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(pictures):
+    """A limit on the size of a file stands for the disk: the write that exceeds it fails in the same place."""
+    code = (
+        'import resource, runpy, signal, sys\n'
+        'signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n'
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n'
+        'sys.argv = sys.argv[1:]\n'
+        'runpy.run_path(sys.argv[0], run_name="__main__")\n')
+    done = subprocess.run(
+        [sys.executable, '-c', code, SCRIPT, 'pad', pictures / 'train', pictures / 'out', '--workers', '1', '--broken',
+         'skip'],
+        capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'could not be written' in done.stderr
+    assert 'File too large' in done.stderr
+    assert not list((pictures / 'out').rglob('*.*'))
+
+
+def test_two_pictures_of_one_name(pictures):
+    Image.new('RGB', (32, 32)).save(pictures / 'train' / 'a' / '0.bmp')
+    done = prepare('pad', pictures / 'train', pictures / 'out')
+    assert done.returncode == 1
+    assert '0.bmp' in done.stderr
+    assert '0.png would both become' in done.stderr
+
+
+@pytest.mark.parametrize(('args', 'code', 'message'), [
+    (['pad', 'nowhere', 'out'], 2, 'nowhere is not a folder'),
+    (['pad', '.', 'out', '--padding', '0'], 2, 'argument --padding: must be at least 1, got 0'),
+    (['downsample', '.', 'out', '--workers', '0'], 2, 'argument --workers: must be at least 1, got 0'),
+    (['pad', '.', 'out'], 1, 'holds no image'),
+    (['classes', '.', 'out'], 1, 'holds no folder with images'),
+    (['cifar100', '.', 'out'], 1, 'cifar-100-python.tar.gz does not exist'),
+])
+def test_bad_arguments(args, code, message, tmp_path):
+    done = prepare(*args, cwd=tmp_path)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_class_names_are_in_timms_order(pictures):
+    for name in ('class10', 'class9'):
+        (pictures / 'train' / name).mkdir()
+        Image.new('RGB', (8, 8)).save(pictures / 'train' / name / 'x.png')
+    assert prepare('classes', pictures / 'train', pictures / 'names.txt').stdout == '4 classes\n'
+    names = (pictures / 'names.txt').read_text().splitlines()
+    root = str(pictures / 'train')
+    by_folder = create_dataset('', root=root).reader.class_to_idx
+    by_file = create_dataset('', root=root, class_map=str(pictures / 'names.txt')).reader.class_to_idx
+    assert names == ['a', 'b', 'class9', 'class10'], 'not the order of letters'
+    assert by_folder == by_file == {name: i for i, name in enumerate(names)}
+
+
+def test_cifar100_from_a_local_archive(tmp_path, monkeypatch, capsys):
+    """An archive of the true layout with two images; torchvision's digests are set to it."""
+    import runpy
+
+    from torchvision.datasets import CIFAR100
+
+    script = runpy.run_path(str(SCRIPT))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), dtype=np.uint8)
+    files = {
+        'train': {'data': pixels.reshape(2, -1), 'fine_labels': [1, 0]},
+        'test': {'data': pixels[:1].reshape(1, -1), 'fine_labels': [1]},
+        'meta': {'fine_label_names': ['apple', 'whale']},
+    }
+    with tarfile.open(tmp_path / CIFAR100.filename, 'w:gz') as archive:
+        digests = {}
+        for name, content in files.items():
+            data = pickle.dumps(content)
+            digests[name] = hashlib.md5(data).hexdigest()
+            info = tarfile.TarInfo(f'cifar-100-python/{name}')
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    monkeypatch.setattr(CIFAR100, 'tgz_md5', hashlib.md5((tmp_path / CIFAR100.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR100, 'train_list', [['train', digests['train']]])
+    monkeypatch.setattr(CIFAR100, 'test_list', [['test', digests['test']]])
+    monkeypatch.setattr(CIFAR100, 'meta', dict(CIFAR100.meta, md5=digests['meta']))
+    monkeypatch.setattr(CIFAR100, 'url', 'http://127.0.0.1:9/none')
+
+    assert script['main'](['cifar100', str(tmp_path), str(tmp_path / 'out')]) == 0
+    written = {str(p.relative_to(tmp_path / 'out')) for p in (tmp_path / 'out').rglob('*.png')}
+    assert written == {'train/whale/00000.png', 'train/apple/00001.png', 'validation/whale/00000.png'}
+    apple = np.asarray(Image.open(tmp_path / 'out' / 'train' / 'apple' / '00001.png'))
+    assert (apple == pixels[1].transpose(1, 2, 0)).all()
+
+    (tmp_path / CIFAR100.filename).write_bytes(b'an error page')
+    for file in (tmp_path / 'cifar-100-python').iterdir():
+        file.unlink()
+    assert script['main'](['cifar100', str(tmp_path), str(tmp_path / 'again')]) == 1
+    assert 'could not be had from' in capsys.readouterr().err
+    assert not (tmp_path / 'again').exists()

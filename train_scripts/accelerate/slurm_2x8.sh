@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Two nodes of eight GPUs under SLURM: one task a node, whose launcher starts the node's eight processes.
+#
+#   sbatch train_scripts/accelerate/slurm_2x8.sh --config train_scripts/recipes/a2_imagenet.yaml \
+#       --data-dir IMAGENET --model spa_resnet50 --output RUNS --experiment spa_resnet50_a2
+#
+# A job that is requeued goes on from its last checkpoint, if --output and --experiment name its folder.
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=48:00:00
+#SBATCH --requeue
+set -euo pipefail
+
+MAIN_PROCESS_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MAIN_PROCESS_IP
+
+output='' experiment=''
+args=("$@")
+for ((i = 0; i + 1 < ${#args[@]}; i++)); do
+    case ${args[i]} in
+        --output) output=${args[i + 1]} ;;
+        --experiment) experiment=${args[i + 1]} ;;
+    esac
+done
+last="$output/$experiment/last.pth.tar"
+if [[ -n $output && -n $experiment && -f $last ]]; then
+    args+=(--resume "$last")
+fi
+
+# the rank of a node is known on that node only: the shell there fills it in
+# shellcheck disable=SC2016
+srun bash -c 'exec accelerate launch --config_file train_scripts/accelerate/gpu2x8.yaml \
+    --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_PROCESS_IP" --main_process_port 29500 \
+    -m timm_spa.run train "$@"' train "${args[@]}"
