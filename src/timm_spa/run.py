@@ -14,6 +14,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from contextlib import nullcontext
 from pathlib import Path
 from typing import List, Optional, Tuple
 
@@ -129,7 +130,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: Name of the script and its arguments; those of the process if None.
 
     Returns:
-        Exit code. What the script raises, `SystemExit` included, passes through.
+        Exit code: 2 if the script could not be had, 1 if training could not go on (see `train_guard`). What the
+        script raises otherwise, `SystemExit` included, passes through.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h', '--help'):
@@ -142,8 +144,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f'timm_spa.run: {e}', file=sys.stderr)
         return 2
     import timm_spa  # noqa: F401  registers the models before the script asks for one
+
+    from .train_guard import TrainingError, guarded_training
     sys.argv = [str(script), *rest]
-    runpy.run_path(str(script), run_name='__main__')
+    try:
+        with guarded_training() if argv[0] == 'train' else nullcontext():
+            runpy.run_path(str(script), run_name='__main__')
+    except TrainingError as e:
+        print(f'timm_spa.run: {e}', file=sys.stderr)
+        return 1
     return 0
 
 

@@ -57,12 +57,18 @@ def write_summary(path: Union[str, Path], rows: List[Dict[str, float]]) -> None:
     Args:
         path: The file; it is replaced as a whole or not at all.
         rows: The columns of each epoch; those of the last row make the header.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     path = Path(path)
     partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    with open(partial, 'w', newline='', encoding='utf-8') as f:
-        writer = csv.writer(f, lineterminator='\n')
-        writer.writerow(rows[-1])
-        for row in rows:
-            writer.writerow([int(row['epoch']) if name == 'epoch' else row.get(name, '') for name in rows[-1]])
-    partial.replace(path)
+    try:
+        with open(partial, 'w', newline='', encoding='utf-8') as f:
+            writer = csv.writer(f)
+            writer.writerow(rows[-1])
+            for row in rows:
+                writer.writerow([int(row['epoch']) if name == 'epoch' else row.get(name, '') for name in rows[-1]])
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

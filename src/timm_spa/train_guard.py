@@ -1,0 +1,136 @@
+"""What `timm_spa.run train` watches over while timm's train.py runs, unchanged.
+
+timm's script goes on when the loss is no number any more, and saves such weights; a full disk ends in an error of the
+file format; a resumed run writes a second header into its metrics. Everything here sits in functions of the timm
+package that the script calls, and only for as long as it runs.
+"""
+import logging
+import math
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import timm.data
+from timm import utils
+
+from .training_log import SummaryError, read_summary, write_summary
+
+__all__ = ['TrainingError', 'guarded_training']
+
+MAX_BAD_LOSSES = 5  # in a row; a loss scaler may skip single steps of float16
+
+_logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why, and what was saved."""
+
+
+class _AverageMeter(utils.AverageMeter):
+    """timm's average, which stops the run when the values stop being numbers: only losses can."""
+
+    bad_in_a_row = 0
+
+    def update(self, val: float, n: int = 1) -> None:
+        self.bad_in_a_row = 0 if math.isfinite(val) else self.bad_in_a_row + 1
+        if self.bad_in_a_row == MAX_BAD_LOSSES:
+            raise TrainingError(
+                f'The loss was {val} for {MAX_BAD_LOSSES} steps in a row. Earlier checkpoints are as they were. Resume '
+                'from the last one with a lower --lr, with --clip-grad, or with bfloat16 in place of float16.')
+        super().update(val, n)
+
+
+class _CheckpointSaver(utils.CheckpointSaver):
+    """timm's saver, which never replaces a good checkpoint with a bad one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # timm's script forgets the best epoch when it resumes, and would call the next one the best
+        resume = getattr(self.args, 'resume', None)
+        in_place = resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(self.checkpoint_dir)
+        if in_place and hasattr(self, 'load_state_dict_from_checkpoint'):  # not in timm 1.0.28
+            self.load_state_dict_from_checkpoint(resume)
+
+    def _save(self, save_path: str, epoch: int, metric: Any = None) -> None:
+        bad = [
+            name for name, tensor in utils.get_state_dict(self.model, self.unwrap_fn).items()
+            if tensor.is_floating_point() and not tensor.isfinite().all()]
+        if bad:
+            raise TrainingError(
+                f'Epoch {epoch} is not saved: {len(bad)} tensors of the model are not finite any more, {bad[0]} first. '
+                f'The checkpoints in {self.checkpoint_dir} are those of earlier epochs.')
+        try:
+            super()._save(save_path, epoch, metric)
+        except (OSError, RuntimeError) as e:
+            Path(save_path).unlink(missing_ok=True)
+            free = shutil.disk_usage(self.checkpoint_dir).free / 2**20
+            raise TrainingError(
+                f'The checkpoint of epoch {epoch} could not be written to {self.checkpoint_dir}, where {free:.0f} MiB '
+                f'are free: {e}. Earlier checkpoints are as they were; make room and add --resume '
+                f'{os.path.join(self.checkpoint_dir, "last.pth.tar")}') from e
+
+
+def _update_summary(
+        epoch: int,
+        train_metrics: Any,
+        eval_metrics: Any,
+        filename: str,
+        lr: Any = None,
+        write_header: bool = False,
+        log_wandb: bool = False,
+) -> None:
+    """Appends timm's row to a file that has one header and no row of this epoch or a later one."""
+    path = Path(filename)
+    try:
+        rows = [row for row in read_summary(path) if row['epoch'] < epoch] if path.exists() else []
+        if rows:
+            write_summary(path, rows)
+        else:
+            path.unlink(missing_ok=True)
+    except SummaryError as e:
+        # what a full disk or a hand left there is kept; the rows from here on begin a file of their own
+        kept = path.with_suffix('.csv.unreadable')
+        path.replace(kept)
+        rows = []
+        _logger.warning(f'{e} It is kept as {kept.name}, and {path.name} starts anew.')
+    size = path.stat().st_size if rows else 0
+    try:
+        utils.summary.update_summary(
+            epoch, train_metrics, eval_metrics, filename, lr=lr, write_header=not rows, log_wandb=log_wandb)
+    except OSError as e:
+        os.truncate(path, size)  # no half of a row
+        raise TrainingError(f'{path} could not be written: {e}. The checkpoints are as they were.') from e
+
+
+def _create_dataset(name: str, root: Any = None, split: str = 'validation', **kwargs: Any) -> Any:
+    try:
+        return _timm_create_dataset(name, root=root, split=split, **kwargs)
+    except (AssertionError, OSError, RuntimeError) as e:
+        cause = str(e) or ('it does not exist' if root and not os.path.exists(root) else type(e).__name__)
+        raise TrainingError(f'The data of split {split!r} cannot be read from {root}: {cause}.') from e
+
+
+_timm_create_dataset = timm.data.create_dataset
+
+
+@contextmanager
+def guarded_training() -> Iterator[None]:
+    """Puts the checks of this module where timm's train.py finds them, until the block ends.
+
+    Raises:
+        TrainingError: The loss or the weights are not finite, a checkpoint or the metrics cannot be written, or the
+            data cannot be opened. Checkpoints of earlier epochs are left as they were.
+    """
+    replaced = [
+        (utils, 'AverageMeter', _AverageMeter), (utils, 'CheckpointSaver', _CheckpointSaver),
+        (utils, 'update_summary', _update_summary), (timm.data, 'create_dataset', _create_dataset)]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    for module, name, ours in replaced:
+        setattr(module, name, ours)
+    try:
+        yield
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)

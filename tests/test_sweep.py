@@ -1,0 +1,143 @@
+"""Sweeps and the table of their results, with a script in the place of timm's train.py."""
+import json
+import os
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SWEEP = ROOT / 'train_scripts' / 'sweep.py'
+RESULTS = ROOT / 'train_scripts' / 'results.py'
+KEPT = sorted(path.parent for path in (ROOT / 'train_scripts' / 'results').glob('*/table.md'))
+
+TRAIN = '''
+import argparse, os, sys, yaml
+parser = argparse.ArgumentParser()
+for name in ('model', 'output', 'experiment', 'resume'):
+    parser.add_argument(f'--{name}')
+for name in ('seed', 'epochs'):
+    parser.add_argument(f'--{name}', type=int)
+args = parser.parse_args()
+folder = os.path.join(args.output, args.experiment)
+os.makedirs(folder, exist_ok=True)
+common = dict(batch_size=4, lr=0.1, opt='sgd', sched='step', weight_decay=0., num_classes=10)
+with open(os.path.join(folder, 'args.yaml'), 'w') as f:
+    yaml.safe_dump(dict(vars(args), **common), f)
+first = 1 if args.resume else 0
+with open(os.path.join(folder, 'summary.csv'), 'a') as f:
+    print('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr', file=f)
+    for epoch in range(first, args.epochs):
+        if epoch and not args.resume and args.model == os.environ.get('FAIL'):
+            open(os.path.join(folder, 'last.pth.tar'), 'w').close()
+            print('no good', file=sys.stderr)
+            sys.exit(3)
+        print(f'{epoch},{3 - epoch},{4 - epoch},{len(args.model) + args.seed + epoch},{90 + epoch},0.1', file=f)
+'''
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    (tmp_path / 'train.py').write_text(TRAIN)
+    (tmp_path / 'launch.yaml').write_text((ROOT / 'train_scripts' / 'accelerate' / 'cpu.yaml').read_text())
+
+    def call(*args, **env):
+        return subprocess.run(
+            [sys.executable, SWEEP, '--launch', 'launch.yaml', '--runs', 'runs', '--results', 'results', *args],
+            capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ, TIMM_SCRIPTS=str(tmp_path), **env))
+    return call
+
+
+def test_runs_are_kept_resumed_and_not_repeated(sweep, tmp_path):
+    arguments = ['--models', 'mobilenetv2_cifar', 'spa_mobilenetv2_cifar', '--parallel', '2', '--', '--epochs', '2']
+    done = sweep(*arguments, FAIL='spa_mobilenetv2_cifar')
+    assert done.returncode == 1
+    assert 'spa_mobilenetv2_cifar-seed42: exit code 1, see runs/spa_mobilenetv2_cifar-seed42/log.txt' in done.stderr
+    assert 'no good' in (tmp_path / 'runs' / 'spa_mobilenetv2_cifar-seed42' / 'log.txt').read_text()
+    assert [p.name for p in (tmp_path / 'results').iterdir()] == ['mobilenetv2_cifar-seed42']
+
+    done = sweep(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert 'mobilenetv2_cifar-seed42: done before' in done.stdout
+    assert 'spa_mobilenetv2_cifar-seed42: goes on' in done.stdout
+    kept = tmp_path / 'results' / 'spa_mobilenetv2_cifar-seed42'
+    assert sorted(p.name for p in kept.iterdir()) == ['args.yaml', 'run.json', 'summary.csv']
+    record = json.loads((kept / 'run.json').read_text())
+    assert record['resumed'] is True
+    assert record['command'].startswith('accelerate launch --config_file launch.yaml -m timm_spa.run train --epochs 2')
+    assert record['versions']['timm_spa']
+    assert yaml.safe_load((kept / 'args.yaml').read_text())['seed'] == 42
+    assert runpy.run_path(str(RESULTS))['main']([str(tmp_path / 'results')]) == 0
+
+
+def write_run(folder, model, seed, top1, **changes):
+    """Writes what a sweep keeps of a run of two epochs."""
+    run = folder / f'{model}-seed{seed}'
+    run.mkdir(parents=True)
+    args = dict(
+        model=model, seed=seed, epochs=2, batch_size=4, lr=0.1, opt='sgd', sched='step', weight_decay=0.,
+        num_classes=10)
+    (run / 'args.yaml').write_text(yaml.safe_dump(dict(args, **changes)))
+    (run / 'summary.csv').write_text(
+        f'epoch,train_loss,eval_loss,eval_top1,eval_top5\n0,3,4,{top1 + 1},90\n1,2,3,{top1},91\n')
+    (run / 'run.json').write_text(json.dumps(
+        dict(model=model, seed=seed, hardware='a machine', versions={'torch': '1'})))
+    return run
+
+
+def test_the_table_has_mean_and_spread_and_stands_on_its_files(tmp_path):
+    tops = {'mobilenetv2_cifar': [20, 21.5, 26], 'spa_mobilenetv2_cifar': [30, 32.25, 31]}
+    for model, values in tops.items():
+        for seed, top1 in enumerate(values):
+            run = write_run(tmp_path, model, seed, top1)
+    main = runpy.run_path(str(RESULTS))['main']
+    assert main([str(tmp_path)]) == 0
+    table = (tmp_path / 'table.md').read_text()
+    assert (tmp_path / 'losses.png').read_bytes().startswith(b'\x89PNG')
+    for label, parameters, values in (
+            ('none', '2.297', tops['mobilenetv2_cifar']), ('SPA-A', '2.326', tops['spa_mobilenetv2_cifar'])):
+        row = re.search(rf'^\| {label} \| .*$', table, re.M)[0]
+        assert f'| {parameters} | 3 | {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} |' in row
+        assert f'| {statistics.mean(values) + 1:.2f} ± ' in row, 'the best epoch was the first'
+    assert f'| {statistics.mean(tops["spa_mobilenetv2_cifar"]) - 22.5:+.2f} |' in table
+    assert '6 runs, seeds 0, 1, 2; a machine; torch 1.' in table
+    assert main([str(tmp_path), '--check']) == 0
+    (run / 'summary.csv').write_text((run / 'summary.csv').read_text().replace('31', '33'))
+    assert main([str(tmp_path), '--check']) == 1, 'a table that its runs do not bear out'
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda run: (run / 'args.yaml').unlink(), 'is not complete'),
+    (lambda run: run.rename(run.with_name('se_mobilenetv2_cifar-seed1')), 'holds a run of mobilenetv2_cifar'),
+    (lambda run: (run / 'summary.csv').write_text('epoch,eval_top1\n0,1\n'), 'has 1 of 2 epochs'),
+    (lambda run: write_run(run.parent, 'mobilenetv2_cifar', 3, 20, lr=0.2), 'differ in one of'),
+    (lambda run: (run / 'run.json').unlink(), 'holds no run'),
+])
+def test_results_that_are_no_evidence(tmp_path, capsys, change, message):
+    change(write_run(tmp_path, 'mobilenetv2_cifar', 1, 20))
+    assert runpy.run_path(str(RESULTS))['main']([str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / 'table.md').exists()
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (['--models', 'spa_resnet51'], "there is no model 'spa_resnet51'"),
+    (['--models', 'spa_resnet50', '--', '--seed', '3'], '--seed is set for each run'),
+    (['--models', 'spa_resnet50', '--parallel', '0'], '--parallel must be at least 1'),
+    (['--models', 'spa_resnet50', '--launch', 'none.yaml'], 'none.yaml is no configuration of accelerate'),
+])
+def test_bad_arguments(sweep, tmp_path, args, message):
+    done = sweep(*args)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.parametrize('folder', KEPT, ids=lambda p: p.name)
+def test_the_tables_of_the_project_are_those_of_their_runs(folder):
+    assert runpy.run_path(str(RESULTS))['main']([str(folder), '--check']) == 0

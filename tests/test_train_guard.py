@@ -1,0 +1,156 @@
+"""Metrics files and the watch over training, without timm's scripts: see test_training.py for both together."""
+import subprocess
+import sys
+
+import pytest
+import timm.data
+import torch
+from timm import utils
+
+from timm_spa.train_guard import TrainingError, guarded_training
+from timm_spa.training_log import SummaryError, read_summary, write_summary
+
+HEADER = 'epoch,train_loss,eval_top1\n'
+
+
+@pytest.fixture
+def summary(tmp_path):
+    def write(text):
+        (tmp_path / 'summary.csv').write_text(text)
+        return tmp_path / 'summary.csv'
+    return write
+
+
+@pytest.mark.parametrize(('text', 'epochs', 'losses'), [
+    (HEADER + '0,2.5,10\n1,2.0,20\n', [0, 1], [2.5, 2.0]),
+    (HEADER + '0,2.5,10\n' + HEADER + '1,2.0,20\n', [0, 1], [2.5, 2.0]),
+    (HEADER + '0,2.5,10\n1,9.0,1\n' + HEADER + '1,2.0,20\n2,1.5,30\n', [0, 1, 2], [2.5, 2.0, 1.5]),
+    (HEADER + '3,2.5,10\r\n4,nan,20\r\n', [3, 4], [2.5, pytest.approx(float('nan'), nan_ok=True)]),
+    ('epoch,eval_top1,train_loss\n0,10,2.5\n' + HEADER + '1,2.0,20\n', [0, 1], [2.5, 2.0]),
+])
+def test_one_row_for_each_epoch(summary, text, epochs, losses):
+    rows = read_summary(summary(text))
+    assert [row['epoch'] for row in rows] == epochs
+    assert [row['train_loss'] for row in rows] == losses
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('', 'has no epoch in it'),
+    (HEADER, 'has no epoch in it'),
+    (HEADER + '0,2.5,10\n2,2.0,20\n', 'lacks epoch 1'),
+    (HEADER + '0,2.5,10\n1,2.0\n', "line 3, is no row of metrics: '1,2.0'"),
+    (HEADER + '0,two,10\n', 'line 2, is no row of metrics'),
+    ('0,2.5,10\n', 'line 1, is no row of metrics'),
+])
+def test_other_files_are_refused(summary, text, message):
+    with pytest.raises(SummaryError, match=message):
+        read_summary(summary(text))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(SummaryError, match=r'none\.csv cannot be read'):
+        read_summary(tmp_path / 'none.csv')
+
+
+def test_rows_are_written_as_they_were_read(summary, tmp_path):
+    rows = read_summary(summary(HEADER + '0,2.5,10\n' + HEADER + '1,0.1,20\n'))
+    write_summary(tmp_path / 'clean.csv', rows)
+    assert (tmp_path / 'clean.csv').read_text().splitlines() == [HEADER.strip(), '0,2.5,10.0', '1,0.1,20.0']
+    assert read_summary(tmp_path / 'clean.csv') == rows
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['clean.csv', 'summary.csv']
+
+
+def append(path, epoch):
+    with guarded_training():
+        utils.update_summary(epoch, {'loss': epoch + .5}, {'top1': 10. * epoch}, str(path), write_header=True)
+
+
+def test_a_resumed_run_leaves_no_hole_and_no_double(tmp_path):
+    path = tmp_path / 'summary.csv'
+    for epoch in (0, 1, 2, 2, 3, 1, 2):
+        append(path, epoch)
+    assert path.read_text().split() == ['epoch,train_loss,eval_top1', *(f'{e},{e + .5},{10. * e}' for e in range(3))]
+    append(path, 0)
+    assert len(read_summary(path)) == 1, 'a new run in an old folder'
+
+
+def test_an_unreadable_metrics_file_is_kept(summary):
+    path = summary(HEADER + '0,2.5,10\n1,2.')
+    append(path, 2)
+    assert len(read_summary(path)) == 1
+    assert path.with_suffix('.csv.unreadable').read_text().endswith('1,2.')
+
+
+def test_a_full_disk_leaves_no_half_of_a_row(tmp_path):
+    """A limit on the size of a file stands for the disk."""
+    path = tmp_path / 'summary.csv'
+    append(path, 0)
+    before = path.read_bytes()
+    code = (
+        'import resource, sys; sys.path.insert(0, sys.argv[1]); import test_train_guard\n'
+        'resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))\n'
+        'test_train_guard.append(sys.argv[2], 1)')
+    done = subprocess.run(
+        [sys.executable, '-c', code, __file__.rpartition('/')[0], str(path), str(len(before) + 5)],
+        capture_output=True, text=True)
+    assert 'TrainingError' in done.stderr
+    assert 'could not be written' in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_losses_that_are_no_numbers(tmp_path):
+    with guarded_training():
+        meter = utils.AverageMeter()
+        for value in (1., float('nan'), float('inf'), float('nan'), float('nan'), 2., *[float('nan')] * 4):
+            meter.update(value)
+        with pytest.raises(TrainingError, match='The loss was nan for 5 steps in a row'):
+            meter.update(float('nan'))
+
+
+def saver(folder, model):
+    return utils.CheckpointSaver(model, torch.optim.SGD(model.parameters(), lr=1), checkpoint_dir=str(folder))
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    with guarded_training():
+        ours = saver(tmp_path, model)
+        ours.save_checkpoint(0, 1.)
+        before = (tmp_path / 'last.pth.tar').read_bytes()
+        model.bias.data[0] = float('inf')
+        with pytest.raises(TrainingError, match='Epoch 1 is not saved: 1 tensors .* bias first'):
+            ours.save_checkpoint(1, 2.)
+    assert (tmp_path / 'last.pth.tar').read_bytes() == before
+    assert not (tmp_path / 'tmp.pth.tar').exists()
+
+
+def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
+    """torch reports a full disk as an error of its file writer."""
+    model = torch.nn.Linear(2, 2)
+    with guarded_training():
+        ours = saver(tmp_path, model)
+        ours.save_checkpoint(0, 1.)
+
+        def fail(state, path):
+            with open(path, 'wb') as f:
+                f.write(b'half of it')
+            raise RuntimeError('PytorchStreamWriter failed')
+
+        monkeypatch.setattr(torch, 'save', fail)
+        with pytest.raises(TrainingError, match=r'epoch 1 could not be written .* MiB are free: PytorchStreamWriter'):
+            ours.save_checkpoint(1, 2.)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint-0.pth.tar', 'last.pth.tar', 'model_best.pth.tar']
+
+
+def test_data_that_cannot_be_opened(tmp_path):
+    with guarded_training(), pytest.raises(TrainingError, match="'train' cannot be read from .*nowhere: it does not"):
+        timm.data.create_dataset('', root=str(tmp_path / 'nowhere'), split='train')
+
+
+def test_timm_is_left_as_it_was():
+    before = utils.AverageMeter, utils.CheckpointSaver, utils.update_summary, timm.data.create_dataset
+    with guarded_training():
+        assert utils.AverageMeter is not before[0]
+    with pytest.raises(KeyError), guarded_training():
+        raise KeyError
+    assert before == (utils.AverageMeter, utils.CheckpointSaver, utils.update_summary, timm.data.create_dataset)

@@ -1,0 +1,206 @@
+"""Training through timm's own train.py: families, options, two processes, kill and resume, failures."""
+import csv
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_spa import run
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+RECIPES = ROOT / 'train_scripts' / 'recipes'
+CPU_CONFIG = ROOT / 'train_scripts' / 'accelerate' / 'cpu.yaml'
+
+pytestmark = pytest.mark.usefixtures('timm_scripts')
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Sixteen images of 40x40 in two classes that a net can tell apart."""
+    root = tmp_path_factory.mktemp('data')
+    rng = np.random.default_rng(0)
+    for split in ('train', 'validation'):
+        for label, colour in (('dark', 60), ('light', 190)):
+            (root / split / label).mkdir(parents=True)
+            for i in range(8):
+                pixels = (colour + rng.integers(-60, 60, (40, 40, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f'{i}.png')
+    return root
+
+
+@pytest.fixture
+def train(data, tmp_path, timm_scripts):
+    """Runs train.py as a process: `train(*options, name=, launcher=, check=, **environment)`."""
+    def call(*options, name='run', model='spa_mobilenetv2_cifar', launcher=(), check=True, preexec_fn=None, **env):
+        command = [
+            sys.executable, *map(str, launcher), '-m', 'timm_spa.run', 'train', '--model', model, '--num-classes', '2',
+            '--data-dir', data, '--val-split', 'validation', '--device', 'cpu', '--workers', '0', '--batch-size', '8',
+            '--output', tmp_path, '--experiment', name, *options]
+        done = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, preexec_fn=preexec_fn,
+            env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), os.environ.get('PYTHONPATH', '')]), **env))
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+    call.output = tmp_path
+    return call
+
+
+@pytest.fixture
+def train_here(data, tmp_path, timm_scripts, monkeypatch, capsys):
+    """Runs train.py in this process, which saves the imports: `train_here(*options)` -> exit code, standard error."""
+    def call(*options, name='run', model='spa_mobilenetv2_cifar'):
+        monkeypatch.setattr(sys, 'argv', list(sys.argv))
+        arguments = [
+            '--model', model, '--num-classes', '2', '--data-dir', data, '--val-split', 'validation', '--device', 'cpu',
+            '--workers', '0', '--batch-size', '8', '--output', tmp_path, '--experiment', name, *options]
+        return run.main(['train', *map(str, arguments)]), capsys.readouterr().err
+    call.output = tmp_path
+    return call
+
+
+def rows_of(folder):
+    with open(folder / 'summary.csv', newline='') as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize('model', [
+    'spa_resnet18', 'spa_mobilenetv2_050', 'spa_densenet121', 'spa_b_preresnet18_cifar', 'spa_c_mobilenetv2_cifar',
+    'spa_densenet_cifar', 'spa_vgg16_cifar'])
+def test_each_family_trains_under_accelerate(train, model):
+    """An epoch of two steps under `accelerate launch`, with the recipe of its kind."""
+    small = model.endswith('_cifar')
+    recipe = RECIPES / ('tmm_small_image.yaml' if small else 'tmm_imagenet_mobilenetv2.yaml')
+    train('--config', recipe, '--epochs', 1, '--lr', 0.01, *(() if small else ('--img-size', 64)), model=model,
+          launcher=('-m', 'accelerate.commands.launch', '--config_file', CPU_CONFIG))
+    assert [row['epoch'] for row in rows_of(train.output / 'run')] == [0]
+    weights = torch.load(train.output / 'run' / 'last.pth.tar', weights_only=False)['state_dict']
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(('model', 'options'), [
+    ('spa_mobilenetv2_cifar', '--amp --amp-dtype bfloat16 --channels-last --sync-bn'),  # one process: nothing to sync
+    ('spa_c_preresnet18_cifar', '--amp --amp-dtype bfloat16 --channels-last'),
+    ('spa_mobilenetv2_cifar', '--amp --amp-dtype float16'),
+    ('spa_mobilenetv2_cifar', '--grad-checkpointing'),
+    ('spa_c_preresnet18_cifar', '--grad-checkpointing'),
+    ('spa_mobilenetv2_cifar', '--model-ema --model-ema-warmup --layer-decay 0.8 --clip-grad 1.0'),
+    ('spa_b_preresnet18_cifar', '--model-ema --layer-decay 0.8'),
+    pytest.param('spa_mobilenetv2_cifar', '--torchcompile', marks=pytest.mark.slow),
+])
+def test_options_of_the_script(train_here, model, options):
+    code, errors = train_here(
+        '--config', RECIPES / 'tmm_small_image.yaml', '--epochs', 2, '--lr', 0.01, *options.split(), model=model)
+    assert code == 0, errors
+    rows = rows_of(train_here.output / 'run')
+    assert [row['epoch'] for row in rows] == [0, 1]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    checkpoint = torch.load(train_here.output / 'run' / 'last.pth.tar', weights_only=False)
+    assert ('state_dict_ema' in checkpoint) == ('--model-ema' in options)
+
+
+FULL_BATCH = (  # every image in every step, unchanged: nothing depends on the order
+    '--device-modules', 'training_hooks', '--no-aug', '--input-size', 3, 40, 40, '--crop-pct', 1, '--lr', 0.05, '--opt',
+    'momentum', '--sched', 'cosine', '--warmup-epochs', 0, '--smoothing', 0, '--dist-bn', '')
+
+
+def test_two_processes_compute_what_one_does(train):
+    """Batches of 16, of 8 in two processes (gloo), and of 8 accumulated have the same losses, step for step."""
+    options = (*FULL_BATCH, '--epochs', 4)
+    train(*options, '--batch-size', 16, name='one', model='spa_resnet18')
+    train(*options, '--batch-size', 8, '--grad-accum-steps', 2, name='accumulated', model='spa_resnet18')
+    done = train(
+        *options, '--batch-size', 8, name='two', model='spa_resnet18',
+        launcher=('-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', 2, '--num_machines', 1,
+                  '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', 0),
+        ACCELERATE_USE_CPU='true')
+    assert 'Process 0, total 2' in done.stdout + done.stderr
+    assert 'Process 1, total 2' in done.stdout + done.stderr
+    one = rows_of(train.output / 'one')
+    assert len(one) == 4
+    assert one[-1]['train_loss'] < 0.9 * one[0]['train_loss'], 'it learns, so the steps count'
+
+    def momentum(name):
+        state = torch.load(train.output / name / 'last.pth.tar', weights_only=False)['optimizer']['state']
+        return torch.cat([state[i]['momentum_buffer'].flatten() for i in sorted(state)])
+
+    for name in ('two', 'accumulated'):
+        for expected, got in zip(one, rows_of(train.output / name), strict=True):
+            assert got == pytest.approx(expected, rel=1e-4), name
+        assert (momentum(name) - momentum('one')).norm() < 1e-4 * momentum('one').norm(), 'gradients differ'
+
+
+@pytest.mark.parametrize('kill', ['KILL_AT', 'KILL_SAVING'])
+def test_killed_and_resumed(train, kill):
+    """Killed in its third epoch, or while it saves it, and resumed, a run ends as one that was left alone."""
+    options = (*FULL_BATCH, '--epochs', 5, '--batch-size', 16, '--model-ema', '--model-ema-decay', 0.5)
+    train(*options, name='whole', model='spa_resnet18')
+    folder = train.output / 'killed'
+    assert train(*options, name='killed', model='spa_resnet18', check=False, **{kill: '2'}).returncode == -9
+    last = torch.load(folder / 'last.pth.tar', weights_only=False)
+    assert last['epoch'] == 1
+    assert [row['epoch'] for row in rows_of(folder)] == ([0, 1] if kill == 'KILL_AT' else [0, 1, 2])
+    done = train(*options, '--resume', folder / 'last.pth.tar', name='killed', model='spa_resnet18')
+    assert 'Restoring optimizer state' in done.stdout + done.stderr
+    whole, resumed = rows_of(train.output / 'whole'), rows_of(folder)
+    assert [row['epoch'] for row in resumed] == [0, 1, 2, 3, 4]
+    for expected, got in zip(whole, resumed, strict=True):
+        assert got == pytest.approx(expected, rel=1e-4), 'momentum, learning rate or average was not restored'
+    best = [torch.load(train.output / n / 'model_best.pth.tar', weights_only=False) for n in ('whole', 'killed')]
+    assert best[0]['epoch'] == best[1]['epoch']
+    assert not (folder / 'tmp.pth.tar').exists()
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_survives(train):
+    """A limit on the size of a file stands for the disk."""
+    recipe = ('--config', RECIPES / 'tmm_small_image.yaml', '--lr', 0.01)
+    train(*recipe, '--epochs', 1)
+    folder = train.output / 'run'
+    before = digest(folder / 'last.pth.tar')
+    done = train(
+        *recipe, '--epochs', 2, '--resume', folder / 'last.pth.tar', check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))
+    assert done.returncode == 1
+    message = done.stderr.splitlines()[-1]
+    assert 'The checkpoint of epoch 1 could not be written' in message
+    assert 'MiB are free' in message
+    assert '--resume' in message
+    assert digest(folder / 'last.pth.tar') == before
+    assert not (folder / 'tmp.pth.tar').exists()
+    train(*recipe, '--epochs', 2, '--resume', folder / 'last.pth.tar')
+    assert [row['epoch'] for row in rows_of(folder)] == [0, 1]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(train_here):
+    recipe = ('--config', RECIPES / 'tmm_small_image.yaml')
+    assert train_here(*recipe, '--lr', 0.01, '--epochs', 1)[0] == 0
+    folder = train_here.output / 'run'
+    before = digest(folder / 'last.pth.tar')
+    for batch, message in (('1', 'The loss was nan for 5 steps in a row'), ('8', 'Epoch 1 is not saved')):
+        code, errors = train_here(
+            *recipe, '--epochs', 3, '--resume', folder / 'last.pth.tar', '--no-resume-opt', '--lr', '1e30',
+            '--batch-size', batch)
+        assert code == 1
+        assert message in errors.splitlines()[-1]
+        assert digest(folder / 'last.pth.tar') == before
+
+
+@pytest.mark.parametrize(('folder', 'cause'), [('nowhere', 'it does not exist'), ('empty', 'Found 0 images')])
+def test_data_that_cannot_be_read(train_here, tmp_path, folder, cause):
+    (tmp_path / 'empty').mkdir()
+    code, errors = train_here('--data-dir', tmp_path / folder, '--epochs', 1)
+    assert code == 1
+    message = errors.splitlines()[-1]
+    assert str(tmp_path / folder) in message
+    assert cause in message
