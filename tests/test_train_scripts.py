@@ -1,5 +1,7 @@
 """The recipes and launch configurations."""
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,28 @@ def test_accelerate_reads_its_configurations(path):
 
 def test_recipe_model_exists():
     assert 'spa_mobilenetv2_cifar' in timm.list_models()
+
+
+def test_slurm_example_starts_each_node_and_resumes(tmp_path):
+    """With stand-ins for SLURM's commands and the launcher, which print what they are given."""
+    for name, script in {
+            'scontrol': 'echo node1; echo node2',
+            'srun': 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+            'accelerate': 'printf "%s|" "$@"; echo'}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\n{script}\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / 'runs' / 'x').mkdir(parents=True)
+    env = dict(os.environ, PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_JOB_NODELIST='node[1-2]')
+    command = [
+        'bash', ROOT / 'train_scripts' / 'accelerate' / 'slurm_2x8.sh', '--output', 'runs', '--experiment', 'x',
+        '--model-kwargs', 'a=b c']
+
+    def started():
+        return subprocess.run(
+            command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout.splitlines()
+
+    config = 'launch|--config_file|train_scripts/accelerate/gpu2x8.yaml|--machine_rank|{}|--main_process_ip|node1|'
+    tail = '--main_process_port|29500|-m|timm_spa.run|train|--output|runs|--experiment|x|--model-kwargs|a=b c|'
+    assert started() == [config.format(rank) + tail for rank in (0, 1)]
+    (tmp_path / 'runs' / 'x' / 'last.pth.tar').touch()
+    assert started()[1] == config.format(1) + tail + '--resume|runs/x/last.pth.tar|'

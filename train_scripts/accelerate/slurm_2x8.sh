@@ -13,8 +13,8 @@
 #SBATCH --requeue
 set -euo pipefail
 
-MAIN_PROCESS_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MAIN_PROCESS_IP
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MAIN_PROCESS_IP=${hosts[0]}
 
 output='' experiment=''
 args=("$@")
