@@ -18,6 +18,7 @@ FACTS: Dict[str, Any] = dict(
     about=str,
     dataset=('name', 'id', 'type', 'split', 'note'),
     accuracy=('top1', 'top5', 'command', 'note'),
+    epoch=int,
     base_model=str,
     commands=list,
     training=str,
@@ -42,13 +43,16 @@ class Run:
         facts: `card.yaml`, what the owner of the weights knows beside these; all keys are optional:
             'about' (a paragraph below the title), 'dataset' (with 'name', its Hub 'id', 'type', 'split' that the
             accuracy is of, 'note'), 'accuracy' (measured on the published file: 'top1', 'top5', the 'command' that
-            prints it, 'note'), 'base_model' (its Hub id), 'commands' (if the one of run.json is not all), 'training'
-            and 'limits' (paragraphs), 'widget' (a list of a picture's address 'src' and its file 'picture').
+            prints it, 'note'), 'epoch' (the one in summary.csv that the weights are of), 'base_model' (its Hub id),
+            'commands' (if the one of run.json is not all), 'training' and 'limits' (paragraphs), 'widget' (a list of a
+            picture's address 'src' and its file 'picture').
+        folder: Where these were read; files that `facts` names are relative to it.
     """
     args: Dict[str, Any] = dataclasses.field(default_factory=dict)
     summary: List[Dict[str, float]] = dataclasses.field(default_factory=list)
     record: Dict[str, Any] = dataclasses.field(default_factory=dict)
     facts: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    folder: Path = Path()
 
     @classmethod
     def read(cls, folder: Union[str, Path]) -> 'Run':
@@ -71,6 +75,7 @@ class Run:
             summary=read_summary(summary) if summary.is_file() else [],
             record=_read_mapping(folder / 'run.json'),
             facts=_checked_facts(folder / 'card.yaml'),
+            folder=folder,
         )
 
     def row(self, epoch: Optional[int]) -> Optional[Dict[str, float]]:
