@@ -8,14 +8,15 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Tuple, Union
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 
 from ..models import CifarVGG, GatedDenseNet, GatedEfficientNet, GatedPreActResNet, GatedResNet
+from .checkpoint import CheckpointError, check_fit, read_checkpoint
 
 __all__ = ['ConversionError', 'convert_state_dict', 'read_checkpoint']
 
+ConversionError = CheckpointError  # whether a file or its tensors do not fit, the reader has one thing to catch
 Rules = List[Tuple[str, str]]
 
 # names inside a block's attention; its attribute is called spa, SPA3, SPAB, SPAC, se, ...
@@ -80,35 +81,6 @@ _DENSE_RULES: Rules = [
 ]
 
 
-class ConversionError(ValueError):
-    """A checkpoint is not one of the authors' for the model; the message names what does not fit."""
-
-
-def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
-    """Reads a checkpoint file without running code from it.
-
-    Args:
-        path: A safetensors file, or one that `torch.save` wrote.
-
-    Returns:
-        What the file holds: tensors by name, or for a training checkpoint those among other entries.
-
-    Raises:
-        ConversionError: The file cannot be read as weights.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == '.safetensors':
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise ConversionError(f'{path} does not exist.') from None
-    except Exception as e:  # every reader has its own errors for a file that is not its own
-        raise ConversionError(
-            f'{path} cannot be read as weights ({type(e).__name__}: {e}). Expected a safetensors file, or one that '
-            f'torch.save wrote and that holds nothing but tensors and plain values.') from e
-
-
 def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Renames the weights of one of the authors' models to those of this package.
 
@@ -142,7 +114,7 @@ def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: n
         elif tensor.ndim == 2 and name in own and own[name].ndim == 4:
             tensor = tensor[:, :, None, None]  # a linear layer of theirs that is a 1x1 convolution of ours
         converted[name] = tensor
-    _check_fit(converted, own, type(model).__name__)
+    check_fit(converted, own, f'The checkpoint does not fit {type(model).__name__}')
     return _dense_channels_reordered(converted, model) if isinstance(model, GatedDenseNet) else converted
 
 
@@ -167,24 +139,6 @@ def _rules_for(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Rules:
             for number, (stage, i) in enumerate(places, start=first)]
         return [*rules, *numbering]
     raise ConversionError(f'There are no rules to convert a checkpoint to a {type(model).__name__}.')
-
-
-def _check_fit(converted: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], model_class: str) -> None:
-    problems = {
-        'missing': [name for name in own if name not in converted],
-        'unexpected': [name for name in converted if name not in own],
-        'of the wrong shape': [
-            f'{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape)}'
-            for name, tensor in converted.items() if name in own and tensor.shape != own[name].shape],
-    }
-    lines = [f'{len(names)} {what}: {_shortened(names)}' for what, names in problems.items() if names]
-    if lines:
-        raise ConversionError(f'The checkpoint does not fit {model_class}; tensors ' + '; '.join(lines) + '.')
-
-
-def _shortened(names: List[str], limit: int = 6) -> str:
-    shown = ', '.join(names[:limit])
-    return f'{shown} and {len(names) - limit} more' if len(names) > limit else shown
 
 
 def _vgg_rules(model: CifarVGG) -> Rules:
