@@ -116,6 +116,27 @@ def _demo(args: argparse.Namespace) -> int:
     return code
 
 
+def _card(args: argparse.Namespace) -> int:
+    from .hub.card import CardError, card_of_folder
+    from .hub.run_record import RunError
+    from .training_log import SummaryError
+
+    try:
+        card = card_of_folder(args.folder, args.repo, args.results)
+    except (CardError, RunError, SummaryError) as e:
+        print(f'timm-spa: {e}', file=sys.stderr)
+        return 1
+    if not args.write:
+        print(card, end='')
+        return 0
+    path = os.path.join(args.folder, 'README.md')
+    partial = os.path.join(args.folder, f'.README.md.{os.getpid()}')
+    card.save(partial)
+    os.replace(partial, path)
+    print(f'Wrote {path}.')
+    return 0
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line.
 
@@ -147,6 +168,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     verb.add_argument('--top-k', type=int, default=5, help='classes to show for each picture (default: %(default)s)')
     verb.add_argument('--json', action='store_true', help='print JSON, errors included')
     verb.set_defaults(run=_predict)
+
+    verb = verbs.add_parser('card', help="make the card of a repository's folder from the files in it, and print it")
+    verb.add_argument('folder', metavar='FOLDER', help='folder that `publish --dry-run` wrote')
+    verb.add_argument('--repo', metavar='ORG/NAME', help='repository that the folder is of')
+    verb.add_argument('--results', metavar='DIR', help='results of a sweep with the controls to compare with')
+    verb.add_argument('--write', action='store_true', help='replace the README.md of the folder')
+    verb.set_defaults(run=_card)
 
     args = parser.parse_args(argv)
     if getattr(args, 'top_k', 1) < 1:
