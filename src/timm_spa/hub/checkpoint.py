@@ -6,7 +6,7 @@ import os
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Union
 
 import safetensors
 import safetensors.torch
@@ -15,7 +15,9 @@ import torch.nn as nn
 from huggingface_hub.utils.sha import sha_fileobj
 from timm.models import clean_state_dict
 
-__all__ = ['CheckpointError', 'Weights', 'check_fit', 'check_weights', 'read_checkpoint', 'read_weights', 'shortened']
+from ..models._pretrained import misfits, shortened
+
+__all__ = ['CheckpointError', 'Weights', 'check_weights', 'read_checkpoint', 'read_weights']
 
 # what is taken of a training checkpoint, the best first
 _STATE_KEYS = ('state_dict_ema', 'state_dict')
@@ -132,46 +134,15 @@ def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, sour
         raise CheckpointError(
             f'{source} has {len(state_dict[classifier])} classes ({classifier}), and the model has '
             f'{len(own[classifier])}. Name the right number with --num-classes, or another model.')
-    check_fit(state_dict, own, f'{source} does not fit {type(model).__name__}')
+    misfit = misfits(state_dict, own)
+    if misfit:
+        raise CheckpointError(f'{source} does not fit {type(model).__name__}; tensors {misfit}.')
     odd = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
     if odd:
         raise CheckpointError(
             f'{source} has {len(odd)} tensors with values that are not finite: {shortened(odd)}. The training '
             'diverged before it was written; take an earlier checkpoint.')
     model.load_state_dict(dict(state_dict), strict=True)
-
-
-def check_fit(given: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], complaint: str) -> None:
-    """Compares names, shapes and kinds of tensors.
-
-    Args:
-        given: Tensors by name.
-        own: Those that are expected.
-        complaint: Start of the message.
-
-    Raises:
-        CheckpointError: A tensor is missing, unexpected, or of another shape or kind; the message names the tensors.
-    """
-    both = [(name, tensor, own[name]) for name, tensor in given.items() if name in own]
-    problems = {
-        'missing': [name for name in own if name not in given],
-        'unexpected': [name for name in given if name not in own],
-        'of the wrong shape': [
-            f'{name} {tuple(tensor.shape)}, expected {tuple(expected.shape)}'
-            for name, tensor, expected in both if tensor.shape != expected.shape],
-        'of the wrong kind': [
-            f'{name} {tensor.dtype}, expected {expected.dtype}'
-            for name, tensor, expected in both if tensor.is_floating_point() != expected.is_floating_point()],
-    }
-    lines = [f'{len(names)} {what}: {shortened(names)}' for what, names in problems.items() if names]
-    if lines:
-        raise CheckpointError(f'{complaint}; tensors ' + '; '.join(lines) + '.')
-
-
-def shortened(names: List[str], limit: int = 6) -> str:
-    """Lists names for a message, the first few if there are many."""
-    shown = ', '.join(names[:limit])
-    return f'{shown} and {len(names) - limit} more' if len(names) > limit else shown
 
 
 def _head(path: Path) -> bytes:

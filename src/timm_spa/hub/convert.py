@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 
 from ..models import CifarVGG, GatedDenseNet, GatedEfficientNet, GatedPreActResNet, GatedResNet
-from .checkpoint import CheckpointError, check_fit, read_checkpoint
+from ..models._pretrained import misfits
+from .checkpoint import CheckpointError, read_checkpoint
 
 __all__ = ['ConversionError', 'convert_state_dict', 'read_checkpoint']
 
@@ -114,7 +115,9 @@ def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: n
         elif tensor.ndim == 2 and name in own and own[name].ndim == 4:
             tensor = tensor[:, :, None, None]  # a linear layer of theirs that is a 1x1 convolution of ours
         converted[name] = tensor
-    check_fit(converted, own, f'The checkpoint does not fit {type(model).__name__}')
+    misfit = misfits(converted, own)
+    if misfit:
+        raise ConversionError(f'The checkpoint does not fit {type(model).__name__}; tensors {misfit}.')
     return _dense_channels_reordered(converted, model) if isinstance(model, GatedDenseNet) else converted
 
 
