@@ -79,7 +79,7 @@ def make_card(
         datasets=[dataset['id']] if 'id' in dataset else None,
         base_model=_base_model(config, run) or None,
         widget=_widget(config, run, weights),
-        model_name=model_name,
+        model_name=model_name if scores else None,
         eval_results=[
             EvalResult(
                 task_type='image-classification',
