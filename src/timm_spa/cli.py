@@ -137,6 +137,38 @@ def _card(args: argparse.Namespace) -> int:
     return 0
 
 
+def _publish(args: argparse.Namespace) -> int:
+    from .hub.publish import publish, write_repository
+
+    what = args.checkpoint, args.model, args.repo
+    options = dict(num_classes=args.num_classes, replace_card=args.replace_card, results=args.results)
+    try:
+        if args.dry_run:
+            notes = write_repository(args.dry_run, *what, **options)
+            outcome = f'Wrote {args.dry_run}. Nothing was uploaded.'
+        else:
+            published = publish(*what, private=args.private, create_pr=args.pr, tag=args.tag, **options)
+            notes = published.notes
+            outcome = f'Published: {published.url}' if published.changed else f'Nothing to change: {published.url}'
+    except (OSError, RuntimeError, TypeError, ValueError) as e:  # of the files, the model, the card and the Hub
+        print(f'timm-spa: {e}', file=sys.stderr)
+        return 1
+    print('\n'.join([*notes, outcome]))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .hub.verify import verify
+
+    report = verify(args.source, args.revision, args.images, args.split, args.batch_size, args.device)
+    for line in report.checked:
+        print(f'checked: {line}')
+    for line in report.problems:
+        print(f'problem: {line}')
+    print(f'{len(report.problems)} problems.' if report.problems else 'No problem found.')
+    return 1 if report.problems else 0
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line.
 
@@ -175,6 +207,28 @@ def main(argv: Optional[List[str]] = None) -> int:
     verb.add_argument('--results', metavar='DIR', help='results of a sweep with the controls to compare with')
     verb.add_argument('--write', action='store_true', help='replace the README.md of the folder')
     verb.set_defaults(run=_card)
+
+    verb = verbs.add_parser('publish', help='publish weights as a repository of the Hub, in one commit')
+    verb.add_argument('checkpoint', metavar='CHECKPOINT', help='model_best.pth.tar of a run, or a file of its weights')
+    verb.add_argument('--model', required=True, metavar='NAME.TAG', help='e.g. spa_resnet50.tmm_in1k')
+    verb.add_argument('--repo', metavar='ORG/NAME', help='repository (default: NAME.TAG of TIMM_SPA_HUB_ORG)')
+    verb.add_argument('--num-classes', type=int, help="classes of the checkpoint, if the run's args.yaml is missing")
+    verb.add_argument('--private', action='store_true', help='to a private repository, or not at all')
+    verb.add_argument('--pr', action='store_true', help='as a pull request')
+    verb.add_argument('--tag', help='name for the commit, e.g. v1')
+    verb.add_argument('--results', metavar='DIR', help='results of a sweep with the controls for the card')
+    verb.add_argument('--replace-card', action='store_true', help='replace the README.md of the repository or folder')
+    verb.add_argument('--dry-run', metavar='DIR', help='write the files to a folder, and upload nothing')
+    verb.set_defaults(run=_publish)
+
+    verb = verbs.add_parser('verify', help='check a repository of the Hub, or a folder that will be one')
+    verb.add_argument('source', metavar='ORG/NAME|FOLDER')
+    verb.add_argument('--revision', help='branch, tag or commit of the repository')
+    verb.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy on')
+    verb.add_argument('--split', default='validation', help='subfolder of it (default: %(default)s)')
+    verb.add_argument('--batch-size', type=int, default=64, help='pictures at a time (default: %(default)s)')
+    verb.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
+    verb.set_defaults(run=_verify)
 
     args = parser.parse_args(argv)
     if getattr(args, 'top_k', 1) < 1:

@@ -35,7 +35,7 @@ class Weights:
         state_dict: Tensors by name.
         used: Where they stood in the file: 'state_dict_ema' (averaged over training steps), 'state_dict', or '' for a
             file of nothing but tensors.
-        sha256: Digest of the file.
+        sha256: Digest of the file; for a published one that of the file that it was made from.
         arch: Name of the trained model, if the file has it.
         epoch: Epoch that they are of, if the file has it.
         args: Arguments of the training, if the file has them.
@@ -101,18 +101,30 @@ def read_weights(path: Union[str, Path]) -> Weights:
             f'({shortened([str(k) for k in content])}) are not all tensors.')
     if not state_dict:
         raise CheckpointError(f'{path} holds no weights: it is readable, and has no entry.')
+    about: Mapping[str, Any] = content if used else _published_facts(Path(path))
+    args, arch, epoch = about.get('args'), about.get('arch'), about.get('epoch')
     with open(path, 'rb') as f:
-        sha256 = sha_fileobj(f).hex()
-    about = content if used else {}
-    args, epoch = about.get('args'), about.get('epoch')
+        sha256 = about.get('source_sha256') or sha_fileobj(f).hex()
     return Weights(
         state_dict=clean_state_dict(dict(state_dict)),
         used=used,
         sha256=sha256,
-        arch=about.get('arch') if isinstance(about.get('arch'), str) else None,
+        arch=arch if isinstance(arch, str) else None,
         epoch=epoch if isinstance(epoch, int) else None,
         args=vars(args) if isinstance(args, argparse.Namespace) else {},
     )
+
+
+def _published_facts(path: Path) -> Dict[str, Any]:
+    """Reads what `publish` noted in a safetensors file, so that to publish it again changes nothing."""
+    if not _is_safetensors(path, _head(path)):
+        return {}
+    with safetensors.safe_open(path, framework='pt') as f:
+        facts: Dict[str, Any] = f.metadata() or {}
+    if 'source_sha256' not in facts:
+        return {}
+    epoch = facts.get('epoch', '')
+    return dict(facts, epoch=int(epoch) if epoch.isdigit() else None)
 
 
 def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:
