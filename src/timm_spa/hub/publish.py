@@ -32,6 +32,7 @@ __all__ = ['HUB_ORG', 'Published', 'PublishError', 'publish', 'write_repository'
 HUB_ORG = os.environ.get('TIMM_SPA_HUB_ORG', 'timm-spa')
 CARD = 'README.md'
 RUN_FILES = ('args.yaml', 'summary.csv')
+HTTP_LIBRARIES = ('httpx', 'requests')  # that huggingface_hub used so far
 # arguments of timm's train.py that pictures must be prepared with as in training
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
 
@@ -238,15 +239,23 @@ def _cause(error: Exception, repo_id: str) -> str:
         return 'There is no token on this machine: `hf auth login` asks for one, or set HF_TOKEN.'
     if isinstance(error, OfflineModeIsEnabled):
         return 'HF_HUB_OFFLINE is set: unset it to publish.'
-    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    # huggingface_hub raises an error of its own for an upload that failed, from that which says why
+    chain: List[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    known = (e for e in chain if hasattr(e, 'response') or type(e).__module__.startswith(HTTP_LIBRARIES))
+    origin = next(known, error)
+    message = f'{type(origin).__name__}: {" ".join(str(origin).split()).rstrip(".")}'
+    status = getattr(getattr(origin, 'response', None), 'status_code', None)
     if status is None:
-        return f'{constants.ENDPOINT} does not answer ({type(error).__name__}: {" ".join(str(error).split())}).'
+        unanswered = type(origin).__module__.startswith(HTTP_LIBRARIES)
+        return f'{constants.ENDPOINT} does not answer ({message}).' if unanswered else f'{message}.'
     return {
         401: f'The Hub does not accept the token of this machine for {repo_id}: `hf auth login` sets another.',
         403: f'The token of this machine has no right to write to {repo_id}: ask its owner, or use one that has.',
         404: f'The Hub has no {repo_id} that the token of this machine may see.',
         412: f'{repo_id} was changed by somebody else in the meantime.',
-    }.get(status, f'The Hub answered with status {status}: {" ".join(str(error).split())}.')
+    }.get(status, f'The Hub answered with status {status} ({message}).')
 
 
 def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[int]) -> Any:

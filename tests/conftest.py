@@ -1,0 +1,12 @@
+"""What several test files share."""
+import pytest
+from hub_server import Hub, point_at
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on this machine that is the only one that huggingface_hub knows, with an empty cache and no token."""
+    hub = Hub()
+    point_at(monkeypatch, hub.url, tmp_path / 'cache')
+    yield hub
+    hub.close()
