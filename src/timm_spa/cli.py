@@ -169,6 +169,26 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if report.problems else 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from timm.utils import ParseKwargs
+
+    from .hub.convert import convert
+
+    try:
+        ParseKwargs([], 'model_kwargs')(None, args, args.model_kwargs)  # as timm's own scripts read them
+        done = convert(
+            args.source, args.output, args.model, args.dtype, args.kind, args.from_model, args.overwrite,
+            **args.model_kwargs)
+    except (OSError, RuntimeError, TypeError, ValueError) as e:  # of the file, the model and its arguments
+        print(f'timm-spa: {e}', file=sys.stderr)
+        return 1
+    print(f'{args.source} is of {done.description}.')
+    print('\n'.join(done.notes), end='\n' if done.notes else '')
+    error = f'largest error {done.error:.3g}, in {done.error_in}' if done.error_in else 'every value is exact'
+    print(f'Wrote {args.output}: {done.tensors} tensors, {args.dtype}, {done.size / 1e6:.1f} MB, {error}.')
+    return 0
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line.
 
@@ -229,6 +249,19 @@ def main(argv: Optional[List[str]] = None) -> int:
     verb.add_argument('--batch-size', type=int, default=64, help='pictures at a time (default: %(default)s)')
     verb.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
     verb.set_defaults(run=_verify)
+
+    verb = verbs.add_parser('convert', help='make a safetensors file of weights from elsewhere')
+    verb.add_argument('source', metavar='SOURCE', help='file of torch.save or of safetensors')
+    verb.add_argument('output', metavar='OUT.safetensors')
+    verb.add_argument('--model', required=True, help='model that the file is for')
+    verb.add_argument('--dtype', default='float32', help='float32, float16 or bfloat16 (default: %(default)s)')
+    verb.add_argument(
+        '--from', dest='kind', metavar='KIND',
+        help='what the source is of: same, plain, torchvision, authors, authors-plain, variant (default: found out)')
+    verb.add_argument('--from-model', metavar='NAME', help='model of the source, if the file does not say it')
+    verb.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='e.g. pyramid_sizes=1,2,4')
+    verb.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
+    verb.set_defaults(run=_convert)
 
     args = parser.parse_args(argv)
     if getattr(args, 'top_k', 1) < 1:
