@@ -7,6 +7,6 @@ from hub_server import Hub, point_at
 def hub(tmp_path, monkeypatch):
     """A Hub on this machine that is the only one that huggingface_hub knows, with an empty cache and no token."""
     hub = Hub()
-    point_at(monkeypatch, hub.url, tmp_path / 'cache')
+    point_at(monkeypatch, hub.url, tmp_path / 'home' / 'hub')
     yield hub
     hub.close()

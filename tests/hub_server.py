@@ -11,6 +11,7 @@ import http.server
 import json
 import os
 import re
+import resource
 import socket
 import threading
 from typing import Dict, List, Optional, Tuple
@@ -420,3 +421,14 @@ def point_at(monkeypatch, url: str, cache) -> None:
         monkeypatch.setattr(constants, name, value)
     monkeypatch.delenv('HF_TOKEN', raising=False)
     monkeypatch.setattr(_http.time, 'sleep', lambda seconds: None)
+
+
+@contextlib.contextmanager
+def disk_of(size):
+    """Files can't grow beyond the size, as if the disk were full then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -4,10 +4,8 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import struct
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from hub_server import OWNER, STRANGER
+from hub_server import OWNER, STRANGER, disk_of
 from huggingface_hub import constants
 from timm.utils import CheckpointSaver, ModelEmaV3
 
@@ -52,17 +50,6 @@ def weights(folder, tmp_path):
 @pytest.fixture
 def owner(monkeypatch):
     monkeypatch.setenv('HF_TOKEN', OWNER)
-
-
-@contextmanager
-def disk_of(size):
-    """Files can't grow beyond the size, as if the disk were full then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def uploads(hub):
