@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
@@ -11,7 +12,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from .._version import __version__
+from .. import __version__
 from ..layers import SpatialPyramidAttention
 from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
 from ..models._pretrained import misfits, shortened
@@ -95,6 +96,8 @@ def convert(
         raise ValueError(f'The output should be a .safetensors file, and is {output}.')
     if dtype not in DTYPES:
         raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
+    if kind not in (None, *KINDS):
+        raise ValueError(f'The kind of the source must be one of {", ".join(KINDS)}, got {kind!r}.')
     if not timm.is_model(model_name.partition('.')[0]):
         raise ValueError(f'There is no model {model_name!r}.')
     if output.exists() and not overwrite:
@@ -152,7 +155,7 @@ def _converted(
                     f'{source} is of the same net as {architecture}, and has other gates. Say of which model it is '
                     '(--from-model NAME), so that the gates can be compared.')
             return _from_variant(weights, model, source, *origin), 'variant'
-    closest = min((name for name in failures if failures[name]), key=lambda name: len(failures[name]), default=None)
+    closest = min((name for name in failures if failures[name]), key=lambda name: _count(failures[name]), default=None)
     if closest is None:
         raise CheckpointError(f'{source} has no gates: it is of no variant of {architecture}.')
     raise CheckpointError(
@@ -178,6 +181,8 @@ def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str
             raise CheckpointError(str(e)) from e
 
     def authors(gated: bool) -> Tuple[Dict[str, torch.Tensor], str]:
+        if _has_gates(weights):
+            return {}, 'under the names of this package'
         try:
             named = rename_authors(weights, model)
         except CheckpointError as e:
@@ -195,6 +200,11 @@ def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str
         'authors': lambda: authors(True),
         'authors-plain': lambda: authors(False),
     }
+
+
+def _count(misfit: str) -> float:
+    """Adds up the tensors of a message of `misfits`; a message of another kind is of all of them."""
+    return sum(map(int, re.findall(r'(?:^|; )(\d+) ', misfit))) or float('inf')
 
 
 def _rename_torchvision(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
