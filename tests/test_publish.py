@@ -229,6 +229,11 @@ def test_publish_and_publish_again(hub, owner, weights, folder, capsys):
     assert 'summary.csv' not in hub.files(REPO), 'it is of another run'
     assert '.gitattributes' in hub.files(REPO)
 
+    everything = dict(hub.repositories[REPO].commits[hub.head(REPO)])
+    hub.repositories[REPO].commit('main', dict(everything, **{'notes.txt': everything['README.md']}))
+    assert cli.main(arguments) == 0
+    assert 'has other files too, which stay: notes.txt.' in capsys.readouterr().out
+
 
 def test_the_repository_has_a_default(hub, owner, weights, monkeypatch):
     monkeypatch.setattr('timm_spa.hub.publish.HUB_ORG', 'org')

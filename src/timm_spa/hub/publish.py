@@ -178,6 +178,9 @@ def publish(
             files.append(CARD)
         else:
             notes.append(f'{repo_id} has a {CARD}, which is kept (--replace-card replaces it).')
+        others = remote - {*files, *RUN_FILES, CARD, '.gitattributes'}
+        if others:
+            notes.append(f'{repo_id} has other files too, which stay: {", ".join(sorted(others))}.')
         operations: List[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
         # of another training run
         operations += [CommitOperationDelete(path_in_repo=name) for name in RUN_FILES if name in remote - {*files}]
@@ -279,6 +282,7 @@ def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[in
         num_classes=num_classes or args.get('num_classes'),
         in_chans=args.get('in_chans'),
         global_pool=args.get('gp'),
+        bn_eps=args.get('bn_eps'),
         pretrained_cfg_overlay=overlay,
         **(args.get('model_kwargs') or {}),
     )
@@ -301,8 +305,9 @@ def _write_weights(path: Path, weights: Weights, model_name: str) -> None:
 
 
 def _write_config(path: Path, model: Any) -> Dict[str, Any]:
+    named = len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes
     labels = {key: model.pretrained_cfg.get(key) for key in ('label_names', 'label_descriptions')}
-    save_config_for_hf(model, str(path), model_config={key: value for key, value in labels.items() if value})
+    save_config_for_hf(model, str(path), model_config={k: v for k, v in labels.items() if v and named})
     config = json.loads(path.read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)  # it stands above, and transformers fails on a second one
     config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_FILENAME  # without it timm may look for a pickle

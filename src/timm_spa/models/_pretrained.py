@@ -142,7 +142,7 @@ def build_model(
     Raises:
         HubWeightsError: The weights are on the Hub, and could not be had, are damaged, or are those of another model.
     """
-    located, source, weights = None, None, 'The given file'
+    located, source, weights = None, None, 'The given state dict'
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
         source, weights = cfg.source, cfg.file or weights
