@@ -1,14 +1,14 @@
 """Verification: a sound repository passes, and each seeded fault is one line that names it."""
 import copy
 import hashlib
-import http.server
 import json
-import threading
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from hub_server import File, Repository
 from huggingface_hub import constants
 from PIL import Image
 
@@ -18,7 +18,6 @@ from timm_spa.hub.verify import verify
 
 NAME = 'spa_mobilenetv2_cifar'
 METADATA = dict(format='pt', model=f'{NAME}.test')
-COMMIT = 'c' * 40
 
 
 @pytest.fixture(scope='module')
@@ -160,75 +159,35 @@ def test_several_faults_are_several_lines(folder):
     assert len(verify(folder).problems) == 3
 
 
-@pytest.fixture
-def hub(folder, tmp_path, monkeypatch):
-    """What verification asks of a Hub: what the repository has, and the files."""
-    published = {path.name: path.read_bytes() for path in folder.iterdir()}
-    lfs = {'model.safetensors'}
-
-    def sibling(name, content):
-        entry = dict(rfilename=name, size=len(content), blobId=hashlib.sha1(b'blob %d\0' % len(content) + content)
-                     .hexdigest())
-        if name in lfs:
-            entry['lfs'] = dict(sha256=hashlib.sha256(content).hexdigest(), size=len(content), pointerSize=134)
-        return entry
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):  # noqa: N802
-            path = self.path.partition('?')[0]
-            if path.startswith(f'/api/models/org/name/tree/{COMMIT}'):
-                return self.answer(json.dumps([
-                    dict(type='file', path=name, size=len(content), oid=sibling(name, content)['blobId'])
-                    for name, content in published.items()]).encode())
-            if path.startswith('/api/models/org/name'):
-                return self.answer(json.dumps(dict(
-                    id='org/name', sha=COMMIT, siblings=[sibling(*item) for item in published.items()])).encode())
-            name = path.rpartition('/')[2]
-            if path.startswith(f'/org/name/resolve/{COMMIT}/') and name in published:
-                return self.answer(published[name], name)
-            return self.answer(b'', status=404)
-
-        do_GET = do_HEAD
-
-        def answer(self, body, name=None, status=200):
-            self.send_response(status)
-            self.send_header('Content-Length', str(len(body)))
-            if status == 404:
-                self.send_header('X-Error-Code', 'RepoNotFound')
-            if name:
-                self.send_header('X-Repo-Commit', COMMIT)
-                self.send_header('ETag', f'"{hashlib.sha1(published[name]).hexdigest()}"')
-            self.end_headers()
-            if self.command == 'GET':
-                self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f'http://127.0.0.1:{server.server_port}'
-    monkeypatch.setattr(constants, 'ENDPOINT', endpoint)
-    monkeypatch.setattr('huggingface_hub.hf_api.constants.ENDPOINT', endpoint)
-    monkeypatch.setattr(
-        constants, 'HUGGINGFACE_CO_URL_TEMPLATE', endpoint + '/{repo_id}/resolve/{revision}/{filename}')
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    yield published
-    server.shutdown()
+def on_the_hub(hub, folder, **more):
+    """Lays a folder as a repository; of its files the weights are a large one."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()} | more
+    hub.large_files.update({sha256(content): content for content in files.values()})
+    repository = hub.repositories['org/name'] = Repository(private=False)
+    return repository.commit('main', {
+        name: File(sha256(content), content, large=True) if name == 'model.safetensors' else File(
+            hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest(), content, large=False)
+        for name, content in files.items()})
 
 
-def test_a_repository_of_the_hub(hub):
-    report = verify('org/name')
-    assert report.problems == []
-    assert any('3 files against the digests of the Hub' in line and COMMIT in line for line in report.checked)
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_repository_of_the_hub(hub, folder):
+    commit = on_the_hub(hub, folder)
+    for revision in (None, 'main', commit):
+        report = verify('org/name', revision)
+        assert report.problems == []
+        assert any('3 files against the digests of the Hub' in line and commit in line for line in report.checked)
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'README.md'])
-def test_a_flipped_byte_in_the_cache(hub, tmp_path, name):
+def test_a_flipped_byte_in_the_cache(hub, folder, name):
     """A large file and a small one, which have digests of two kinds. The weights would load with a wrong value."""
+    on_the_hub(hub, folder)
     verify('org/name')
-    (cached,) = (tmp_path / 'cache').rglob(f'snapshots/*/{name}')
+    (cached,) = Path(constants.HF_HUB_CACHE).rglob(f'snapshots/*/{name}')
     content = bytearray(cached.resolve().read_bytes())
     content[-2] ^= 1
     cached.resolve().write_bytes(content)
@@ -237,27 +196,45 @@ def test_a_flipped_byte_in_the_cache(hub, tmp_path, name):
     assert str(cached.resolve()) in problem
 
 
-def test_a_pickle_on_the_hub_is_not_downloaded(hub, tmp_path):
-    hub['pytorch_model.bin'] = b'anything'
+def test_a_flipped_byte_on_the_way(hub, folder):
+    on_the_hub(hub, folder)
+    hub.fail('GET', '/objects/', flip=True)
+    assert any(problem.startswith('model.safetensors has the digest') for problem in verify('org/name').problems)
+
+
+def test_a_pickle_on_the_hub_is_not_downloaded(hub, folder):
+    on_the_hub(hub, folder, **{'pytorch_model.bin': b'anything'})
     (problem,) = verify('org/name').problems
     assert problem.startswith('pytorch_model.bin has the name of a pickle')
-    assert not list((tmp_path / 'cache').rglob('pytorch_model.bin'))
+    assert not list(Path(constants.HF_HUB_CACHE).rglob('pytorch_model.bin'))
+    assert not any('pytorch_model.bin' in request for request in hub.requests)
 
 
-@pytest.mark.parametrize(('source', 'cause'), [
-    ('org/missing', 'RepositoryNotFoundError'), ('no folder', 'no name of a repository')])
-def test_a_repository_that_is_not_there(hub, source, cause, capsys):
-    assert cli.main(['verify', source]) == 1
+@pytest.mark.parametrize(('source', 'revision', 'cause'), [
+    ('org/missing', None, 'RepositoryNotFoundError'), ('org/name', 'v9', 'RevisionNotFoundError'),
+    ('no folder', None, 'no name of a repository')])
+def test_a_repository_that_is_not_there(hub, folder, source, revision, cause, capsys):
+    on_the_hub(hub, folder)
+    assert cli.main(['verify', source, *(['--revision', revision] if revision else [])]) == 1
     problem = [line for line in capsys.readouterr().out.splitlines() if line.startswith('problem')]
     assert len(problem) == 1
     assert source in problem[0]
     assert cause in problem[0]
 
 
-def test_no_network(hub, monkeypatch):
-    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+@pytest.mark.parametrize('fault', [dict(status=503), dict(drop=True)])
+def test_a_hub_that_does_not_answer(hub, folder, fault):
+    on_the_hub(hub, folder)
+    hub.fail('GET', '/api/models', **fault)
     (problem,) = verify('org/name').problems
-    assert 'org/name cannot be had from http://127.0.0.1:9' in problem
+    assert f'org/name cannot be had from {hub.url}' in problem
+
+
+def test_offline_mode(hub, folder, monkeypatch):
+    on_the_hub(hub, folder)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    (problem,) = verify('org/name').problems
+    assert 'OfflineModeIsEnabled' in problem
 
 
 def test_accuracy(folder, tmp_path, trained):

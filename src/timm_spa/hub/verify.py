@@ -10,6 +10,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from safetensors import safe_open
 from timm.data import create_dataset, create_loader, resolve_data_config
@@ -84,28 +85,29 @@ def _download(repo_id: str, revision: Optional[str], report: Report) -> Optional
         report.problems.append(f'{repo_id} is no folder, and no name of a repository (organization/name)')
         return None
     try:
-        info = HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=TIMEOUT)
-        files = info.siblings or []
-        wanted = [f.rfilename for f in files if not PICKLE_NAMES.search(f.rfilename)]
+        info = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)  # soon shows a network that is down
+        tree = HfApi().list_repo_tree(repo_id, revision=info.sha, recursive=True)
+        files = [file for file in tree if isinstance(file, RepoFile)]
+        wanted = [file.path for file in files if not PICKLE_NAMES.search(file.path)]
         folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted))
     except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
         cause = ' '.join(str(e).split())
         report.problems.append(f'{named} cannot be had from {constants.ENDPOINT}: {type(e).__name__}: {cause}')
         return None
-    for name in (f.rfilename for f in files if f.rfilename not in wanted):
+    for name in (file.path for file in files if file.path not in wanted):
         report.problems.append(f'{name} has the name of a pickle, which can run code when it is opened; not downloaded')
-    compared = [file for file in files if file.rfilename in wanted]
+    compared = [file for file in files if file.path in wanted]
     for file in compared:
-        path = folder / file.rfilename
+        path = folder / file.path
         if not path.is_file():
-            report.problems.append(f'{file.rfilename} is on the Hub and was not downloaded')
+            report.problems.append(f'{file.path} is on the Hub and was not downloaded')
             continue
         with open(path, 'rb') as f:
             found = sha_fileobj(f).hex() if file.lfs else git_hash(f.read())
         expected = file.lfs.sha256 if file.lfs else file.blob_id
         if found != expected:
             report.problems.append(
-                f'{file.rfilename} has the digest {found} here ({path.resolve()}) and {expected} on the Hub: it is '
+                f'{file.path} has the digest {found} here ({path.resolve()}) and {expected} on the Hub: it is '
                 'damaged; delete it and verify again')
     report.checked.append(f'{named}: {len(compared)} files against the digests of the Hub, commit {info.sha}')
     return folder
