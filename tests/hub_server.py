@@ -328,6 +328,7 @@ def _regular(content: bytes) -> File:
 class _Handler(http.server.BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # or each answer waits for 40 ms
 
     def handle_one_request(self) -> None:
         with contextlib.suppress(OSError):  # the client is gone

@@ -15,7 +15,7 @@ import timm
 import torch
 import yaml
 from hub_server import OWNER, STRANGER, disk_of
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import timm_spa
@@ -362,6 +362,19 @@ def test_a_commit_whose_answer_is_lost(hub, owner, weights):
     hub.heal()
     assert not publish(weights, NAME, REPO).changed
     assert sorted(set(hub.files(REPO)) - {'.gitattributes'}) == FILES
+
+
+def test_a_commit_of_somebody_else_in_between(hub, owner, weights, monkeypatch):
+    original = HfApi.create_commit
+
+    def later(*args, **kwargs):
+        hub.repositories[REPO].commit('main', {})
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, 'create_commit', later)
+    with pytest.raises(PublishError, match='was changed by somebody else in the meantime. .* has the new commit'):
+        publish(weights, NAME, REPO)
+    assert not hub.files(REPO)
 
 
 def test_one_passing_fault_is_no_failure(hub, owner, weights):
