@@ -175,6 +175,16 @@ def test_snippets_of_other_families_run(tmp_path, monkeypatch):
         assert values[0]['classes'].shape == (1, min(5, classes))
 
 
+def test_how_to_load_is_true():
+    """By the name only where the name has weights; else from the Hub, or from the folder that the card lies in."""
+    shipped = CARDS[0].name
+    config = config_of(shipped.partition('.')[0])
+    for name, repository, source in (
+            (shipped, None, shipped), (shipped, 'org/name', 'hf-hub:org/name'),
+            (f'{shipped}_mine', None, 'local-dir:.'), (f'{shipped}_mine', 'org/name', 'hf-hub:org/name')):
+        assert str(make_card(name, repository, config=config)).count(f"create_model('{source}', pretrained=True") == 3
+
+
 def test_without_facts_nothing_is_claimed():
     text = str(make_card(MODEL, config=config_of(MODEL)))
     metadata, body = parts(text)
@@ -273,6 +283,11 @@ def test_what_is_no_control(tmp_path):
     run = Run.read(keep(tmp_path, ARGS, 1.0, 2.0))
     with pytest.raises(RunError, match='holds no results'):
         make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path / 'elsewhere')
+    (tmp_path / 'nameless').mkdir()
+    (tmp_path / 'nameless' / 'args.yaml').write_text('model: spa_resnet18')
+    with pytest.raises(RunError, match=r'nameless/args.yaml lacks seed'):
+        make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)
+    shutil.rmtree(tmp_path / 'nameless')
     other = keep(tmp_path, dict(ARGS, model='preresnet18_cifar', lr=0.2), 1.0, 2.0)
     with pytest.raises(RunError, match=r'lr \(0.2, here 0.1\)'):
         make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)

@@ -41,7 +41,8 @@ def make_card(
 
     Args:
         model_name: Name of the weights, architecture and tag, e.g. 'spa_resnet50.tmm_in1k'.
-        repo_id: Repository, 'organization/name'. None for weights that come with the package.
+        repo_id: Repository, 'organization/name'. If None, the card shows how to load the registered weights of the
+            name, or from the folder itself if there are none.
         run: What lies beside the checkpoint.
         config: Content of the repository's config.json.
         weights: The safetensors file, to state how it is stored.
@@ -100,7 +101,7 @@ def make_card(
         title=model_name,
         about=_paragraphs(_description(config, scores, dataset), facts.get('about')),
         details=_details(config, dataset, weights),
-        source=f'hf-hub:{repo_id}' if repo_id else model_name,
+        source=_source(model_name, repo_id),
         top_k=min(5, config['num_classes']),
         **_shapes(config),
         commands=[_wrapped(command) for command in facts.get('commands') or _listed(run.record.get('command'))],
@@ -122,7 +123,7 @@ def card_of_folder(
 
     Args:
         folder: Folder with config.json, as `timm-spa publish --dry-run` writes it.
-        repo_id: Repository that the folder is of.
+        repo_id: Repository that the folder is of, as for `make_card`.
         results: As for `make_card`.
 
     Returns:
@@ -143,6 +144,13 @@ def card_of_folder(
     candidates = (folder / 'model.safetensors', Path(cfg.file) if cfg and cfg.file else None)
     weights = next((path for path in candidates if path and path.is_file()), None)
     return make_card(name, repo_id, Run.read(folder), config=config, weights=weights, results=results)
+
+
+def _source(model_name: str, repo_id: Optional[str]) -> str:
+    """Returns what `timm.create_model` loads the weights by."""
+    if repo_id:
+        return f'hf-hub:{repo_id}'
+    return model_name if model_name in timm.list_pretrained(model_name.partition('.')[0]) else 'local-dir:.'
 
 
 def _check_agreement(model_name: str, config: Mapping[str, Any], run: Run) -> None:

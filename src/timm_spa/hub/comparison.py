@@ -33,6 +33,10 @@ def read_results(folder: Union[str, Path], architecture: str) -> List[Run]:
     runs = [Run.read(path.parent) for path in sorted(Path(folder).glob('*/args.yaml'))]
     if not runs:
         raise RunError(f'{folder} holds no results: expected folders with args.yaml and summary.csv in them.')
+    for run in runs:
+        missing = [key for key in ('model', 'seed') if key not in run.args]
+        if missing:
+            raise RunError(f'{run.folder / "args.yaml"} lacks {" and ".join(missing)}.')
     return [run for run in runs if _net(run.args['model']) == _net(architecture)]
 
 
