@@ -1,4 +1,7 @@
 """What several test files share."""
+import contextlib
+import resource
+
 import pytest
 from hub_server import Hub, point_at
 
@@ -10,3 +13,18 @@ def hub(tmp_path, monkeypatch):
     point_at(monkeypatch, hub.url, tmp_path / 'home' / 'hub')
     yield hub
     hub.close()
+
+
+@pytest.fixture
+def disk_of():
+    """A context in which no file can grow beyond a size, as if the disk were full then."""
+    @contextlib.contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -11,9 +11,9 @@ import http.server
 import json
 import os
 import re
-import resource
 import socket
 import threading
+from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -97,6 +97,8 @@ class Hub:
         repositories: By 'organization/name'.
         large_files: Content by SHA-256, whether a commit has it or not.
         requests: Method and path of each, in order.
+        xet_store: Folder where clients put and find large files themselves, over the Xet protocol; None for Git LFS.
+        xet_hashes: Hash under that protocol by SHA-256, which there only the store knows.
     """
 
     def __init__(self) -> None:
@@ -105,6 +107,8 @@ class Hub:
         self.repositories: Dict[str, Repository] = {}
         self.large_files: Dict[str, bytes] = {}
         self.requests: List[str] = []
+        self.xet_store: Optional[Path] = None
+        self.xet_hashes: Dict[str, str] = {}
         self.faults: List[Fault] = []
         self.lock = threading.RLock()
         self.servers = [self._serve(), self._serve()]
@@ -234,6 +238,10 @@ class Hub:
         if path not in files:
             raise Refusal(404, 'EntryNotFound', headers)
         file = files[path]
+        if file.oid in self.xet_hashes:
+            headers.update({
+                'X-Xet-Hash': self.xet_hashes[file.oid],
+                'X-Xet-Refresh-Route': f'{self.url}/api/models/{repo}/xet-read-token/{oid}'})
         if file.large:
             return 302, dict(headers, **{
                 'X-Linked-Etag': f'"{file.oid}"', 'X-Linked-Size': str(len(file.content)),
@@ -260,6 +268,13 @@ class Hub:
                 file, actions=dict(upload=dict(href=f'{self.store_url}/objects/{file["oid"]}')))
             for file in json.loads(body)['objects']]))
 
+    def _xet_token(self, repo, user, kind, **_) -> Answer:
+        self._writable(repo, user) if kind == 'write' else self._readable(repo, user)
+        token = dict(casUrl=f'local://{self.xet_store}', accessToken='of no use', exp=2_000_000_000)
+        names = zip(('X-Xet-Cas-Url', 'X-Xet-Access-Token', 'X-Xet-Token-Expiration'), token.values(), strict=True)
+        status, headers, body = as_json(token)
+        return status, dict(headers, **{name: str(value) for name, value in names}), body
+
     def _store(self, oid, body, **_) -> Answer:
         if hashlib.sha256(body).hexdigest() != oid:
             raise Refusal(400)
@@ -283,9 +298,10 @@ class Hub:
             if line['key'] == 'file':
                 files[value['path']] = _regular(base64.b64decode(value['content']))
             elif line['key'] == 'lfsFile':
-                if value['oid'] not in self.large_files:
+                if value['oid'] not in self.large_files and value['oid'] not in self.xet_hashes:
                     raise Refusal(400)
-                files[value['path']] = File(value['oid'], self.large_files[value['oid']], large=True)
+                content = self.large_files.get(value['oid'], b'\0' * value['size'])
+                files[value['path']] = File(value['oid'], content, large=True)
             elif line['key'] == 'deletedFile':
                 del files[value['path']]
         number = 1 + sum(ref.startswith('refs/pr/') for ref in repository.refs)
@@ -314,6 +330,7 @@ ROUTES = (
     ('POST', rf'/api/models/{_REPO}/preupload/{_REV}', 'preupload'),
     ('POST', rf'/api/models/{_REPO}/commit/{_REV}', 'commit'),
     ('POST', rf'/api/models/{_REPO}/tag/{_REV}', 'tag'),
+    ('GET', rf'/api/models/{_REPO}/xet-(?P<kind>read|write)-token/{_REV}', 'xet_token'),
     ('POST', rf'/{_REPO}.git/info/lfs/objects/batch', 'batch'),
     ('GET HEAD', rf'/{_REPO}/resolve/{_REV}/(?P<path>.+)', 'file'),
     ('PUT', r'/objects/(?P<oid>[0-9a-f]{64})', 'store'),
@@ -422,14 +439,3 @@ def point_at(monkeypatch, url: str, cache) -> None:
         monkeypatch.setattr(constants, name, value)
     monkeypatch.delenv('HF_TOKEN', raising=False)
     monkeypatch.setattr(_http.time, 'sleep', lambda seconds: None)
-
-
-@contextlib.contextmanager
-def disk_of(size):
-    """Files can't grow beyond the size, as if the disk were full then."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

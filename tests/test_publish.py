@@ -14,7 +14,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from hub_server import OWNER, STRANGER, disk_of
+from hub_server import OWNER, STRANGER
 from huggingface_hub import HfApi, constants
 from timm.utils import CheckpointSaver, ModelEmaV3
 
@@ -383,7 +383,7 @@ def test_one_passing_fault_is_no_failure(hub, owner, weights):
     assert len(hub.repositories[REPO].commits) == 2
 
 
-def test_a_full_disk_leaves_nothing_half_written(weights, folder, tmp_path):
+def test_a_full_disk_leaves_nothing_half_written(weights, folder, tmp_path, disk_of):
     for target in (tmp_path / 'new', weights.parent):
         with disk_of(1_000_000), pytest.raises(Exception, match='too large|os error 27|I/O'):
             write_repository(target, weights, NAME)
