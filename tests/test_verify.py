@@ -70,6 +70,14 @@ def test_a_sound_folder(folder, capsys):
     assert all(line.startswith('checked: ') for line in out[:-1])
 
 
+def test_a_size_that_looks_like_a_pickle(folder):
+    """A safetensors file begins with the size of its header, here the bytes of a pickle of protocol 4."""
+    header = json.dumps({'x': dict(dtype='U8', shape=[1], data_offsets=[0, 1])}).encode().ljust(0x0480)
+    (folder / 'other.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + b'0')
+    assert safetensors.torch.load_file(folder / 'other.safetensors')['x'].tolist() == [48]
+    assert verify(folder).problems == []
+
+
 def nan_tensor(folder):
     value = safetensors.torch.load_file(folder / 'model.safetensors')['conv_stem.weight']
     value[0, 0, 0, 0] = float('nan')

@@ -137,8 +137,10 @@ def _check_files(folder: Path, report: Report) -> None:
 
 def _is_pickle(path: Path) -> bool:
     with open(path, 'rb') as f:
-        head = f.read(2)
-    if len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5:  # the opcode of a protocol, and its number
+        head = f.read(9)
+    if path.suffix == '.safetensors' and head[8:] == b'{':  # behind the size of its header, which may be any bytes
+        return False
+    if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:  # the opcode of a protocol, and its number
         return True
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
