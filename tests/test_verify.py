@@ -8,12 +8,13 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import File, Repository
+from hub_server import OWNER, File, Repository
 from huggingface_hub import constants
 from PIL import Image
 
 import timm_spa  # noqa: F401
 from timm_spa import cli
+from timm_spa.hub.publish import publish
 from timm_spa.hub.verify import verify
 
 NAME = 'spa_mobilenetv2_cifar'
@@ -188,6 +189,15 @@ def test_a_repository_of_the_hub(hub, folder):
         report = verify('org/name', revision)
         assert report.problems == []
         assert any('3 files against the digests of the Hub' in line and commit in line for line in report.checked)
+
+
+def test_what_is_published_is_sound(hub, tmp_path, trained, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', OWNER)
+    torch.save(trained, tmp_path / 'weights.pth')
+    publish(tmp_path / 'weights.pth', f'{NAME}.test', 'org/name', num_classes=3)
+    report = verify('org/name')
+    assert report.problems == []
+    assert 'one forward pass' in report.checked[-1]
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'README.md'])
