@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import safetensors
@@ -119,6 +120,32 @@ def test_a_checkpoint_of_timms_training(tmp_path, capsys):
     assert cfg['tag'] == 'mine_in1k'
     with safetensors.safe_open(published / 'model.safetensors', framework='pt') as f:
         assert f.metadata()['epoch'] == '3'
+
+
+def test_an_existing_folder(weights, folder, tmp_path, monkeypatch):
+    """What is written replaces what was there, but for the card and for files that are none of ours."""
+    weights.with_name('notes.txt').write_text('mine')
+    weights.with_name('README.md').write_text('my card')
+    changed = {k: v.flip(0) if v.ndim else v for k, v in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(changed, tmp_path / 'new.safetensors')
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match='no card'):
+        patch.setattr('timm_spa.hub.publish.make_card', Mock(side_effect=ValueError('no card')))
+        write_repository(weights.parent, tmp_path / 'new.safetensors', NAME, replace_card=True)
+    assert weights.read_bytes() == (folder / 'model.safetensors').read_bytes(), 'all files or none'
+    notes = write_repository(weights.parent, tmp_path / 'new.safetensors', NAME)
+    assert any('README.md, as it is' in note for note in notes)
+    assert sorted(p.name for p in weights.parent.iterdir()) == sorted([*FILES, 'notes.txt'])
+    written = safetensors.torch.load_file(weights)
+    assert all(torch.equal(written[k], v) for k, v in changed.items())
+    assert weights.with_name('README.md').read_text() == 'my card'
+    write_repository(weights.parent, weights, NAME, replace_card=True)
+    assert weights.with_name('README.md').read_text().startswith('---')
+
+
+def test_another_model_than_was_trained(hub, owner, weights, capsys):
+    args = weights.with_name('args.yaml')
+    args.write_text(args.read_text().replace('model: spa_mobilenetv2_cifar', 'model: spa_b_mobilenetv2_cifar'))
+    refused(hub, weights, 'name the model spa_b_mobilenetv2_cifar, and not spa_mobilenetv2_cifar', capsys)
 
 
 class Payload:
@@ -353,6 +380,15 @@ def test_a_failed_upload_changes_nothing_and_can_be_repeated(hub, owner, weights
     publish(weights, NAME, REPO)
     assert len(hub.repositories[REPO].commits) == 3
     assert hub.files(REPO)['model.safetensors'] != files['model.safetensors']
+
+
+def test_a_first_upload_that_fails(hub, owner, weights):
+    hub.fail('POST', '/commit/', status=500)
+    with pytest.raises(PublishError, match='is there, and empty. Give the same command again'):
+        publish(weights, NAME, REPO)
+    assert list(hub.files(REPO)) == ['.gitattributes']
+    hub.heal()
+    assert publish(weights, NAME, REPO).changed
 
 
 def test_a_commit_whose_answer_is_lost(hub, owner, weights):

@@ -189,7 +189,7 @@ def publish(
                 repo_id, operations, commit_message=f'Weights of {model_name}', create_pr=create_pr,
                 parent_commit=before.sha)
         except Exception as e:
-            raise PublishError(f'{_cause(e, repo_id)} {_state_after(api, repo_id, before.sha)}') from e
+            raise PublishError(f'{_cause(e, repo_id)} {_state_after(api, before)}') from e
     changed = commit.oid != before.sha
     if tag and not tagged:
         with _clear_errors(repo_id, f'The weights are published as {commit.oid}, and have no tag {tag}.'):
@@ -216,15 +216,16 @@ def _open_repository(repo_id: str, private: bool, tag: Optional[str]) -> Tuple[H
     return api, info, tag in tags
 
 
-def _state_after(api: HfApi, repo_id: str, before: str) -> str:
+def _state_after(api: HfApi, before: Any) -> str:
     """Says what a failed upload left: a commit is there as a whole or not at all, also if its answer was lost."""
     try:
-        now = api.model_info(repo_id, timeout=PROBE_TIMEOUT).sha
+        now = api.model_info(before.id, timeout=PROBE_TIMEOUT).sha
     except Exception:
-        return f'What {repo_id} holds cannot be asked now. Give the same command again to go on.'
-    if now == before:
-        return f'{repo_id} is as it was. Give the same command again to go on; what was uploaded already is kept.'
-    return f'{repo_id} has the new commit {now}. Give the same command again: if it is this one, none is added.'
+        return f'What {before.id} holds cannot be asked now. Give the same command again to go on.'
+    if now == before.sha:
+        state = 'is as it was' if len(before.siblings or ()) > 1 else 'is there, and empty'
+        return f'{before.id} {state}. Give the same command again to go on; what was uploaded already is kept.'
+    return f'{before.id} has the new commit {now}. Give the same command again: if it is this one, none is added.'
 
 
 @contextmanager
@@ -268,6 +269,9 @@ def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[in
         raise PublishError(
             f'{model_name!r} names no weights: that is architecture.tag, e.g. spa_resnet50.tmm_in1k, the tag saying '
             'how it was trained and on what. `timm-spa list` has the architectures.')
+    trained = str(args.get('model') or architecture).partition('.')[0]
+    if trained != architecture:  # two models may have tensors of the same shapes
+        raise PublishError(f'The arguments of the training name the model {trained}, and not {architecture}.')
     registered = model_name in timm.list_pretrained(architecture)
     overlay: Dict[str, Any] = {key: args[key] for key in PREPROCESSING if args.get(key)}
     if not registered:  # the default configuration is that of other weights
