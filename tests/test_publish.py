@@ -128,9 +128,10 @@ def test_an_existing_folder(weights, folder, tmp_path, monkeypatch):
     weights.with_name('README.md').write_text('my card')
     changed = {k: v.flip(0) if v.ndim else v for k, v in safetensors.torch.load_file(weights).items()}
     safetensors.torch.save_file(changed, tmp_path / 'new.safetensors')
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match='no card'):
+    with monkeypatch.context() as patch:
         patch.setattr('timm_spa.hub.publish.make_card', Mock(side_effect=ValueError('no card')))
-        write_repository(weights.parent, tmp_path / 'new.safetensors', NAME, replace_card=True)
+        with pytest.raises(ValueError, match='no card'):
+            write_repository(weights.parent, tmp_path / 'new.safetensors', NAME, replace_card=True)
     assert weights.read_bytes() == (folder / 'model.safetensors').read_bytes(), 'all files or none'
     notes = write_repository(weights.parent, tmp_path / 'new.safetensors', NAME)
     assert any('README.md, as it is' in note for note in notes)
