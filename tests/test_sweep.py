@@ -112,11 +112,12 @@ def test_the_table_has_mean_and_spread_and_stands_on_its_files(tmp_path):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda run: (run / 'args.yaml').unlink(), 'is not complete'),
-    (lambda run: run.rename(run.with_name('se_mobilenetv2_cifar-seed1')), 'holds a run of mobilenetv2_cifar'),
+    (lambda run: (run / 'args.yaml').unlink(), 'holds no results'),
+    (lambda run: run.rename(run.with_name('se_mobilenetv2_cifar-seed1')), 'the arguments of mobilenetv2_cifar'),
     (lambda run: (run / 'summary.csv').write_text('epoch,eval_top1\n0,1\n'), 'has 1 of 2 epochs'),
-    (lambda run: write_run(run.parent, 'mobilenetv2_cifar', 3, 20, lr=0.2), 'differ in one of'),
-    (lambda run: (run / 'run.json').unlink(), 'holds no run'),
+    (lambda run: (run / 'summary.csv').unlink(), 'has 0 of 2 epochs'),
+    (lambda run: write_run(run.parent, 'mobilenetv2_cifar', 3, 20, lr=0.2), 'was not trained like'),
+    (lambda run: (run / 'run.json').unlink(), 'run.json of None'),
 ])
 def test_results_that_are_no_evidence(tmp_path, capsys, change, message):
     change(write_run(tmp_path, 'mobilenetv2_cifar', 1, 20))

@@ -8,86 +8,56 @@ on, the sample standard deviation. `losses.png` has the training and the validat
 figures 3 and 4. `--check` writes nothing and fails if the table that is there is not the one of its runs.
 """
 import argparse
-import json
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Dict, List, Optional
 
 import timm
-import yaml
 
 import timm_spa  # noqa: F401
+from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results
+from timm_spa.hub.run_record import Run, RunError
 from timm_spa.models._entrypoints import split_gate
-from timm_spa.training_log import SummaryError, read_summary
+from timm_spa.training_log import SummaryError
 
 GATE_LABELS = {
     'none': 'none', 'se': 'SE', 'se_b': 'SE+', 'se_c': 'SE++', 'ge': 'GE', 'cbam': 'CBAM', 'gc': 'GC',
     'spa': 'SPA-A', 'spa_b': 'SPA-B', 'spa_c': 'SPA-C'}
-SAME_FOR_ALL = ('epochs', 'batch_size', 'lr', 'opt', 'sched', 'weight_decay', 'num_classes')
-
-
-class ResultsError(ValueError):
-    """A folder of results is not complete or not comparable; the message names the file."""
-
-
-class Run(NamedTuple):
-    """One training run."""
-
-    model: str
-    gate: str
-    backbone: str
-    seed: int
-    num_classes: int
-    epochs: List[Dict[str, float]]
-    record: Dict[str, Any]
 
 
 def read_runs(folder: Path) -> List[Run]:
-    """Reads every run of a folder.
+    """Reads every run of a folder, and checks that they can stand side by side.
 
     Raises:
-        ResultsError: There is none, a file is missing or says something else than its folder's name, or the runs were
-            not trained alike.
+        RunError: There is none, one is not complete or is another than its folder's name says, or the runs were not
+            trained alike.
+        SummaryError: The metrics of a run are no table.
     """
-    runs = []
-    settings: Dict[Any, str] = {}
-    for place in sorted(path.parent for path in folder.glob('*/run.json')):
-        try:
-            record = json.loads((place / 'run.json').read_text(encoding='utf-8'))
-            args = yaml.safe_load((place / 'args.yaml').read_text(encoding='utf-8'))
-            epochs = read_summary(place / 'summary.csv')
-        except (OSError, ValueError, SummaryError) as e:
-            raise ResultsError(f'{place} is not complete: {e}') from e
-        model, seed = record['model'], record['seed']
-        if (model, seed) != (args['model'], args['seed']) or place.name != f'{model}-seed{seed}':
-            raise ResultsError(f'{place} holds a run of {args["model"]} with seed {args["seed"]}.')
-        if len(epochs) != args['epochs']:
-            raise ResultsError(f'{place} has {len(epochs)} of {args["epochs"]} epochs.')
-        settings.setdefault(tuple(args[key] for key in SAME_FOR_ALL), place.name)
-        if len(settings) > 1:
-            raise ResultsError(f'{" and ".join(settings.values())} differ in one of {", ".join(SAME_FOR_ALL)}.')
-        backbone, gate, _ = split_gate(model)
-        runs.append(Run(model, gate, backbone, seed, args['num_classes'], epochs, record))
-    if not runs:
-        raise ResultsError(f'{folder} holds no run.')
+    runs = read_results(folder)
+    for run in runs:
+        model, seed = run.args['model'], run.args['seed']
+        said = run.record.get('model'), run.record.get('seed')
+        if said != (model, seed) or run.folder.name != f'{model}-seed{seed}':
+            raise RunError(
+                f'{run.folder} has the arguments of {model} with seed {seed}, and run.json of '
+                f'{said[0]} with seed {said[1]}.')
+        if len(run.summary) != run.args['epochs']:
+            raise RunError(f'{run.folder} has {len(run.summary)} of {run.args["epochs"]} epochs.')
+        check_alike(run, runs[0])
     return runs
-
-
-def _mean_and_spread(values: List[float]) -> str:
-    mean = f'{statistics.mean(values):.2f}'
-    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean
 
 
 def make_table(runs: List[Run]) -> str:
     """Returns the results as Markdown: one table for each backbone, in the order of the gates above."""
     groups: Dict[str, Dict[str, List[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        groups[run.backbone][run.gate].append(run)
+        backbone, gate, _ = split_gate(run.args['model'])
+        groups[backbone][gate].append(run)
     lines = []
     for backbone, gates in groups.items():
-        base = [run.epochs[-1]['eval_top1'] for run in gates.get('none', [])]
+        base = [run.summary[-1]['eval_top1'] for run in gates.get('none', [])]
         lines += [
             f'### {backbone}', '',
             '| attention | parameters (M) | runs | top-1 (%), last epoch | against none | top-1 (%), best epoch '
@@ -95,20 +65,21 @@ def make_table(runs: List[Run]) -> str:
             '|---|---|---|---|---|---|---|---|---|']
         for gate in (gate for gate in GATE_LABELS if gate in gates):
             group = gates[gate]
-            last = [run.epochs[-1] for run in group]
+            last = [run.summary[-1] for run in group]
             top1 = [row['eval_top1'] for row in last]
-            model = timm.create_model(group[0].model, num_classes=group[0].num_classes)
+            args = group[0].args
+            model = timm.create_model(args['model'], num_classes=args['num_classes'], **args.get('model_kwargs') or {})
             parameters = sum(p.numel() for p in model.parameters()) / 1e6
             difference = '' if gate == 'none' or not base else f'{statistics.mean(top1) - statistics.mean(base):+.2f}'
             lines.append('| ' + ' | '.join([
-                GATE_LABELS[gate], f'{parameters:.3f}', str(len(group)), _mean_and_spread(top1), difference,
-                _mean_and_spread([max(row['eval_top1'] for row in run.epochs) for run in group]),
-                *(_mean_and_spread([row[key] for row in last]) for key in ('eval_top5', 'train_loss', 'eval_loss')),
+                GATE_LABELS[gate], f'{parameters:.3f}', str(len(group)), mean_and_spread(top1), difference,
+                mean_and_spread([max(row['eval_top1'] for row in run.summary) for run in group]),
+                *(mean_and_spread([row[key] for row in last]) for key in ('eval_top5', 'train_loss', 'eval_loss')),
             ]) + ' |')
         lines.append('')
     hardware = sorted({run.record['hardware'] for run in runs})
     versions = sorted({', '.join(f'{k} {v}' for k, v in run.record['versions'].items()) for run in runs})
-    seeds = sorted({run.seed for run in runs})
+    seeds = sorted({run.args['seed'] for run in runs})
     lines += [
         f'{len(runs)} runs, seeds {", ".join(map(str, seeds))}; {"; ".join(hardware)}; {"; ".join(versions)}. ± is the '
         'standard deviation of the runs.']
@@ -121,7 +92,8 @@ def draw_losses(runs: List[Run], path: Path) -> None:
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    backbones = sorted({run.backbone for run in runs})
+    names = {id(run): split_gate(run.args['model'])[:2] for run in runs}
+    backbones = sorted({backbone for backbone, _ in names.values()})
     figure, axes = pyplot.subplots(2, len(backbones), figsize=(5 * len(backbones), 7), squeeze=False, sharex=True)
     colours = dict(zip(GATE_LABELS, pyplot.rcParams['axes.prop_cycle'].by_key()['color'], strict=True))
     for column, backbone in enumerate(backbones):
@@ -129,8 +101,7 @@ def draw_losses(runs: List[Run], path: Path) -> None:
             axis = axes[row][column]
             for gate in GATE_LABELS:
                 curves = [
-                    [epoch[key] for epoch in run.epochs] for run in runs
-                    if (run.gate, run.backbone) == (gate, backbone)]
+                    [epoch[key] for epoch in run.summary] for run in runs if names[id(run)] == (backbone, gate)]
                 if curves:
                     means = [statistics.mean(values) for values in zip(*curves, strict=True)]
                     axis.plot(
@@ -153,7 +124,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         runs = read_runs(args.folder)
-    except ResultsError as e:
+    except (RunError, SummaryError) as e:
         print(f'results: {e}', file=sys.stderr)
         return 1
     table = make_table(runs)

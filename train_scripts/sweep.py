@@ -87,6 +87,7 @@ def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]
         model=model, seed=seed, command=shlex.join(command), resumed=resumed, seconds=round(time.time() - started),
         **about)
     (partial / 'run.json').write_text(json.dumps(record, indent=2) + '\n')
+    shutil.copy(partial / 'run.json', run)  # for the card: `timm-spa publish` reads what lies beside the checkpoint
     shutil.rmtree(kept, ignore_errors=True)
     partial.rename(kept)
     print(f'{name}: done in {record["seconds"]} s', flush=True)

@@ -116,6 +116,79 @@ def _demo(args: argparse.Namespace) -> int:
     return code
 
 
+def _card(args: argparse.Namespace) -> int:
+    from .hub.card import CardError, card_of_folder
+    from .hub.run_record import RunError
+    from .training_log import SummaryError
+
+    try:
+        card = card_of_folder(args.folder, args.repo, args.results)
+    except (CardError, RunError, SummaryError) as e:
+        print(f'timm-spa: {e}', file=sys.stderr)
+        return 1
+    if not args.write:
+        print(card, end='')
+        return 0
+    path = os.path.join(args.folder, 'README.md')
+    partial = os.path.join(args.folder, f'.README.md.{os.getpid()}')
+    card.save(partial)
+    os.replace(partial, path)
+    print(f'Wrote {path}.')
+    return 0
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from .hub.publish import publish, write_repository
+
+    what = args.checkpoint, args.model, args.repo
+    options = dict(num_classes=args.num_classes, replace_card=args.replace_card, results=args.results)
+    try:
+        if args.dry_run:
+            notes = write_repository(args.dry_run, *what, **options)
+            outcome = f'Wrote {args.dry_run}. Nothing was uploaded.'
+        else:
+            published = publish(*what, private=args.private, create_pr=args.pr, tag=args.tag, **options)
+            notes = published.notes
+            outcome = f'Published: {published.url}' if published.changed else f'Nothing to change: {published.url}'
+    except (OSError, RuntimeError, TypeError, ValueError) as e:  # of the files, the model, the card and the Hub
+        print(f'timm-spa: {e}', file=sys.stderr)
+        return 1
+    print('\n'.join([*notes, outcome]))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .hub.verify import verify
+
+    report = verify(args.source, args.revision, args.images, args.split, args.batch_size, args.device)
+    for line in report.checked:
+        print(f'checked: {line}')
+    for line in report.problems:
+        print(f'problem: {line}')
+    print(f'{len(report.problems)} problems.' if report.problems else 'No problem found.')
+    return 1 if report.problems else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from timm.utils import ParseKwargs
+
+    from .hub.convert import convert
+
+    try:
+        ParseKwargs([], 'model_kwargs')(None, args, args.model_kwargs)  # as timm's own scripts read them
+        done = convert(
+            args.source, args.output, args.model, args.dtype, args.kind, args.from_model, args.overwrite,
+            **args.model_kwargs)
+    except (OSError, RuntimeError, TypeError, ValueError) as e:  # of the file, the model and its arguments
+        print(f'timm-spa: {e}', file=sys.stderr)
+        return 1
+    print(f'{args.source} is of {done.description}.')
+    print('\n'.join(done.notes), end='\n' if done.notes else '')
+    error = f'largest error {done.error:.3g}, in {done.error_in}' if done.error_in else 'every value is exact'
+    print(f'Wrote {args.output}: {done.tensors} tensors, {args.dtype}, {done.size / 1e6:.1f} MB, {error}.')
+    return 0
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line.
 
@@ -147,6 +220,48 @@ def main(argv: Optional[List[str]] = None) -> int:
     verb.add_argument('--top-k', type=int, default=5, help='classes to show for each picture (default: %(default)s)')
     verb.add_argument('--json', action='store_true', help='print JSON, errors included')
     verb.set_defaults(run=_predict)
+
+    verb = verbs.add_parser('card', help="make the card of a repository's folder from the files in it, and print it")
+    verb.add_argument('folder', metavar='FOLDER', help='folder that `publish --dry-run` wrote')
+    verb.add_argument('--repo', metavar='ORG/NAME', help='repository that the folder is of')
+    verb.add_argument('--results', metavar='DIR', help='results of a sweep with the controls to compare with')
+    verb.add_argument('--write', action='store_true', help='replace the README.md of the folder')
+    verb.set_defaults(run=_card)
+
+    verb = verbs.add_parser('publish', help='publish weights as a repository of the Hub, in one commit')
+    verb.add_argument('checkpoint', metavar='CHECKPOINT', help='model_best.pth.tar of a run, or a file of its weights')
+    verb.add_argument('--model', required=True, metavar='NAME.TAG', help='e.g. spa_resnet50.tmm_in1k')
+    verb.add_argument('--repo', metavar='ORG/NAME', help='repository (default: NAME.TAG of TIMM_SPA_HUB_ORG)')
+    verb.add_argument('--num-classes', type=int, help="classes of the checkpoint, if the run's args.yaml is missing")
+    verb.add_argument('--private', action='store_true', help='to a private repository, or not at all')
+    verb.add_argument('--pr', action='store_true', help='as a pull request')
+    verb.add_argument('--tag', help='name for the commit, e.g. v1')
+    verb.add_argument('--results', metavar='DIR', help='results of a sweep with the controls for the card')
+    verb.add_argument('--replace-card', action='store_true', help='replace the README.md of the repository or folder')
+    verb.add_argument('--dry-run', metavar='DIR', help='write the files to a folder, and upload nothing')
+    verb.set_defaults(run=_publish)
+
+    verb = verbs.add_parser('verify', help='check a repository of the Hub, or a folder that will be one')
+    verb.add_argument('source', metavar='ORG/NAME|FOLDER')
+    verb.add_argument('--revision', help='branch, tag or commit of the repository')
+    verb.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy on')
+    verb.add_argument('--split', default='validation', help='subfolder of it (default: %(default)s)')
+    verb.add_argument('--batch-size', type=int, default=64, help='pictures at a time (default: %(default)s)')
+    verb.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
+    verb.set_defaults(run=_verify)
+
+    verb = verbs.add_parser('convert', help='make a safetensors file of weights from elsewhere')
+    verb.add_argument('source', metavar='SOURCE', help='file of torch.save or of safetensors')
+    verb.add_argument('output', metavar='OUT.safetensors')
+    verb.add_argument('--model', required=True, help='model that the file is for')
+    verb.add_argument('--dtype', default='float32', help='float32, float16 or bfloat16 (default: %(default)s)')
+    verb.add_argument(
+        '--from', dest='kind', metavar='KIND',
+        help='what the source is of: same, plain, torchvision, authors, authors-plain, variant (default: found out)')
+    verb.add_argument('--from-model', metavar='NAME', help='model of the source, if the file does not say it')
+    verb.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='e.g. pyramid_sizes=1,2,4')
+    verb.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
+    verb.set_defaults(run=_convert)
 
     args = parser.parse_args(argv)
     if getattr(args, 'top_k', 1) < 1:

@@ -19,10 +19,12 @@ class ModelCost(NamedTuple):
         macs: Multiply-adds of convolutions and linear layers.
         paper_flops: What the paper calls FLOPs: `macs`, one for each bias that a convolution adds, two for each value
             that passes a norm layer, and one for each that passes a ReLU or comes into a pooling.
+        activations: Values that convolutions and linear layers give out, as timm's cards count them.
     """
     parameters: int
     macs: int
     paper_flops: int
+    activations: int
 
 
 def count_cost(model_name: str, **kwargs: Any) -> ModelCost:
@@ -37,11 +39,16 @@ def count_cost(model_name: str, **kwargs: Any) -> ModelCost:
     """
     model = timm.create_model(model_name, device=torch.device('meta'), **kwargs).eval()
     extra = _count_other_operations(model)
+    activations: List[int] = []
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(lambda module, inputs, output: activations.append(output.numel()))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
     macs = counter.get_total_flops() // 2
-    return ModelCost(sum(p.numel() for p in model.parameters()), macs, macs + sum(extra))
+    parameters = sum(p.numel() for p in model.parameters())
+    return ModelCost(parameters, macs, macs + sum(extra), sum(activations))
 
 
 def _count_other_operations(model: nn.Module) -> List[int]:

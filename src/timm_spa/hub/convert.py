@@ -1,229 +1,307 @@
-"""Checkpoints of the authors' code, under the names of this package.
-
-The authors' repository (https://github.com/13952522076/SPANet_TMM) saves `.pth.tar` files of its own modules. The names
-below are facts of that repository; the tensors are taken over unchanged, but for the pyramid weights, which it keeps in
-five dimensions.
-"""
+"""Conversion of weights from elsewhere to a safetensors file of one of our models."""
+import dataclasses
+import json
+import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 import safetensors.torch
+import timm
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError, safe_open
 
-from ..models import CifarVGG, GatedDenseNet, GatedEfficientNet, GatedPreActResNet, GatedResNet
+from .. import __version__
+from ..layers import SpatialPyramidAttention
+from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
+from ..models._pretrained import misfits, shortened
+from ..models._warm_start import warm_start
+from ..models.densenet import rename_torchvision
+from .authors import rename_authors, reorder_authors
+from .checkpoint import CheckpointError, Weights, check_weights, read_weights
+from .variants import convert_variant
 
-__all__ = ['ConversionError', 'convert_state_dict', 'read_checkpoint']
+__all__ = ['DTYPES', 'KINDS', 'Conversion', 'convert']
 
-Rules = List[Tuple[str, str]]
-
-# names inside a block's attention; its attribute is called spa, SPA3, SPAB, SPAC, se, ...
-_ATTN_RULES: Rules = [
-    (r'\.(?:spa|SPA\w?|se)\.', '.attn.'),
-    (r'\.attn\.weight$', '.attn.pyramid_weight'),
-    (r'\.attn\.transform\.0\.', '.attn.fc1.'),
-    (r'\.attn\.transform\.1\.', '.attn.bn.'),
-    (r'\.attn\.transform\.3\.', '.attn.fc2.'),
-    (r'\.attn\.fc\.0\.', '.attn.fc1.'),
-    (r'\.attn\.fc\.2\.', '.attn.fc2.'),
-    (r'\.attn\.matcher\.0\.', '.attn.matcher.fc1.'),
-    (r'\.attn\.matcher\.1\.', '.attn.matcher.bn1.'),
-    (r'\.attn\.matcher\.3\.', '.attn.matcher.fc2.'),
-    (r'\.attn\.matcher\.4\.', '.attn.matcher.bn2.'),
-]
-
-# MobileNetV2 for ImageNet, laid out as torchvision's: feature 0 is the stem, 1 the block without expansion, 18 the head
-_FEATURES_RULES: Rules = [
-    (r'^features\.0\.0\.', 'conv_stem.'),
-    (r'^features\.0\.1\.', 'bn1.'),
-    (r'^features\.18\.0\.', 'conv_head.'),
-    (r'^features\.18\.1\.', 'bn2.'),
-    (r'^classifier\.1\.', 'classifier.'),
-    (r'^features\.1\.conv\.0\.0\.', 'features.1.conv_dw.'),
-    (r'^features\.1\.conv\.0\.1\.', 'features.1.bn1.'),
-    (r'^features\.1\.conv\.1\.', 'features.1.conv_pw.'),
-    (r'^features\.1\.conv\.2\.', 'features.1.bn2.'),
-    (r'\.conv\.0\.0\.', '.conv_pw.'),
-    (r'\.conv\.0\.1\.', '.bn1.'),
-    (r'\.conv\.1\.0\.', '.conv_dw.'),
-    (r'\.conv\.1\.1\.', '.bn2.'),
-    (r'\.conv\.2\.', '.conv_pwl.'),
-    (r'\.conv\.3\.', '.bn3.'),
-]
-
-# MobileNetV2 for CIFAR
-_LAYERS_RULES: Rules = [
-    (r'^conv1\.', 'conv_stem.'),
-    (r'^conv2\.', 'conv_head.'),
-    (r'^linear\.', 'classifier.'),
-    (r'^(layers\.\d+)\.conv1\.', r'\1.conv_pw.'),
-    (r'^(layers\.\d+)\.conv2\.', r'\1.conv_dw.'),
-    (r'^(layers\.\d+)\.conv3\.', r'\1.conv_pwl.'),
-]
+DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
+# what a file may be of, in the order in which it is tried
+KINDS = {
+    'same': 'the model itself',
+    'plain': 'the plain net: a warm start, every gate is 1/2',
+    'torchvision': "the plain net under torchvision's names: a warm start, every gate is 1/2",
+    'authors': "the authors' code",
+    'authors-plain': "the plain net of the authors' code: a warm start, every gate is 1/2",
+    'variant': 'the same net with another gate',
+}
+# layers that give out classes, in any of the layouts
+CLASSIFIERS = ('fc', 'linear', 'classifier', 'classifier.1', 'classifier.6', 'head.fc', 'head')
 
 
-# pre-activation ResNet for CIFAR
-_PREACT_RULES: Rules = [
-    (r'\.shortcut\.0\.', '.downsample.'),
-    (r'^linear\.', 'fc.'),
-]
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What was converted.
 
-# DenseNet for CIFAR
-_DENSE_RULES: Rules = [
-    (r'^conv1\.', 'features.conv0.'),
-    (r'^bn\.', 'features.norm5.'),
-    (r'^linear\.', 'classifier.'),
-    (r'^trans(\d)\.bn\.', r'features.transition\1.norm.'),
-    (r'^trans(\d)\.conv\.', r'features.transition\1.conv.'),
-    (r'^(dense\d\.\d+)\.bn(\d)\.', r'\1.norm\2.'),
-]
+    Attributes:
+        kind: What the source was of, a key of `KINDS`.
+        description: The same in words.
+        tensors: Number of tensors.
+        size: Size of the written file in bytes.
+        error: Largest difference between a value and how it is stored.
+        error_in: Tensor that has it; empty if every value is stored exactly.
+        notes: Remarks for the reader, a line each.
+    """
+    kind: str
+    description: str
+    tensors: int
+    size: int
+    error: float
+    error_in: str
+    notes: List[str]
 
 
-class ConversionError(ValueError):
-    """A checkpoint is not one of the authors' for the model; the message names what does not fit."""
-
-
-def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
-    """Reads a checkpoint file without running code from it.
+def convert(
+        source: Union[str, Path],
+        output: Union[str, Path],
+        model_name: str,
+        dtype: str = 'float32',
+        kind: Optional[str] = None,
+        source_model: Optional[str] = None,
+        overwrite: bool = False,
+        **kwargs: Any,
+) -> Conversion:
+    """Converts a file of weights to a safetensors file for a model.
 
     Args:
-        path: A safetensors file, or one that `torch.save` wrote.
+        source: A file of torch.save or of safetensors: of the model itself, of timm's or torchvision's plain net, of
+            the authors' code, or of the same net with another gate, if the gates can compute the same.
+        output: File to write, '*.safetensors'.
+        model_name: Model that the file is for.
+        dtype: How to store values, a key of `DTYPES`.
+        kind: What the source is of, a key of `KINDS`; found out if None.
+        source_model: Model that the source is of, for 'variant', if the file does not say it.
+        overwrite: Replace `output` if it is there.
+        **kwargs: Further arguments of the model, e.g. `pyramid_sizes`.
 
     Returns:
-        What the file holds: tensors by name, or for a training checkpoint those among other entries.
+        What was converted.
 
     Raises:
-        ConversionError: The file cannot be read as weights.
+        CheckpointError: The source can't be read, is of none of these, or cannot be converted; a value is not finite,
+            or too large for `dtype`; or `output` is there.
+        ValueError: An argument is none of those that are known.
     """
-    path = Path(path)
+    output = Path(output)
+    if output.suffix != '.safetensors':
+        raise ValueError(f'The output should be a .safetensors file, and is {output}.')
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
+    if kind not in (None, *KINDS):
+        raise ValueError(f'The kind of the source must be one of {", ".join(KINDS)}, got {kind!r}.')
+    if not timm.is_model(model_name.partition('.')[0]):
+        raise ValueError(f'There is no model {model_name!r}.')
+    if output.exists() and not overwrite:
+        raise CheckpointError(f'{output} is there already; --overwrite replaces it.')
+    weights = read_weights(source)
+    model = timm.create_model(
+        model_name.partition('.')[0], num_classes=_count_classes(weights.state_dict, source), **kwargs).eval()
+    name, origin_kwargs = _origin(source, weights)
+    origin = (source_model or name, origin_kwargs)
+    # another model may have the names and shapes of this one
+    known_other = origin[0] is not None and _said(*origin) != _said(model_name.partition('.')[0], kwargs)
+    converted, kind = _converted(weights.state_dict, model, str(source), kind, origin, known_other)
+    check_weights(converted, model, source)
+    stored, error, error_in = _stored(converted, DTYPES[dtype], dtype)
+    metadata = dict(
+        format='pt', model=model_name, timm_spa=__version__, source_sha256=weights.sha256, converted_from=kind)
+    if weights.epoch is not None and kind == 'same':
+        metadata['epoch'] = str(weights.epoch)
+    if kwargs:
+        metadata['model_args'] = json.dumps(kwargs)
+    partial = output.with_name(f'.{output.name}.{os.getpid()}')
     try:
-        if path.suffix == '.safetensors':
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise ConversionError(f'{path} does not exist.') from None
-    except Exception as e:  # every reader has its own errors for a file that is not its own
-        raise ConversionError(
-            f'{path} cannot be read as weights ({type(e).__name__}: {e}). Expected a safetensors file, or one that '
-            f'torch.save wrote and that holds nothing but tensors and plain values.') from e
+        safetensors.torch.save_file(stored, partial, metadata=metadata)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Conversion(
+        kind, KINDS[kind], len(stored), output.stat().st_size, error, error_in, _notes(kind, model))
 
 
-def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Renames the weights of one of the authors' models to those of this package.
-
-    Args:
-        checkpoint: The authors' state dict, also inside a dict under 'state_dict' and with the 'module.' of a
-            data-parallel model before each name; or a file of it, see `read_checkpoint`.
-        model: The model of this package, with the same number of classes.
-
-    Returns:
-        Weights that `model.load_state_dict` takes strictly.
-
-    Raises:
-        ConversionError: There is no rule for the model, the file cannot be read, or a tensor is missing, unexpected
-            or of another shape; the message names the tensors.
-    """
-    if isinstance(checkpoint, (str, Path)):
-        checkpoint = read_checkpoint(checkpoint)
-    weights = checkpoint.get('state_dict', checkpoint)
-    if not isinstance(weights, Mapping) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise ConversionError("The checkpoint is not a state dict, and holds none under 'state_dict'.")
-    weights = {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
-
-    rules = [*_rules_for(model, weights), *_ATTN_RULES]
-    own = model.state_dict()
-    converted = {}
-    for name, tensor in weights.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
-        if tensor.ndim == 5:
-            tensor = tensor.reshape(-1)
-        elif tensor.ndim == 2 and name in own and own[name].ndim == 4:
-            tensor = tensor[:, :, None, None]  # a linear layer of theirs that is a 1x1 convolution of ours
-        converted[name] = tensor
-    _check_fit(converted, own, type(model).__name__)
-    return _dense_channels_reordered(converted, model) if isinstance(model, GatedDenseNet) else converted
+def _converted(
+        weights: Mapping[str, torch.Tensor],
+        model: Any,
+        source: str,
+        kind: Optional[str],
+        origin: Tuple[Optional[str], Dict[str, Any]],
+        known_other: bool,
+) -> Tuple[Dict[str, torch.Tensor], str]:
+    """Returns the weights for the model, and what they were of."""
+    architecture = model.pretrained_cfg['architecture']
+    failures = {}
+    for name, read in _readings(weights, model).items():
+        if kind not in (None, name) or (kind is None and name == 'same' and known_other and _has_gates(weights)):
+            continue
+        converted, misfit = read()
+        if not misfit:
+            return converted, name
+        failures[name] = misfit
+    if kind in (None, 'variant'):
+        outside = {name: tensor for name, tensor in weights.items() if '.attn.' not in name}
+        failures['variant'] = _fitted(outside, _without_gates(model))[1]
+        if _has_gates(weights) and not failures['variant']:
+            if origin[0] is None:
+                raise CheckpointError(
+                    f'{source} is of the same net as {architecture}, and has other gates. Say of which model it is '
+                    '(--from-model NAME), so that the gates can be compared.')
+            return _from_variant(weights, model, source, *origin), 'variant'
+    closest = min((name for name in failures if failures[name]), key=lambda name: _count(failures[name]), default=None)
+    if closest is None:
+        raise CheckpointError(f'{source} has no gates: it is of no variant of {architecture}.')
+    raise CheckpointError(
+        f'{source} is of nothing that {architecture} can be made of. Read as weights of {KINDS[closest]}, it has '
+        f'tensors {failures[closest]}.')
 
 
-def _rules_for(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Rules:
-    if isinstance(model, GatedPreActResNet):
-        return _PREACT_RULES
-    if isinstance(model, CifarVGG):
-        return _vgg_rules(model)
-    if isinstance(model, GatedDenseNet):
-        blocks = [(b, i) for b in range(1, 5) for i in range(len(getattr(model.features, f'denseblock{b}')))]
-        return [*_DENSE_RULES, *(
-            (rf'^dense{b}\.{i}\.', f'features.denseblock{b}.denselayer{i + 1}.') for b, i in blocks)]
-    if isinstance(model, GatedResNet):
-        return []  # timm and the authors both kept torchvision's names
-    if isinstance(model, GatedEfficientNet):
-        torchvision_layout = any(name.startswith('features.') for name in weights)
-        rules, container, first = (
-            (_FEATURES_RULES, 'features', 1) if torchvision_layout else (_LAYERS_RULES, 'layers', 0))
-        places = [(stage, i) for stage, blocks in enumerate(model.blocks) for i, _ in enumerate(blocks.children())]
-        numbering = [
-            (rf'^{container}\.{number}\.', f'blocks.{stage}.{i}.')
-            for number, (stage, i) in enumerate(places, start=first)]
-        return [*rules, *numbering]
-    raise ConversionError(f'There are no rules to convert a checkpoint to a {type(model).__name__}.')
+Reading = Callable[[], Tuple[Dict[str, torch.Tensor], str]]
 
 
-def _check_fit(converted: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], model_class: str) -> None:
-    problems = {
-        'missing': [name for name in own if name not in converted],
-        'unexpected': [name for name in converted if name not in own],
-        'of the wrong shape': [
-            f'{name} {tuple(tensor.shape)}, expected {tuple(own[name].shape)}'
-            for name, tensor in converted.items() if name in own and tensor.shape != own[name].shape],
+def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str, Reading]:
+    """Returns for each kind what gives the weights under our names, and what does not fit."""
+    def same() -> Tuple[Dict[str, torch.Tensor], str]:
+        return _fitted(weights, model.state_dict())
+
+    def plain(named: Mapping[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], str]:
+        fitted, misfit = _fitted(named, _without_gates(model))
+        if misfit:
+            return {}, misfit
+        try:
+            return warm_start(fitted, model), ''
+        except ValueError as e:  # its gate cannot be neutral
+            raise CheckpointError(str(e)) from e
+
+    def authors(gated: bool) -> Tuple[Dict[str, torch.Tensor], str]:
+        if _has_gates(weights):
+            return {}, 'under the names of this package'
+        try:
+            named = rename_authors(weights, model)
+        except CheckpointError as e:
+            return {}, str(e)
+        fitted, misfit = _fitted(named, model.state_dict() if gated else _without_gates(model))
+        if misfit:
+            return {}, misfit
+        ordered = reorder_authors(fitted, model)
+        return (ordered, '') if gated else plain(ordered)
+
+    return {
+        'same': same,
+        'plain': lambda: plain(weights),
+        'torchvision': lambda: plain(_rename_torchvision(weights, model)),
+        'authors': lambda: authors(True),
+        'authors-plain': lambda: authors(False),
     }
-    lines = [f'{len(names)} {what}: {_shortened(names)}' for what, names in problems.items() if names]
-    if lines:
-        raise ConversionError(f'The checkpoint does not fit {model_class}; tensors ' + '; '.join(lines) + '.')
 
 
-def _shortened(names: List[str], limit: int = 6) -> str:
-    shown = ', '.join(names[:limit])
-    return f'{shown} and {len(names) - limit} more' if len(names) > limit else shown
+def _count(misfit: str) -> float:
+    """Adds up the tensors of a message of `misfits`; a message of another kind is of all of them."""
+    return sum(map(int, re.findall(r'(?:^|; )(\d+) ', misfit))) or float('inf')
 
 
-def _vgg_rules(model: CifarVGG) -> Rules:
-    rules = [(r'^classifier\.', 'head.fc.')]
-    block, unit = 1, 0
-    for i, layer in enumerate(model.features):
-        if isinstance(layer, nn.MaxPool2d):
-            block, unit = block + 1, 0
-        else:
-            rules.append((rf'^vggblock{block}\.{unit}\.', f'features.{i}.'))
-            unit += 1
-    return rules
+def _rename_torchvision(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Mapping[str, torch.Tensor]:
+    if isinstance(model, GatedDenseNet):
+        return rename_torchvision(weights)
+    if isinstance(model, (GatedEfficientNet, GatedVGG)) and any(name.startswith('features.') for name in weights):
+        return rename_authors(weights, model)
+    return weights
 
 
-def _dense_channels_reordered(weights: Dict[str, torch.Tensor], model: GatedDenseNet) -> Dict[str, torch.Tensor]:
-    """Reorders what reads concatenated channels: the authors put new channels before the old, timm behind them."""
-    out = dict(weights)
+def _fitted(
+        named: Mapping[str, torch.Tensor],
+        own: Mapping[str, torch.Tensor],
+) -> Tuple[Dict[str, torch.Tensor], str]:
+    """Adds the counters that old files lack, and says what else does not fit."""
+    counters = {name: value for name, value in own.items() if name.endswith('.num_batches_tracked')}
+    fitted = {**counters, **named}
+    return fitted, misfits(fitted, own)
 
-    def reorder(prefix: str, first: int, layers: int, growth: int) -> None:
-        # the authors' channels are those of the last layer, ..., of the first layer, of the block's input
-        parts = torch.arange(first + layers * growth).split([growth] * layers + [first])
-        order = torch.cat(parts[::-1])
-        for key in weights:
-            if key.startswith(prefix) and weights[key].ndim:
-                out[key] = weights[key][order] if weights[key].ndim == 1 else weights[key][:, order]
 
-    for number in range(1, 5):
-        block = getattr(model.features, f'denseblock{number}')
-        name = f'features.denseblock{number}'
-        growth = block['denselayer1'].conv2.out_channels
-        first = block['denselayer1'].conv1.in_channels
-        for i, layer in enumerate(block.values()):
-            prefix = f'{name}.denselayer{i + 1}'
-            reads_input = layer.attn.reads_block_input
-            matched = f'{prefix}.attn.matcher.fc1.weight' in weights
-            readers = ['norm1', 'conv1', *((['attn.matcher.fc1'] if matched else ['attn.fc1']) if reads_input else [])]
-            for reader in readers:
-                reorder(f'{prefix}.{reader}.', first, i, growth)
-        readers = [f'features.transition{number}.norm.', f'features.transition{number}.conv.']
-        for reader in readers if number < 4 else ['features.norm5.', 'classifier.weight']:
-            reorder(reader, first, len(block), growth)
-    return out
+def _without_gates(model: nn.Module) -> Dict[str, torch.Tensor]:
+    return {name: value for name, value in model.state_dict().items() if '.attn.' not in name}
+
+
+def _has_gates(weights: Mapping[str, torch.Tensor]) -> bool:
+    return any('.attn.' in name for name in weights)
+
+
+def _from_variant(
+        weights: Mapping[str, torch.Tensor],
+        model: Any,
+        source: str,
+        name: Optional[str],
+        kwargs: Dict[str, Any],
+) -> Dict[str, torch.Tensor]:
+    if not timm.is_model(name or ''):
+        raise CheckpointError(f'{source} is said to be of {name!r}, and there is no model of this name.')
+    other = timm.create_model(name, num_classes=model.num_classes, **kwargs).eval()
+    check_weights(_fitted(weights, other.state_dict())[0], other, source)
+    try:
+        return convert_variant(other, model)
+    except CheckpointError as e:
+        raise CheckpointError(f'{source} is of {name}. {e}') from None
+
+
+def _origin(source: Union[str, Path], weights: Weights) -> Tuple[Optional[str], Dict[str, Any]]:
+    """Returns the model and its arguments that the file says it is of."""
+    if weights.arch:
+        return weights.arch.partition('.')[0], dict(weights.args.get('model_kwargs') or {})
+    try:
+        with safe_open(source, 'pt') as f:
+            metadata = f.metadata() or {}
+    except SafetensorError:  # a file of torch.save
+        return None, {}
+    name = metadata.get('model', '').partition('.')[0]
+    return name or None, json.loads(metadata.get('model_args', '{}'))
+
+
+def _said(name: Optional[str], kwargs: Mapping[str, Any]) -> str:
+    return json.dumps([name, kwargs], sort_keys=True)
+
+
+def _count_classes(weights: Mapping[str, torch.Tensor], source: Union[str, Path]) -> int:
+    for name in CLASSIFIERS:
+        if f'{name}.weight' in weights:
+            return len(weights[f'{name}.weight'])
+    raise CheckpointError(
+        f'{source} has no classifier: none of {", ".join(CLASSIFIERS)} is in it, but '
+        f'{shortened(list(weights), 4)}.')
+
+
+def _stored(
+        weights: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+        dtype_name: str,
+) -> Tuple[Dict[str, torch.Tensor], float, str]:
+    """Returns the tensors as they are stored, the largest error and the tensor that has it."""
+    stored, errors = {}, {'': 0.0}
+    too_large = []
+    for name, tensor in weights.items():
+        tensor = tensor.detach()
+        stored[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous().clone()
+        if not stored[name].isfinite().all():
+            too_large.append(f'{name} ({tensor.abs().max().item():g})')
+        elif tensor.numel():
+            errors[name] = (stored[name].double() - tensor.double()).abs().max().item()
+    if too_large:
+        raise CheckpointError(
+            f'{len(too_large)} tensors have values beyond the largest of {dtype_name}, {torch.finfo(dtype).max:g}: '
+            f'{shortened(too_large)}. Store them as bfloat16 or float32.')
+    error_in = max(errors, key=lambda name: errors[name])
+    return stored, errors[error_in], error_in
+
+
+def _notes(kind: str, model: nn.Module) -> List[str]:
+    sizes = {m.pyramid_sizes for m in model.modules() if isinstance(m, SpatialPyramidAttention)}
+    if kind != 'authors' or not sizes:
+        return []
+    said = ' and '.join(str(s) for s in sorted(sizes))
+    return [f'Their files do not say the sizes of the pyramid: these are taken to be {said} (pyramid_sizes).']

@@ -1,14 +1,14 @@
 """Pretrained configurations and the loading of weights, for every model of the package."""
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Type
+from typing import Any, Callable, Dict, List, Mapping, Optional, Type
 
+import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 
-from ._hub_file import locate_weights
+from ._hub_file import HubWeightsError, locate_weights
 from ._warm_start import checkpoint_filter_fn
 
 __all__ = ['PAPER_ID', 'build_model', 'cifar_cfg', 'reset_parameters', 'shipped_cfg', 'untrained_cfg', 'warm_cfg']
@@ -140,15 +140,29 @@ def build_model(
         The model, or its feature extractor for `features_only=True`.
 
     Raises:
-        HubWeightsError: The weights are on the Hub and could not be had.
+        HubWeightsError: The weights are on the Hub, and could not be had, are damaged, or are those of another model.
     """
-    located = None
+    located, source, weights = None, None, 'The given state dict'
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
-        if cfg.hf_hub_id and not (cfg.file or cfg.state_dict or cfg.source):
+        source, weights = cfg.source, cfg.file or weights
+        if cfg.hf_hub_id and (cfg.source == 'hf-hub' or not (cfg.file or cfg.state_dict or cfg.source)):
             repo_id, _, revision = cfg.hf_hub_id.partition('@')
-            located = locate_weights(repo_id, cfg.hf_hub_filename or WEIGHTS_FILENAME, revision or None, cache_dir)
-            pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=located)
+            filename = cfg.hf_hub_filename or WEIGHTS_FILENAME
+            located = locate_weights(repo_id, filename, revision or None, cache_dir)
+            weights = f'{filename} of {cfg.hf_hub_id} ({located})'
+            pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=located, source='')
+
+    def filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
+        # timm itself loads what it can once the number of classes differs, and leaves the rest random
+        state_dict = checkpoint_filter_fn(state_dict, model, plain_filter)
+        misfit = misfits(_fixed_tensors(state_dict, model), _fixed_tensors(model.state_dict(), model))
+        if misfit:
+            raise (HubWeightsError if located else RuntimeError)(
+                f'{weights} does not fit {variant}; tensors {misfit}. Create the model that they are of, with the '
+                'arguments that it was trained with.')
+        return state_dict
+
     model = build_model_with_cfg(
         model_cls,
         variant,
@@ -156,9 +170,49 @@ def build_model(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         cache_dir=cache_dir,
-        pretrained_filter_fn=partial(checkpoint_filter_fn, plain_filter=plain_filter),
+        pretrained_filter_fn=filter_fn,
         **kwargs,
     )
     if located:
         model.pretrained_cfg.pop('file', None)  # the weights come from the Hub; where they lay is no part of the model
+        model.pretrained_cfg['source'] = source
     return model
+
+
+def _fixed_tensors(tensors: Mapping[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:
+    """Leaves out the layers that timm fits to other numbers of classes and channels, and what old weights lack."""
+    groups = [model.pretrained_cfg.get(key) or () for key in ('classifier', 'first_conv')]
+    layers = tuple(f'{name}.' for group in groups for name in ((group,) if isinstance(group, str) else group))
+    return {
+        name: tensor for name, tensor in tensors.items()
+        if not name.startswith(layers) and not name.endswith('.num_batches_tracked')}
+
+
+def misfits(given: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
+    """Compares names, shapes and kinds of tensors.
+
+    Args:
+        given: Tensors by name.
+        own: Those that are expected.
+
+    Returns:
+        What is missing, unexpected, or of another shape or kind, with the names; empty if nothing is.
+    """
+    both = [(name, tensor, own[name]) for name, tensor in given.items() if name in own]
+    problems = {
+        'missing': [name for name in own if name not in given],
+        'unexpected': [name for name in given if name not in own],
+        'of the wrong shape': [
+            f'{name} {tuple(tensor.shape)}, expected {tuple(expected.shape)}'
+            for name, tensor, expected in both if tensor.shape != expected.shape],
+        'of the wrong kind': [
+            f'{name} {tensor.dtype}, expected {expected.dtype}'
+            for name, tensor, expected in both if tensor.is_floating_point() != expected.is_floating_point()],
+    }
+    return '; '.join(f'{len(names)} {what}: {shortened(names)}' for what, names in problems.items() if names)
+
+
+def shortened(names: List[str], limit: int = 6) -> str:
+    """Lists names for a message, the first few if there are many."""
+    shown = ', '.join(names[:limit])
+    return f'{shown} and {len(names) - limit} more' if len(names) > limit else shown

@@ -9,7 +9,7 @@ channels that come into the layer, as they are. Transitions have none. The reduc
 authors as in the ImageNet nets here, for which there is no precedent.
 """
 import re
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -120,8 +120,8 @@ _BASES: Dict[str, Dict[str, Any]] = {
 }
 
 
-def _rename_torchvision(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    # torchvision's first DenseNet files have 'denselayer1.norm.1.weight' for 'denselayer1.norm1.weight'
+def rename_torchvision(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Renames torchvision's first files, which have 'denselayer1.norm.1.weight' for 'denselayer1.norm1.weight'."""
     return {re.sub(r'\.(norm|conv)\.(\d)\.', r'.\1\2.', key): value for key, value in state_dict.items()}
 
 
@@ -131,7 +131,7 @@ def _create_densenet(variant: str, pretrained: bool, base: str, **kwargs: Any) -
         variant,
         pretrained,
         feature_cfg=dict(flatten_sequential=True),
-        plain_filter=_rename_torchvision,
+        plain_filter=rename_torchvision,
         **dict(_BASES[base], **kwargs),
     )
 

@@ -1,0 +1,211 @@
+"""Files of weights: read without running code from them, named for what they are, checked against a model."""
+import argparse
+import dataclasses
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Union
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn as nn
+from huggingface_hub.utils.sha import sha_fileobj
+from timm.models import clean_state_dict
+
+from ..models._pretrained import misfits, shortened
+
+__all__ = ['CheckpointError', 'Weights', 'check_weights', 'read_checkpoint', 'read_weights']
+
+# what is taken of a training checkpoint, the best first
+_STATE_KEYS = ('state_dict_ema', 'state_dict')
+
+
+class CheckpointError(ValueError):
+    """A file cannot be read as weights, or its weights do not fit; the message names the file and says what it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights of a file, and what the file says of their training.
+
+    Attributes:
+        state_dict: Tensors by name.
+        used: Where they stood in the file: 'state_dict_ema' (averaged over training steps), 'state_dict', or '' for a
+            file of nothing but tensors.
+        sha256: Digest of the file; for a published one that of the file that it was made from.
+        arch: Name of the trained model, if the file has it.
+        epoch: Epoch that they are of, if the file has it.
+        args: Arguments of the training, if the file has them.
+    """
+    state_dict: Dict[str, torch.Tensor]
+    used: str
+    sha256: str
+    arch: Optional[str] = None
+    epoch: Optional[int] = None
+    args: Dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
+    """Reads a checkpoint file without running code from it.
+
+    Args:
+        path: A safetensors file, or one that `torch.save` wrote, e.g. timm's `model_best.pth.tar`.
+
+    Returns:
+        What the file holds: tensors by name, or for a training checkpoint those among other entries.
+
+    Raises:
+        CheckpointError: The file cannot be read as weights; the message says what it is instead.
+    """
+    path = Path(path)
+    try:
+        if not os.path.lexists(path):
+            raise CheckpointError(f'{path} does not exist.')
+        head = _head(path)
+        if _is_safetensors(path, head):
+            return safetensors.torch.load_file(path)
+        # timm's training checkpoints hold their arguments in this class, which runs no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as e:  # every reader has its own errors for a file that is not its own
+        raise CheckpointError(f'{path} cannot be read as weights: {_what_it_is(path, e)}') from e
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f'{path} cannot be read as weights: it holds a {type(content).__name__}, no names.')
+    return dict(content)
+
+
+def read_weights(path: Union[str, Path]) -> Weights:
+    """Reads the weights of a checkpoint file without running code from it.
+
+    Args:
+        path: A training checkpoint of timm, a file of a state dict, or a safetensors file.
+
+    Returns:
+        The weights, those averaged over training steps if there are any; without the 'module.' and '_orig_mod.' of a
+        wrapped model before each name.
+
+    Raises:
+        CheckpointError: The file cannot be read as weights.
+    """
+    content = read_checkpoint(path)
+    used = next((key for key in _STATE_KEYS if content.get(key)), '')
+    state_dict = content[used] if used else content
+    if not isinstance(state_dict, Mapping) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise CheckpointError(
+            f'{path} holds no weights: neither {" nor ".join(_STATE_KEYS)} is in it, and its entries '
+            f'({shortened([str(k) for k in content])}) are not all tensors.')
+    if not state_dict:
+        raise CheckpointError(f'{path} holds no weights: it is readable, and has no entry.')
+    about: Mapping[str, Any] = content if used else _published_facts(Path(path))
+    args, arch, epoch = about.get('args'), about.get('arch'), about.get('epoch')
+    with open(path, 'rb') as f:
+        sha256 = about.get('source_sha256') or sha_fileobj(f).hex()
+    return Weights(
+        state_dict=clean_state_dict(dict(state_dict)),
+        used=used,
+        sha256=sha256,
+        arch=arch if isinstance(arch, str) else None,
+        epoch=epoch if isinstance(epoch, int) else None,
+        args=vars(args) if isinstance(args, argparse.Namespace) else {},
+    )
+
+
+def _published_facts(path: Path) -> Dict[str, Any]:
+    """Reads what `publish` noted in a safetensors file, so that to publish it again changes nothing."""
+    if not _is_safetensors(path, _head(path)):
+        return {}
+    with safetensors.safe_open(path, framework='pt') as f:
+        facts: Dict[str, Any] = f.metadata() or {}
+    if 'source_sha256' not in facts:
+        return {}
+    epoch = facts.get('epoch', '')
+    return dict(facts, epoch=int(epoch) if epoch.isdigit() else None)
+
+
+def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:
+    """Loads weights into a model, strictly, after a look at each tensor.
+
+    Args:
+        state_dict: Tensors by name.
+        model: The model that they should fit; it holds them afterwards.
+        source: File or repository of the weights, for the message.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected, of another shape or kind, or not finite; or the number of
+            classes differs.
+    """
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+    classifier = f'{cfg.get("classifier")}.weight'
+    own = model.state_dict()
+    if classifier in own and classifier in state_dict and len(own[classifier]) != len(state_dict[classifier]):
+        raise CheckpointError(
+            f'{source} has {len(state_dict[classifier])} classes ({classifier}), and the model has '
+            f'{len(own[classifier])}. Name the right number with --num-classes, or another model.')
+    misfit = misfits(state_dict, own)
+    if misfit:
+        raise CheckpointError(f'{source} does not fit {type(model).__name__}; tensors {misfit}.')
+    odd = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+    if odd:
+        raise CheckpointError(
+            f'{source} has {len(odd)} tensors with values that are not finite: {shortened(odd)}. The training '
+            'diverged before it was written; take an earlier checkpoint.')
+    model.load_state_dict(dict(state_dict), strict=True)
+
+
+def _head(path: Path) -> bytes:
+    with open(path, 'rb') as f:
+        return f.read(256)
+
+
+def _is_safetensors(path: Path, head: bytes) -> bool:
+    return path.suffix == '.safetensors' or head[8:10] == b'{"'
+
+
+def _what_it_is(path: Path, error: Exception) -> str:
+    if path.is_dir():
+        return 'it is a folder. Name the file in it.'
+    if isinstance(error, OSError) and error.strerror:
+        return f'{error.strerror}.'
+    head, size = _head(path), path.stat().st_size
+    if not size:
+        return 'it is empty. Copy or download it again.'
+    if head.startswith(b'version https://git-lfs'):
+        return 'it is a Git LFS pointer, the name of a file that is stored elsewhere. Fetch it with `git lfs pull`.'
+    if re.match(rb'\s*<(!doctype|html|\?xml)', head, re.IGNORECASE):
+        return 'it is a web page, e.g. what a server sent in place of the file. Download it again.'
+    if _is_safetensors(path, head):
+        missing = _missing_bytes(path, size)
+        return (
+            f'it is a truncated safetensors file, {missing} bytes are missing. Copy or download it again.' if missing
+            else f'it has the name of a safetensors file, and is none ({error}).')
+    blocked = re.search(r'GLOBAL ([\w.]+)', str(error))
+    if blocked:
+        return (
+            f'it is a pickle that wants {blocked[1]} when it is read in full, which may run any code and is refused. '
+            'Whoever wrote it can save its tensors alone, as a safetensors file.')
+    if head.startswith(b'PK') and not zipfile.is_zipfile(path):
+        return 'it is a truncated file of torch.save. Copy or download it again.'
+    return (
+        f'it is neither a safetensors file nor one that torch.save wrote with nothing but tensors and plain values '
+        f'({type(error).__name__}).')
+
+
+def _missing_bytes(path: Path, size: int) -> int:
+    """Counts what a safetensors file lacks of the length that its header says; 0 if its header says nothing."""
+    with open(path, 'rb') as f:
+        header_size = int.from_bytes(f.read(8), 'little')
+        if size < 8 or header_size > 100_000_000:  # the limit of the format
+            return 8 - size if size < 8 else 0
+        header = f.read(header_size)
+    if len(header) < header_size:
+        return header_size - len(header)
+    try:
+        ends = [entry['data_offsets'][1] for name, entry in json.loads(header).items() if name != '__metadata__']
+        return max(0, 8 + header_size + max(ends, default=0) - size)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return 0

@@ -1,0 +1,115 @@
+"""Models of a sweep that were trained alike, side by side."""
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+from ..models._entrypoints import split_gate
+from ..profile import count_cost
+from .run_record import Run, RunError
+
+__all__ = ['check_alike', 'comparison_table', 'mean_and_spread', 'read_results']
+
+# arguments of timm's train.py that name the run, or say where it ran and what it printed
+NAMING = frozenset((
+    'checkpoint_hist', 'data', 'data_dir', 'experiment', 'local_rank', 'log_interval', 'log_wandb', 'model', 'output',
+    'pin_mem', 'recovery_interval', 'resume', 'save_images', 'seed', 'wandb_project', 'wandb_resume_id', 'wandb_tags',
+    'workers'))
+
+
+def read_results(folder: Union[str, Path], architecture: Optional[str] = None) -> List[Run]:
+    """Reads the runs of a sweep.
+
+    Args:
+        folder: `train_scripts/results/<sweep>`.
+        architecture: A model: only the runs of the same net with any gate, that of the model among them.
+
+    Returns:
+        The runs, in the order of their folders' names.
+
+    Raises:
+        RunError: The folder has no run, or a file cannot be read.
+        SummaryError: A file of metrics is no table.
+    """
+    runs = [Run.read(path.parent) for path in sorted(Path(folder).glob('*/args.yaml'))]
+    if not runs:
+        raise RunError(f'{folder} holds no results: expected folders with args.yaml and summary.csv in them.')
+    for run in runs:
+        missing = [key for key in ('model', 'seed') if key not in run.args]
+        if missing:
+            raise RunError(f'{run.folder / "args.yaml"} lacks {" and ".join(missing)}.')
+    return [run for run in runs if architecture is None or _net(run.args['model']) == _net(architecture)]
+
+
+def comparison_table(runs: List[Run], reference: Run, architecture: str) -> List[List[str]]:
+    """Compares runs of a sweep.
+
+    Args:
+        runs: The runs, see `read_results`.
+        reference: The run of the weights that the comparison is for.
+        architecture: Their model.
+
+    Returns:
+        Rows of cells, the first with the names of the columns, the model itself last; empty if there is no other model.
+
+    Raises:
+        RunError: A run is unfinished, or its arguments differ from those of the reference in more than its name.
+    """
+    by_model: Dict[str, List[Run]] = {}
+    for run in runs:
+        check_alike(run, reference)
+        by_model.setdefault(run.args['model'], []).append(run)
+    if set(by_model) <= {architecture}:
+        return []
+    if architecture not in by_model:
+        raise RunError(
+            f'The results have {", ".join(by_model)}, and no run of {architecture} that the others could be '
+            'compared with.')
+    table = [['model', 'top-1 %', 'top-5 %', 'seeds', 'parameters (M)', 'GMACs']]
+    for model in sorted(by_model, key=lambda name: (name == architecture, name)):
+        same = by_model[model]
+        cost = count_cost(model, num_classes=same[0].args.get('num_classes'), **same[0].args.get('model_kwargs') or {})
+        last = [run.summary[-1] for run in same]
+        seeds = ', '.join(str(seed) for seed in sorted(run.args['seed'] for run in same))
+        table.append([
+            model, *(mean_and_spread([row[key] for row in last]) for key in ('eval_top1', 'eval_top5')), seeds,
+            f'{cost.parameters / 1e6:.2f}', f'{cost.macs / 1e9:.3f}'])
+    return table
+
+
+def _net(model: str) -> str:
+    """Returns what a model is called without its gate; timm's own plain and SE models have a spelling of their own."""
+    return split_gate(model)[0].removeprefix('se').removesuffix('_100')
+
+
+def check_alike(run: Run, reference: Run) -> None:
+    """Checks that two runs may be compared.
+
+    Args:
+        run: A run.
+        reference: The run that it is to be compared with.
+
+    Raises:
+        RunError: Their arguments differ in more than what names them, or they ended with different epochs.
+    """
+    def arguments(of: Run) -> Dict[str, Any]:
+        return {key: value for key, value in of.args.items() if key not in NAMING}
+
+    ours, theirs = arguments(reference), arguments(run)
+    different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    if different:
+        shown = ', '.join(f'{key} ({theirs.get(key)!r}, here {ours.get(key)!r})' for key in different)
+        raise RunError(f'{run.folder} was not trained like {reference.folder}, and is no control for it: {shown}.')
+    if _last(run) is None or _last(run) != _last(reference):
+        raise RunError(
+            f'{run.folder} ended with epoch {_last(run)} and {reference.folder} with epoch {_last(reference)}: '
+            'they cannot be compared.')
+
+
+def _last(run: Run) -> Optional[int]:
+    return int(run.summary[-1]['epoch']) if run.summary else None
+
+
+def mean_and_spread(values: List[float]) -> str:
+    """Returns the mean of values, and from two on their sample standard deviation, with two decimals."""
+    mean = f'{statistics.mean(values):.2f}'
+    return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean

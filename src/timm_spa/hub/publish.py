@@ -1,0 +1,352 @@
+"""Publishing of trained weights: the files of one Hub repository, and their upload in one commit."""
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+
+import safetensors.torch
+import timm
+import torch
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from timm.models import get_pretrained_cfg
+from timm.models._hub import save_config_for_hf
+
+from .. import __version__
+from ..models._hub_file import PROBE_TIMEOUT
+from ..models._pretrained import WEIGHTS_FILENAME
+from ..training_log import write_summary
+from .card import make_card
+from .checkpoint import Weights, check_weights, read_weights
+from .run_record import Run
+
+__all__ = ['HUB_ORG', 'Published', 'PublishError', 'publish', 'write_repository']
+
+HUB_ORG = os.environ.get('TIMM_SPA_HUB_ORG', 'timm-spa')
+CARD = 'README.md'
+RUN_FILES = ('args.yaml', 'summary.csv')
+HTTP_LIBRARIES = ('httpx', 'requests')  # that huggingface_hub used so far
+# arguments of timm's train.py that pictures must be prepared with as in training
+PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
+
+
+class PublishError(RuntimeError):
+    """Weights could not be published; the message says why, what is on the Hub now, and how to go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What became of a repository.
+
+    Attributes:
+        url: Page of the commit, or of the pull request.
+        commit: Its full id.
+        changed: Whether there was anything to commit.
+        notes: Remarks for the reader, a line each.
+    """
+    url: str
+    commit: str
+    changed: bool
+    notes: List[str]
+
+
+def write_repository(
+        folder: Union[str, Path],
+        checkpoint: Union[str, Path],
+        model_name: str,
+        repo_id: Optional[str] = None,
+        num_classes: Optional[int] = None,
+        replace_card: bool = False,
+        results: Optional[Union[str, Path]] = None,
+) -> List[str]:
+    """Writes the files of a Hub repository, after a check that the weights fit the model.
+
+    These are model.safetensors, config.json and README.md, and args.yaml and summary.csv of the training run if they
+    lie beside the checkpoint. Nothing is left half-written.
+
+    Args:
+        folder: Folder to write to; other files in it are left alone.
+        checkpoint: A training checkpoint of timm, a file of a state dict, or a safetensors file.
+        model_name: Architecture and tag, e.g. 'spa_resnet50.tmm_in1k'.
+        repo_id: Repository that the card names.
+        num_classes: Number of classes, if neither the training's arguments nor the model have it right.
+        replace_card: Write README.md also if there is one, in the folder or beside a model.safetensors.
+        results: Results of a sweep with the controls that the card compares with.
+
+    Returns:
+        Remarks for the reader, a line each.
+
+    Raises:
+        CheckpointError: The file cannot be read, or its weights do not fit the model or are not finite.
+        PublishError: The name of the model is none.
+        CardError: A card cannot be made of what is known.
+        RunError: A file beside the checkpoint does not hold what it should.
+        SummaryError: The metrics beside the checkpoint are no table.
+    """
+    folder, checkpoint = Path(folder), Path(checkpoint)
+    weights = read_weights(checkpoint)
+    run = Run.read(checkpoint.parent)
+    run, notes = _without_private_paths(dataclasses.replace(run, args=run.args or weights.args))
+    model = _named_model(model_name, run.args, num_classes)
+    check_weights(weights.state_dict, model, checkpoint)
+    notes.insert(0, f'Weights: {weights.used or "all tensors"} of {checkpoint}' + (
+        f', epoch {weights.epoch}.' if weights.epoch is not None else '.'))
+
+    partial = folder.absolute().with_name(f'.{folder.absolute().name}.{os.getpid()}')
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(partial / WEIGHTS_FILENAME, weights, model_name)
+        config = _write_config(partial / 'config.json', model)
+        shutil.copymode(partial / 'config.json', partial / WEIGHTS_FILENAME)  # safetensors' is for the owner alone
+        if run.args:
+            (partial / 'args.yaml').write_text(yaml.safe_dump(run.args, allow_unicode=True), encoding='utf-8')
+        if run.summary:
+            write_summary(partial / 'summary.csv', run.summary)
+        # what an earlier call wrote may have been edited since
+        cards = [folder / CARD, *([checkpoint.parent / CARD] if checkpoint.name == WEIGHTS_FILENAME else [])]
+        written = next((card for card in cards if card.exists()), None)
+        if written and not replace_card:
+            notes.append(f'The card is {written}, as it is.')
+            shutil.copyfile(written, partial / CARD)
+        else:
+            make_card(
+                model_name, repo_id, run, config=config, weights=partial / WEIGHTS_FILENAME, epoch=weights.epoch,
+                results=results).save(partial / CARD)
+        if folder.exists():
+            for file in partial.iterdir():
+                file.replace(folder / file.name)
+        else:
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return notes
+
+
+def publish(
+        checkpoint: Union[str, Path],
+        model_name: str,
+        repo_id: Optional[str] = None,
+        *,
+        num_classes: Optional[int] = None,
+        private: bool = False,
+        create_pr: bool = False,
+        tag: Optional[str] = None,
+        replace_card: bool = False,
+        results: Optional[Union[str, Path]] = None,
+) -> Published:
+    """Publishes weights as one commit of a Hub repository, which is created if there is none.
+
+    Args:
+        checkpoint: As for `write_repository`.
+        model_name: As for `write_repository`.
+        repo_id: Repository, 'organization/name'; if None that of the model's name under `HUB_ORG`.
+        num_classes: As for `write_repository`.
+        private: Publish to a private repository only.
+        create_pr: Propose the commit in a pull request.
+        tag: Name to give to the commit; a tag is never moved.
+        replace_card: Replace the README.md of the repository, if it has one.
+        results: As for `write_repository`.
+
+    Returns:
+        What became of the repository.
+
+    Raises:
+        PublishError: There is no token, no right to write, no network, or the upload failed; or the repository is
+            public and should not be, or the tag is there and names another commit.
+        CheckpointError: As for `write_repository`, and also its other errors; nothing has left the machine then.
+    """
+    repo_id = repo_id or f'{HUB_ORG}/{model_name}'
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
+        raise PublishError(f'A repository is organization/name, and {repo_id!r} is not.')
+    if create_pr and tag:
+        raise PublishError('A tag names a commit, and a pull request has none before it is merged. Leave one out.')
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, model_name)
+        notes = write_repository(folder, checkpoint, model_name, repo_id, num_classes, results=results)
+        with _clear_errors(repo_id, 'Nothing was uploaded.'):
+            api, before, tagged = _open_repository(repo_id, private, tag)
+        remote = {file.rfilename for file in before.siblings or ()}
+        files = sorted(file.name for file in folder.iterdir() if file.name != CARD)
+        if CARD not in remote or replace_card:
+            files.append(CARD)
+        else:
+            notes.append(f'{repo_id} has a {CARD}, which is kept (--replace-card replaces it).')
+        others = remote - {*files, *RUN_FILES, CARD, '.gitattributes'}
+        if others:
+            notes.append(f'{repo_id} has other files too, which stay: {", ".join(sorted(others))}.')
+        operations: List[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
+        # of another training run
+        operations += [CommitOperationDelete(path_in_repo=name) for name in RUN_FILES if name in remote - {*files}]
+        try:
+            commit = api.create_commit(
+                repo_id, operations, commit_message=f'Weights of {model_name}', create_pr=create_pr,
+                parent_commit=before.sha)
+        except Exception as e:
+            raise PublishError(f'{_cause(e, repo_id)} {_state_after(api, before)}') from e
+    changed = commit.oid != before.sha
+    if tag and not tagged:
+        with _clear_errors(repo_id, f'The weights are published as {commit.oid}, and have no tag {tag}.'):
+            api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    elif tag and changed:
+        raise PublishError(
+            f'The weights are published as {commit.oid}. Tag {tag} names the commit before it and is not moved: '
+            'choose another.')
+    return Published(commit.pr_url or commit.commit_url, commit.oid, changed, notes)
+
+
+def _open_repository(repo_id: str, private: bool, tag: Optional[str]) -> Tuple[HfApi, Any, bool]:
+    """Finds out before an upload what would stop it; a first request with a short time limit shows a dead network."""
+    url = f'{constants.ENDPOINT}/api/whoami-v2'
+    hf_raise_for_status(get_session().get(url, headers=build_hf_headers(token=True), timeout=PROBE_TIMEOUT))
+    api = HfApi(token=True, library_name='timm_spa', library_version=__version__)
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    info = api.model_info(repo_id)
+    if private and not info.private:
+        raise PublishError(f'{repo_id} is public, and --private asks for a private one. Change it on the Hub first.')
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags} if tag else {}
+    if tag in tags and tags[tag] != info.sha:
+        raise PublishError(f'{repo_id} has the tag {tag} already, for {tags[tag]}. It is not moved: choose another.')
+    return api, info, tag in tags
+
+
+def _state_after(api: HfApi, before: Any) -> str:
+    """Says what a failed upload left: a commit is there as a whole or not at all, also if its answer was lost."""
+    try:
+        now = api.model_info(before.id, timeout=PROBE_TIMEOUT).sha
+    except Exception:
+        return f'What {before.id} holds cannot be asked now. Give the same command again to go on.'
+    if now == before.sha:
+        state = 'is as it was' if len(before.siblings or ()) > 1 else 'is there, and empty'
+        return f'{before.id} {state}. Give the same command again to go on; what was uploaded already is kept.'
+    return f'{before.id} has the new commit {now}. Give the same command again: if it is this one, none is added.'
+
+
+@contextmanager
+def _clear_errors(repo_id: str, state: str) -> Iterator[None]:
+    try:
+        yield
+    except PublishError as e:
+        raise PublishError(f'{e} {state}') from None
+    except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
+        raise PublishError(f'{_cause(e, repo_id)} {state}') from e
+
+
+def _cause(error: Exception, repo_id: str) -> str:
+    if isinstance(error, LocalTokenNotFoundError):
+        return 'There is no token on this machine: `hf auth login` asks for one, or set HF_TOKEN.'
+    if isinstance(error, OfflineModeIsEnabled):
+        return 'HF_HUB_OFFLINE is set: unset it to publish.'
+    # huggingface_hub raises an error of its own for an upload that failed, from that which says why
+    chain: List[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    known = (e for e in chain if hasattr(e, 'response') or type(e).__module__.startswith(HTTP_LIBRARIES))
+    origin = next(known, error)
+    message = f'{type(origin).__name__}: {" ".join(str(origin).split()).rstrip(".")}'
+    status = getattr(getattr(origin, 'response', None), 'status_code', None)
+    if status is None:
+        unanswered = type(origin).__module__.startswith(HTTP_LIBRARIES)
+        return f'{constants.ENDPOINT} does not answer ({message}).' if unanswered else f'{message}.'
+    return {
+        401: f'The Hub does not accept the token of this machine for {repo_id}: `hf auth login` sets another.',
+        403: f'The token of this machine has no right to write to {repo_id}: ask its owner, or use one that has.',
+        404: f'The Hub has no {repo_id} that the token of this machine may see.',
+        412: f'{repo_id} was changed by somebody else in the meantime.',
+    }.get(status, f'The Hub answered with status {status} ({message}).')
+
+
+def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[int]) -> Any:
+    """Creates the model as it was trained, with the preprocessing of the training in its configuration."""
+    architecture, _, tag = model_name.partition('.')
+    if not timm.is_model(architecture) or not tag:
+        raise PublishError(
+            f'{model_name!r} names no weights: that is architecture.tag, e.g. spa_resnet50.tmm_in1k, the tag saying '
+            'how it was trained and on what. `timm-spa list` has the architectures.')
+    trained = str(args.get('model') or architecture).partition('.')[0]
+    if trained != architecture:  # two models may have tensors of the same shapes
+        raise PublishError(f'The arguments of the training name the model {trained}, and not {architecture}.')
+    registered = model_name in timm.list_pretrained(architecture)
+    overlay: Dict[str, Any] = {key: args[key] for key in PREPROCESSING if args.get(key)}
+    if not registered:  # the default configuration is that of other weights
+        overlay.update(
+            tag=tag, hf_hub_id=None, hf_hub_filename=None, url=None, file=None, description=None, notes=None)
+    channels = args.get('in_chans') or get_pretrained_cfg(architecture).input_size[0]
+    size = args.get('img_size')
+    if args.get('input_size') or size:
+        overlay['input_size'] = tuple(args.get('input_size') or (channels, size, size))
+    return timm.create_model(
+        model_name if registered else architecture,
+        num_classes=num_classes or args.get('num_classes'),
+        in_chans=args.get('in_chans'),
+        global_pool=args.get('gp'),
+        bn_eps=args.get('bn_eps'),
+        pretrained_cfg_overlay=overlay,
+        **(args.get('model_kwargs') or {}),
+    )
+
+
+def _write_weights(path: Path, weights: Weights, model_name: str) -> None:
+    metadata = dict(format='pt', model=model_name, timm_spa=__version__, source_sha256=weights.sha256)
+    if weights.epoch is not None:
+        metadata['epoch'] = str(weights.epoch)
+    # a tensor of its own for each name, which the format asks for
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.state_dict.items()}
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
+    # safetensors writes metadata in an order that changes from run to run; the same weights should be the same bytes
+    with open(path, 'r+b') as f:
+        size = int.from_bytes(f.read(8), 'little')
+        header = json.loads(f.read(size))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        f.seek(8)
+        f.write(json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size))
+
+
+def _write_config(path: Path, model: Any) -> Dict[str, Any]:
+    named = len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes
+    labels = {key: model.pretrained_cfg.get(key) for key in ('label_names', 'label_descriptions')}
+    save_config_for_hf(model, str(path), model_config={k: v for k, v in labels.items() if v and named})
+    config = json.loads(path.read_text(encoding='utf-8'))
+    config.get('model_args', {}).pop('num_classes', None)  # it stands above, and transformers fails on a second one
+    config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_FILENAME  # without it timm may look for a pickle
+    for key in labels:
+        config['pretrained_cfg'].pop(key, None)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    return config
+
+
+def _without_private_paths(run: Run) -> Tuple[Run, List[str]]:
+    """Reduces paths of this machine in the arguments and the command to their last part."""
+    notes: List[str] = []
+
+    def reduce(value: Any, key: str) -> Any:
+        if isinstance(value, dict):
+            return {k: reduce(v, str(k)) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [reduce(v, key) for v in value]
+        if not isinstance(value, str):
+            return value
+        # a value as a whole, or words in it: a path may have spaces
+        reduced = _last_part(value)
+        if reduced == value:
+            reduced = re.sub(r'''(?<![^\s='",])[^\s='",]+''', lambda m: _last_part(m[0]), value)
+        if reduced != value:
+            notes.append(f'{key}: {value!r} is a path of this machine, and is published as {reduced!r}.')
+        return reduced
+
+    return dataclasses.replace(run, args=reduce(run.args, 'args'), record=reduce(run.record, 'run')), notes
+
+
+def _last_part(value: str) -> str:
+    """Returns the last part of a path that is absolute or leaves the working folder, everything else unchanged."""
+    for kind in (PurePosixPath, PureWindowsPath):
+        path = kind(value)
+        if len(path.parts) > 1 and (path.is_absolute() or path.parts[0] == '..' or path.parts[0].startswith('~')):
+            return path.name
+    return value

@@ -1,0 +1,264 @@
+"""Checks of a published repository, or of a folder that will be one."""
+import dataclasses
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+import timm
+import torch
+import yaml
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from safetensors import safe_open
+from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.utils import AverageMeter, accuracy
+
+from ..models._pretrained import WEIGHTS_FILENAME, misfits, shortened
+from .checkpoint import CheckpointError, read_weights
+
+__all__ = ['Report', 'verify']
+
+TIMEOUT = 10  # seconds
+# files that unpickling software opens; a repository of safetensors needs none
+PICKLE_NAMES = re.compile(r'\.(?:bin|ckpt|joblib|pkl|pickle|pt|pth|tar|npy|npz)$', re.IGNORECASE)
+
+
+@dataclasses.dataclass
+class Report:
+    """What was checked, and what is wrong, one line each.
+
+    Attributes:
+        checked: What was looked at, found right or not.
+        problems: What is wrong; empty for a sound repository.
+        accuracy: Top-1 and top-5 in percent by k, if pictures were given.
+    """
+    checked: List[str] = dataclasses.field(default_factory=list)
+    problems: List[str] = dataclasses.field(default_factory=list)
+    accuracy: Dict[int, float] = dataclasses.field(default_factory=dict)
+
+
+def verify(
+        source: Union[str, Path],
+        revision: Optional[str] = None,
+        images: Optional[Union[str, Path]] = None,
+        split: str = 'validation',
+        batch_size: int = 64,
+        device: str = 'cpu',
+) -> Report:
+    """Verifies a repository. Nothing that is wrong with it raises an error: it is a line of the report.
+
+    Args:
+        source: A folder, or a repository of the Hub, 'organization/name', which is downloaded to the cache.
+        revision: Branch, tag or commit of the repository.
+        images: Image folder to measure the accuracy on, a folder for each class.
+        split: Subfolder of `images`, if there is one of this name.
+        batch_size: Pictures at a time.
+        device: Device to measure on.
+
+    Returns:
+        The report.
+    """
+    report = Report()
+    if Path(source).is_dir():
+        folder: Optional[Path] = Path(source)
+        report.checked.append(f'{folder}: a folder, its digests are compared with nothing')
+    else:
+        folder = _download(str(source).removeprefix('hf-hub:'), revision, report)
+    if folder is None:
+        return report
+    _check_files(folder, report)
+    model = _check_config(folder, report)
+    if model is not None and _check_weights(folder, model, report):
+        _check_forward(model, report)
+        if images is not None:
+            _measure(model.to(device), Path(images), split, batch_size, device, report)
+    return report
+
+
+def _download(repo_id: str, revision: Optional[str], report: Report) -> Optional[Path]:
+    """Downloads a repository without its pickles, and compares every file with the digest that the Hub has of it."""
+    named = f'{repo_id}{f" at {revision}" if revision else ""}'
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
+        report.problems.append(f'{repo_id} is no folder, and no name of a repository (organization/name)')
+        return None
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)  # soon shows a network that is down
+        tree = HfApi().list_repo_tree(repo_id, revision=info.sha, recursive=True)
+        files = [file for file in tree if isinstance(file, RepoFile)]
+        wanted = [file.path for file in files if not PICKLE_NAMES.search(file.path)]
+        folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted))
+    except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
+        cause = ' '.join(str(e).split())
+        report.problems.append(f'{named} cannot be had from {constants.ENDPOINT}: {type(e).__name__}: {cause}')
+        return None
+    for name in (file.path for file in files if file.path not in wanted):
+        report.problems.append(f'{name} has the name of a pickle, which can run code when it is opened; not downloaded')
+    compared = [file for file in files if file.path in wanted]
+    for file in compared:
+        path = folder / file.path
+        if not path.is_file():
+            report.problems.append(f'{file.path} is on the Hub and was not downloaded')
+            continue
+        with open(path, 'rb') as f:
+            found = sha_fileobj(f).hex() if file.lfs else git_hash(f.read())
+        expected = file.lfs.sha256 if file.lfs else file.blob_id
+        if found != expected:
+            report.problems.append(
+                f'{file.path} has the digest {found} here ({path.resolve()}) and {expected} on the Hub: it is '
+                'damaged; delete it and verify again')
+    report.checked.append(f'{named}: {len(compared)} files against the digests of the Hub, commit {info.sha}')
+    return folder
+
+
+def _check_files(folder: Path, report: Report) -> None:
+    files = sorted(
+        p for p in folder.rglob('*')
+        if p.is_file() and not {'.git', '.cache'} & set(p.relative_to(folder).parts))
+    for path in files:
+        if PICKLE_NAMES.search(path.name) or _is_pickle(path):
+            report.problems.append(f'{path.relative_to(folder)} is a pickle, which can run code when it is opened')
+    report.checked.append(f'{len(files)} files: none a pickle by its name or its content')
+    card = folder / 'README.md'
+    if not card.is_file():
+        report.problems.append('there is no README.md')
+        return
+    try:
+        metadata = yaml.safe_load(card.read_text(encoding='utf-8').split('---\n')[1])
+        missing = [key for key in ('license', 'library_name', 'pipeline_tag') if not metadata.get(key)]
+    except (IndexError, AttributeError, UnicodeDecodeError, yaml.YAMLError):
+        missing = ['metadata that can be read']
+    if missing:
+        report.problems.append(f'README.md lacks {", ".join(missing)}')
+    report.checked.append('README.md: metadata')
+
+
+def _is_pickle(path: Path) -> bool:
+    with open(path, 'rb') as f:
+        head = f.read(9)
+    if path.suffix == '.safetensors' and head[8:] == b'{':  # behind the size of its header, which may be any bytes
+        return False
+    if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:  # the opcode of a protocol, and its number
+        return True
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith('.pkl') for name in archive.namelist())
+    return False
+
+
+def _check_config(folder: Path, report: Report) -> Optional[Any]:
+    """Returns the model that config.json describes, in eval mode; None if it describes none."""
+    report.checked.append('config.json: the model that it describes')
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        architecture, count, cfg = config['architecture'], config['num_classes'], config['pretrained_cfg']
+        model_args = dict(config.get('model_args') or {})
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        report.problems.append(f'config.json cannot be read, or lacks a key: {type(e).__name__}: {e}')
+        return None
+    if not timm.is_model(architecture):
+        report.problems.append(f'config.json names the architecture {architecture!r}, which is none that is registered')
+        return None
+    if 'num_classes' in model_args:
+        report.problems.append('config.json has num_classes in model_args too, which transformers refuses')
+        del model_args['num_classes']
+    if cfg.get('hf_hub_filename') != WEIGHTS_FILENAME:
+        report.problems.append(
+            f'config.json does not set hf_hub_filename to {WEIGHTS_FILENAME}: timm may look for a pickle')
+    if cfg.get('num_classes', count) != count:
+        report.problems.append(f'config.json has {count} classes, and {cfg["num_classes"]} in pretrained_cfg')
+    labels = config.get('label_names')
+    if labels is not None and (len(labels) != count or len(set(labels)) != count):
+        report.problems.append(f'config.json has {len(set(labels))} label_names for {count} classes')
+    try:
+        model: Any = timm.create_model(
+            architecture, num_classes=count, pretrained_cfg_overlay=cfg, **model_args).eval()
+    except Exception as e:  # whatever a wrong argument makes a model raise
+        report.problems.append(f'{architecture} cannot be created with the arguments of config.json: {e}')
+        return None
+    if config.get('num_features', model.num_features) != model.num_features:
+        report.problems.append(
+            f'config.json has num_features {config["num_features"]}, and {architecture} has {model.num_features}')
+    if labels is not None:
+        model.pretrained_cfg['label_names'] = labels
+    return model
+
+
+def _check_weights(folder: Path, model: Any, report: Report) -> bool:
+    """Loads the weights; returns whether they fit and are numbers."""
+    path = folder / WEIGHTS_FILENAME
+    try:
+        state_dict = read_weights(path).state_dict
+        with safe_open(path, 'pt') as f:
+            metadata = f.metadata() or {}
+    except CheckpointError as e:
+        report.problems.append(str(e))
+        return False
+    report.checked.append(f'{WEIGHTS_FILENAME}: metadata {metadata}')
+    architecture, tag = model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag')
+    name = '.'.join(filter(None, (architecture, tag)))
+    if metadata.get('format') != 'pt':
+        report.problems.append(f'{WEIGHTS_FILENAME} does not say that it is of torch: transformers refuses it')
+    if metadata.get('model') not in (name, architecture):
+        report.problems.append(f'{WEIGHTS_FILENAME} is of model {metadata.get("model")}, and config.json of {name}')
+    misfit = misfits(state_dict, model.state_dict())
+    if misfit:
+        report.problems.append(f'{WEIGHTS_FILENAME} does not fit {architecture}; tensors {misfit}')
+    odd = [key for key, tensor in state_dict.items() if not tensor.isfinite().all()]
+    if odd:
+        report.problems.append(
+            f'{WEIGHTS_FILENAME} has {len(odd)} tensors with values that are not finite: {shortened(odd)}')
+    negative = [key for key, tensor in state_dict.items() if key.endswith('running_var') and (tensor < 0).any()]
+    if negative:
+        report.problems.append(f'{WEIGHTS_FILENAME} has variances below zero: {shortened(negative)}')
+    report.checked.append(f'{len(state_dict)} tensors: names, shapes, kinds, every value finite')
+    if misfit or odd:
+        return False
+    model.load_state_dict(state_dict, strict=True)
+    return True
+
+
+def _check_forward(model: Any, report: Report) -> None:
+    size = model.pretrained_cfg['input_size']
+    with torch.inference_mode():
+        logits = model(torch.zeros(2, *size))
+    if logits.shape != (2, model.num_classes) or not logits.isfinite().all():
+        report.problems.append(
+            f'a forward pass of {tuple(size)} gave {tuple(logits.shape)}, '
+            f'{int((~logits.isfinite()).sum())} values of it not finite')
+    report.checked.append(f'one forward pass of {tuple(size)}: {model.num_classes} finite values a picture')
+
+
+def _measure(model: Any, images: Path, split: str, batch_size: int, device: str, report: Report) -> None:
+    """Measures the accuracy; the folders' names are matched with the labels of the configuration, if it has any."""
+    cfg = model.pretrained_cfg
+    labels = cfg.get('label_names')
+    class_map = {label: i for i, label in enumerate(labels)} if labels else None
+    try:
+        dataset = create_dataset('', root=str(images), split=split, class_map=class_map)
+    except Exception as e:  # timm's folder readers raise several kinds
+        report.problems.append(f'{images} cannot be read as an image folder: {e}')
+        return
+    found = {p.name for p in Path(dataset.reader.root).iterdir() if p.is_dir()}
+    known = set(class_map or dataset.reader.class_to_idx)
+    if class_map and not found <= known or not class_map and len(known) != model.num_classes:
+        odd = shortened(sorted(found - known)) if class_map else f'{len(known)} folders'
+        report.problems.append(f'{images} is of other classes than the {model.num_classes} of the model: {odd}')
+        return
+    config = resolve_data_config(pretrained_cfg=cfg)
+    loader = create_loader(
+        dataset, input_size=config['input_size'], batch_size=batch_size, use_prefetcher=False, num_workers=0,
+        persistent_workers=False, mean=config['mean'], std=config['std'], interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], device=torch.device(device))
+    ranks = (1, min(5, model.num_classes))
+    meters = [AverageMeter(), AverageMeter()]
+    with torch.inference_mode():
+        for pixels, target in loader:
+            values = accuracy(model(pixels.to(device)), target.to(device), topk=ranks)
+            for meter, value in zip(meters, values, strict=True):
+                meter.update(value.item(), len(target))
+    report.accuracy = {k: round(meter.avg, 3) for k, meter in zip(ranks, meters, strict=True)}
+    said = ', '.join(f'top-{k} {value:.3f} %' for k, value in report.accuracy.items())
+    report.checked.append(f'{len(dataset)} pictures of {images}: {said}')

@@ -1,0 +1,337 @@
+"""Model cards: what a folder of hub_cards/ says is what its files say, and no card says what nobody measured."""
+import copy
+import json
+import re
+import shutil
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from PIL import Image
+
+import timm_spa  # noqa: F401
+from timm_spa import cli
+from timm_spa.hub.card import CardError, card_of_folder, make_card
+from timm_spa.hub.run_record import Run, RunError
+from timm_spa.profile import count_cost
+
+ROOT = Path(__file__).parent.parent
+CARDS = sorted((ROOT / 'hub_cards').iterdir())
+MODEL = 'spa_preresnet18_cifar'
+ARGS = dict(
+    model=MODEL, seed=42, num_classes=10, opt='sgd', lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=256, epochs=2,
+    sched='step', val_split='validation', output='runs', experiment='a', data_dir='DATA', model_kwargs={})
+DATASET = dict(name='Ten things', id='Some-Org/Ten-Things')
+
+
+def parts(text):
+    _, front_matter, body = text.split('---\n', 2)
+    return yaml.safe_load(front_matter), body
+
+
+def weights_of(folder):
+    local = folder / 'model.safetensors'
+    return local if local.exists() else Path(timm.get_pretrained_cfg(folder.name).file)
+
+
+def config_of(architecture, **kwargs):
+    """A repository's configuration, written out by hand."""
+    cfg = timm.get_pretrained_cfg(architecture)
+    fields = dict(
+        input_size=list(cfg.input_size), mean=list(cfg.mean), std=list(cfg.std), crop_pct=cfg.crop_pct,
+        interpolation=cfg.interpolation, license='apache-2.0', paper_ids=cfg.paper_ids, first_conv=cfg.first_conv,
+        classifier=cfg.classifier)
+    return dict(architecture=architecture, num_classes=10, pretrained_cfg=dict(fields, **kwargs))
+
+
+def summary(*top1):
+    return [dict(epoch=float(i), eval_top1=value, eval_top5=value + 20) for i, value in enumerate(top1)]
+
+
+def keep(folder, args, *top1):
+    """Lays a run as a sweep keeps it."""
+    path = folder / f'{args["model"]}-seed{args["seed"]}'
+    path.mkdir(parents=True)
+    (path / 'args.yaml').write_text(yaml.safe_dump(args))
+    rows = [f'{i},1.0,1.0,{value},{value + 20},0.1' for i, value in enumerate(top1)]
+    (path / 'summary.csv').write_text('\n'.join(['epoch,train_loss,eval_loss,eval_top1,eval_top5,lr', *rows]) + '\n')
+    return path
+
+
+@pytest.mark.parametrize('folder', CARDS, ids=lambda p: p.name)
+def test_card_is_made_of_its_files(folder):
+    text = (folder / 'README.md').read_text()
+    repository = re.search(r"create_model\('hf-hub:([^']+)'", text)
+    sweeps = [None, *sorted((ROOT / 'train_scripts').glob('results/*'))]
+    made = []
+    for sweep in sweeps:
+        try:
+            made.append(str(card_of_folder(folder, repository and repository[1], sweep)))
+        except RunError:  # a sweep of other models, or under another recipe
+            assert sweep is not None
+    assert text in made, f'run `timm-spa card {folder} --write`'
+
+
+@pytest.mark.parametrize('folder', CARDS, ids=lambda p: p.name)
+def test_card_config_cfg_and_results_agree(folder):
+    metadata, body = parts((folder / 'README.md').read_text())
+    config = json.loads((folder / 'config.json').read_text())
+    cfg = timm.get_pretrained_cfg(folder.name, allow_unregistered=False)
+    assert {p.name for p in folder.iterdir()} <= {
+        'README.md', 'config.json', 'args.yaml', 'summary.csv', 'run.json', 'card.yaml', 'model.safetensors'}
+    assert f'{config["architecture"]}.{config["pretrained_cfg"]["tag"]}' == folder.name
+    assert metadata['license'] == config['pretrained_cfg']['license'] == cfg.license
+    assert metadata['library_name'] == 'timm'
+    assert metadata['pipeline_tag'] == 'image-classification'
+    assert 'transformers' not in metadata['tags'], 'nobody has tested that path'
+    for field in ('mean', 'std', 'input_size'):
+        assert tuple(config['pretrained_cfg'][field]) == getattr(cfg, field)
+    for field in ('crop_pct', 'interpolation', 'num_classes'):
+        assert config['pretrained_cfg'][field] == getattr(cfg, field)
+    assert config.get('label_names') == (list(cfg.label_names) if cfg.label_names else None)
+    assert 'num_classes' not in config.get('model_args', {}), 'transformers fails with it'
+
+    model = timm.create_model(config['architecture'], num_classes=config['num_classes'])
+    model.load_state_dict(safetensors.torch.load_file(weights_of(folder)), strict=True)
+    assert f'({sum(p.numel() for p in model.parameters()):,})' in body
+    result = metadata['model-index'][0]['results'][0]
+    assert metadata['model-index'][0]['name'] == folder.name
+    scores = [metric['value'] for metric in result['metrics']]
+    for name, score in zip(('top-1', 'top-5'), scores, strict=True):
+        assert f'{name} {score} %' in ' '.join(cfg.notes), 'the registered cfg says the same'
+        assert f'{name} {score} %' in body.lower()
+    top1 = [float(line.split(',')[3]) for line in (folder / 'summary.csv').read_text().splitlines() if line[0] != 'e']
+    assert scores[0] == pytest.approx(max(top1), abs=0.1), "the run's own evaluation may be in half precision"
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    assert args['model'] == config['architecture']
+    assert f'seed {args["seed"]}' in body
+    for command in re.findall(r'accelerate launch .*?(?=\n```)', body, re.DOTALL):
+        assert ' '.join(command.replace('\\\n', ' ').split()) in ' '.join(cfg.notes)
+    versions = json.loads((folder / 'run.json').read_text())['versions']
+    assert all(f'{name} {version}' in ' '.join(cfg.notes) for name, version in versions.items())
+
+
+def numbers(text):
+    return {float(n.replace(',', '')) for n in re.findall(r'(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?![\d])', text)}
+
+
+@pytest.mark.parametrize('folder', CARDS, ids=lambda p: p.name)
+def test_no_number_from_nowhere(folder):
+    """Every number of the text is in a file beside it, is an epoch, or is counted here."""
+    _, body = parts((folder / 'README.md').read_text())
+    body = re.sub(r'```(?:python|bibtex).*?```', '', body, flags=re.DOTALL)
+    known = set()
+    for name in ('config.json', 'args.yaml', 'run.json', 'card.yaml'):
+        known |= numbers((folder / name).read_text())
+    rows = [line.split(',') for line in (folder / 'summary.csv').read_text().splitlines() if line[0] != 'e']
+    known |= {round(float(cell), 3) for row in rows for cell in row} | {float(row[0]) + 1 for row in rows}
+    config = json.loads((folder / 'config.json').read_text())
+    cost = count_cost(config['architecture'], num_classes=config['num_classes'])
+    known |= {cost.parameters, round(cost.parameters / 1e6, 2), round(cost.macs / 1e9, 3),
+              round(cost.activations / 1e6, 2), round(weights_of(folder).stat().st_size / 1e6, 1)}
+    known |= {1, 5}  # of top-1 and top-5
+    assert numbers(body) <= known, 'numbers that no file has'
+
+
+@pytest.mark.parametrize('folder', CARDS, ids=lambda p: p.name)
+def test_snippets_of_a_card_run(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / 'repository')
+    shutil.copy(weights_of(folder), tmp_path / 'repository' / 'model.safetensors')
+    run_snippets((folder / 'README.md').read_text(), tmp_path / 'repository', monkeypatch)
+
+
+def run_snippets(text, repository, monkeypatch):
+    """Runs the Python of a card, with its repository's folder in the place of the repository."""
+    monkeypatch.chdir(repository)
+    shutil.copy(resources.files('timm_spa') / 'images' / 'coffee.jpg', repository / 'picture.jpg')
+    snippets = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    assert len(snippets) == 3, 'classes, feature maps, an embedding'
+    values = []
+    for snippet in snippets:
+        assert snippet.startswith('import timm_spa\n')
+        code, count = re.subn(r"create_model\('[^']+'", f"create_model('local-dir:{repository}'", snippet)
+        assert count == 1
+        values.append({})
+        exec(code, values[-1])
+    assert values[0]['probabilities'].sum() <= 1.0001
+    return values
+
+
+def test_snippets_of_another_family_run(tmp_path, monkeypatch):
+    """Few classes, and an embedding and maps of other widths."""
+    config = dict(config_of('spa_densenet_cifar', num_classes=3), num_classes=3)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    model = timm.create_model('spa_densenet_cifar', num_classes=3)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    values = run_snippets(str(make_card('spa_densenet_cifar', 'org/name', config=config)), tmp_path, monkeypatch)
+    assert values[0]['classes'].shape == (1, 3)
+
+
+def test_how_to_load_is_true():
+    """By the name only where the name has weights; else from the Hub, or from the folder that the card lies in."""
+    shipped = CARDS[0].name
+    config = config_of(shipped.partition('.')[0])
+    for name, source in ((shipped, shipped), (f'{shipped}_mine', 'local-dir:.')):
+        assert str(make_card(name, config=config)).count(f"create_model('{source}', pretrained=True") == 3
+
+
+def test_without_facts_nothing_is_claimed():
+    text = str(make_card(MODEL, config=config_of(MODEL)))
+    metadata, body = parts(text)
+    assert set(metadata) == {'license', 'library_name', 'pipeline_tag', 'tags'}
+    for heading in ('Training', 'Evidence', 'Comparison', 'Evaluation'):
+        assert f'## {heading}' not in body
+    for heading in ('Model', 'Use', 'Limits', 'Citation'):
+        assert f'## {heading}\n' in body
+    assert not re.search(r'None|nan|TODO|\{\{|\{%|top-1|storage|data set', body)
+    assert '\n\n\n' not in body
+
+
+@pytest.mark.parametrize(('epoch', 'chosen'), [(1, True), (2, False)])
+def test_accuracy_is_that_of_the_epoch(epoch, chosen):
+    run = Run(args=ARGS, summary=summary(20.0, 31.2342, 30.5), facts=dict(dataset=DATASET))
+    metadata, body = parts(str(make_card(f'{MODEL}.tag', 'org/name', run, config=config_of(MODEL), epoch=epoch)))
+    result = metadata['model-index'][0]['results'][0]
+    assert [m['value'] for m in result['metrics']] == ([31.234, 51.234] if chosen else [30.5, 50.5])
+    assert result['dataset'] == dict(name='Ten things', type='Some-Org/Ten-Things', split='validation')
+    assert metadata['datasets'] == ['Some-Org/Ten-Things'], 'in its exact case'
+    assert ('no held-out set' in body) == chosen
+    assert f'epoch {epoch + 1} of 3' in body
+    assert "create_model('hf-hub:org/name'" in body
+    assert 'one run, seed 42: no spread is known' in body
+
+
+def test_an_unknown_epoch_gives_no_accuracy():
+    run = Run(args=ARGS, summary=summary(20.0, 31.0), facts=dict(dataset=DATASET))
+    metadata, body = parts(str(make_card(MODEL, 'org/name', run, config=config_of(MODEL))))
+    assert 'model-index' not in metadata
+    assert '31' not in body
+
+
+def test_imagenet_and_fine_tunes():
+    """What the tag and the arguments say: the data set's id, and whose weights it started from."""
+    args = dict(ARGS, model='spa_resnet18', pretrained=True)
+    config = config_of('spa_resnet18')
+    metadata, body = parts(str(make_card('spa_resnet18.ft_in1k', 'org/name', Run(args=args), config=config)))
+    assert metadata['datasets'] == ['ILSVRC/imagenet-1k']
+    assert metadata['base_model'] == 'timm/resnet18.a1_in1k'
+    assert 'known biases' in body
+    args = dict(args, pretrained=False)
+    metadata, _ = parts(str(make_card('spa_resnet18.ft_in1k', 'org/name', Run(args=args), config=config)))
+    assert 'base_model' not in metadata
+
+
+def test_evidence():
+    record = dict(
+        model=MODEL, seed=42, command="accelerate launch -m x --model-kwargs 'a=(1, 2)' --seed 42", seconds=5400,
+        hardware='1 x GPU', python='3.11.7', versions=dict(timm='1.0.31'))
+    _, body = parts(str(make_card(MODEL, 'o/n', Run(args=ARGS, record=record), config=config_of(MODEL))))
+    for fact in ('hardware: 1 x GPU', '1.50 hours', 'Python 3.11.7, timm 1.0.31', "--model-kwargs 'a=(1, 2)' --seed"):
+        assert fact in body
+
+
+def changed(config, **kwargs):
+    config = copy.deepcopy(config)
+    config['pretrained_cfg'].update(kwargs)
+    return config
+
+
+@pytest.mark.parametrize(('run', 'options', 'message'), [
+    (Run(summary=summary(20.0)), dict(epoch=0), 'unnamed data set'),
+    (Run(summary=summary(20.0), facts=dict(epoch=1)), dict(epoch=0), 'only one can be true'),
+    (Run(summary=summary(20.0)), dict(epoch=7), 'epoch 7, which summary.csv does not have'),
+    (Run(facts=dict(accuracy=dict(top5=3.0))), {}, "lacks 'top1'"),
+    (Run(args=dict(ARGS, model='spa_resnet18')), {}, 'spa_resnet18 by args.yaml'),
+    (Run(args=ARGS, record=dict(seed=43)), {}, 'seed is 42 by args.yaml, 43 by run.json'),
+    (Run(args=dict(ARGS, num_classes=100)), {}, 'number of classes is 10 by config.json, 100 by args.yaml'),
+    (Run(args=dict(ARGS, initial_checkpoint='x.pth')), {}, 'base_model'),
+    (Run(facts=dict(widget=[dict(src='https://x/y.jpg', picture='y.jpg')])), {}, 'needs the weights'),
+    (Run(), dict(config=changed(config_of(MODEL), license=None)), 'names no license'),
+])
+def test_facts_that_are_missing_or_contradict(run, options, message):
+    with pytest.raises(CardError, match=message):
+        make_card(MODEL, 'o/n', run, **dict(dict(config=config_of(MODEL)), **options))
+
+
+def test_comparison(tmp_path):
+    for name, seed, *top1 in (
+            (MODEL, 1, 70.0, 60.0), (MODEL, 2, 50.0, 64.0), ('preresnet18_cifar', 1, 20.0, 58.0),
+            ('mobilenetv2_cifar', 1, 1.0, 2.0)):
+        keep(tmp_path, dict(ARGS, model=name, seed=seed, experiment=f'{name}{seed}'), *top1)
+    run = Run.read(tmp_path / f'{MODEL}-seed1')
+    _, body = parts(str(make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)))
+    rows = [
+        [cell.strip() for cell in line.strip('|').split('|')]
+        for line in body.splitlines() if 'preresnet18_cifar |' in line]
+    assert rows == [
+        ['preresnet18_cifar', '58.00', '78.00', '1', '11.17', '0.555'],
+        [MODEL, '62.00 ± 2.83', '82.00 ± 2.83', '1, 2', '11.26', '0.557']]
+    assert 'no spread is known' not in body
+
+
+def test_what_is_no_control(tmp_path):
+    run = Run.read(keep(tmp_path, ARGS, 1.0, 2.0))
+    with pytest.raises(RunError, match='holds no results'):
+        make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path / 'elsewhere')
+    (tmp_path / 'nameless').mkdir()
+    (tmp_path / 'nameless' / 'args.yaml').write_text('model: spa_resnet18')
+    with pytest.raises(RunError, match=r'nameless/args.yaml lacks seed'):
+        make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)
+    shutil.rmtree(tmp_path / 'nameless')
+    other = keep(tmp_path, dict(ARGS, model='preresnet18_cifar', lr=0.2), 1.0, 2.0)
+    with pytest.raises(RunError, match=r'lr \(0.2, here 0.1\)'):
+        make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)
+    shutil.rmtree(other)
+    keep(tmp_path, dict(ARGS, model='preresnet18_cifar'), 1.0)
+    with pytest.raises(RunError, match='ended with epoch 0 and .* with epoch 1'):
+        make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)
+
+
+def test_widget_shows_what_the_weights_say(tmp_path):
+    model = timm.create_model(MODEL, num_classes=3).eval()
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    Image.new('RGB', (32, 32), (250, 120, 0)).save(tmp_path / 'orange.png')
+    (tmp_path / 'card.yaml').write_text('widget: [{src: "https://example.org/orange.png", picture: orange.png}]')
+    config = dict(config_of(MODEL), num_classes=3, label_names=['a', 'b', 'c'])
+    card = make_card(MODEL, 'o/n', Run.read(tmp_path), config=config, weights=tmp_path / 'model.safetensors')
+    (entry,) = parts(str(card))[0]['widget']
+    pixels = torch.tensor([250, 120, 0])[:, None, None].expand(3, 32, 32) / 255
+    mean, std = (torch.tensor(config['pretrained_cfg'][key])[:, None, None] for key in ('mean', 'std'))
+    with torch.no_grad():
+        expected = dict(zip('abc', model(((pixels - mean) / std)[None]).softmax(1)[0].tolist(), strict=True))
+    assert entry['src'] == 'https://example.org/orange.png'
+    assert {e['label']: e['score'] for e in entry['output']} == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('abuot: x', "unknown key 'abuot'"), ('about: [x]', "'about' should be a str"), ('dataset: {nme: x}', 'has nme'),
+    ('- x', 'holds a list'), ('about: "', 'cannot be read'),
+])
+def test_a_wrong_card_yaml_is_named(tmp_path, text, message):
+    (tmp_path / 'card.yaml').write_text(text)
+    with pytest.raises(RunError, match=re.escape(message)) as e:
+        Run.read(tmp_path)
+    assert 'card.yaml' in str(e.value)
+
+
+def test_command_line(tmp_path, capsys):
+    folder = tmp_path / CARDS[0].name
+    shutil.copytree(CARDS[0], folder)
+    published = (folder / 'README.md').read_text()
+    (folder / 'README.md').write_text('mine\n')
+    assert cli.main(['card', str(folder)]) == 0
+    assert capsys.readouterr().out == published
+    assert (folder / 'README.md').read_text() == 'mine\n', 'it is replaced on request only'
+    assert cli.main(['card', str(folder), '--write']) == 0
+    assert (folder / 'README.md').read_text() == published
+    assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in CARDS[0].iterdir())
+    capsys.readouterr()
+    (folder / 'config.json').unlink()
+    assert cli.main(['card', str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith('timm-spa: ')
+    assert 'config.json cannot be read' in captured.err

@@ -1,0 +1,337 @@
+"""Conversion: the written file makes the model compute what its source did, or there is no file and a reason."""
+import json
+import re
+from pathlib import Path
+
+import golden_fill
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+
+import timm_spa  # noqa: F401
+from timm_spa import cli
+from timm_spa.hub import CheckpointError
+from timm_spa.hub.convert import convert
+
+GOLDEN = Path(__file__).parent / 'golden'
+
+
+def randomized(model, seed=0):
+    """Gives norm layers, statistics and gates values that a trained model might have."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.ndim == 1 and value.is_floating_point() and not name.endswith('fc.bias'):
+                low = -0.5 if name.endswith(('bias', 'running_mean')) else 0.5
+                value.copy_(torch.rand(value.shape, generator=generator) + low)
+            elif '.attn.' in name and value.ndim == 4:
+                value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def saved(net, path, /, **metadata):
+    safetensors.torch.save_file(net.state_dict(), path, metadata=dict(format='pt', **metadata))
+    return path
+
+
+def loaded(path, name, **kwargs):
+    model = timm.create_model(name, **kwargs)
+    model.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    return model.eval()
+
+
+def difference(actual, expected, size=32, seed=3):
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        actual, expected = actual(images), expected(images)
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def golden_checkpoint(name, path):
+    golden = json.loads((GOLDEN / f'{name}.json').read_text())
+    weights = {k: torch.from_numpy(v) for k, v in golden_fill.weights(golden).items()}
+    weights = {
+        f'module.{k}': v.long() if k.endswith('num_batches_tracked') else v.float() for k, v in weights.items()}
+    torch.save(dict(epoch=3, best_acc=0.5, state_dict=weights), path)
+    return golden
+
+
+@pytest.mark.parametrize(('theirs', 'ours', 'kind', 'options'), [
+    ('SPAAMobileNetV2', 'spa_mobilenetv2_cifar', "the authors' code", []),
+    ('spa_b_dense', 'spa_b_densenet_cifar', "the authors' code", []),
+    ('spa_resnet18', 'spa_resnet18', "the authors' code", ['--model-kwargs', 'pyramid_sizes=1,2,4']),
+    ('MobileNetV2', 'spa_c_mobilenetv2_cifar', 'a warm start', []),
+    ('dense', 'spa_densenet_cifar', 'a warm start', []),
+    ('VGG16', 'spa_vgg16_cifar', 'a warm start', []),
+])
+def test_checkpoints_of_the_authors(theirs, ours, kind, options, tmp_path, capsys):
+    """The file gives what their code gave; for a plain net, in a gated model too."""
+    golden = golden_checkpoint(theirs, tmp_path / 'best.pth.tar')
+    output = tmp_path / 'out.safetensors'
+    assert cli.main(['convert', str(tmp_path / 'best.pth.tar'), str(output), '--model', ours, *options]) == 0
+    out = capsys.readouterr().out
+    assert kind in out.splitlines()[0]
+    assert ('pyramid' in out) == (kind == "the authors' code" and ours.startswith('spa'))
+    assert 'every value is exact' in out
+    kwargs = dict(pyramid_sizes=(1, 2, 4)) if options else {}
+    model = loaded(output, ours, num_classes=golden['num_classes'], **kwargs)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(golden_fill.images(golden['eval']['input'])).float())
+    expected = torch.tensor(golden['eval']['logits'])
+    assert ((logits - expected).norm() / expected.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize(('theirs', 'ours', 'size'), [
+    ('resnet18', 'spa_resnet18', 64), ('mobilenet_v2', 'spa_b_mobilenetv2', 64), ('densenet121', 'spa_densenet121', 64),
+    pytest.param('vgg16_bn', 'spa_vgg16_bn', 224, marks=pytest.mark.slow)])
+def test_base_models_of_torchvision(theirs, ours, size, tmp_path):
+    plain = randomized(getattr(torchvision.models, theirs)(weights=None, num_classes=7))
+    weights = plain.state_dict()
+    if theirs == 'densenet121':  # its first published file
+        weights = {re.sub(r'(denselayer\d+\.(?:norm|conv))(\d)', r'\1.\2', key): v for key, v in weights.items()}
+        assert 'features.denseblock1.denselayer1.norm.1.weight' in weights
+    torch.save({k: v for k, v in weights.items() if 'num_batches' not in k}, tmp_path / 'plain.pth')
+    done = convert(tmp_path / 'plain.pth', tmp_path / 'out.safetensors', ours)
+    assert done.kind == ('plain' if theirs == 'resnet18' else 'torchvision')
+    model = loaded(tmp_path / 'out.safetensors', ours, num_classes=7)
+    assert difference(model, plain, size) < 1e-6
+
+
+@pytest.mark.parametrize(('dtype', 'bits'), [('float32', 24), ('float16', 11), ('bfloat16', 8)])
+def test_storage(dtype, bits, tmp_path, capsys):
+    model = randomized(timm.create_model('spa_mobilenetv2_cifar', num_classes=5))
+    with torch.no_grad():
+        model.classifier.bias[3] = 1001.0625
+    source = saved(model, tmp_path / 'in.safetensors')
+    output = tmp_path / 'out.safetensors'
+    arguments = ['convert', str(source), str(output), '--model', 'spa_mobilenetv2_cifar', '--dtype', dtype]
+    assert cli.main(arguments) == 0
+    step = 2.0 ** (10 - bits)  # between neighbours in [512, 1024)
+    error = abs(round(1001.0625 / step) * step - 1001.0625)
+    out = capsys.readouterr().out
+    assert 'of the model itself' in out
+    said = f'largest error {error:.3g}, in classifier.bias' if error else 'every value is exact'
+    assert said in out
+    tensors = safetensors.torch.load_file(output)
+    assert {str(t.dtype) for t in tensors.values()} == {f'torch.{dtype}', 'torch.int64'}
+    assert tensors['classifier.bias'][3].item() == round(1001.0625 / step) * step
+    with safetensors.safe_open(output, 'pt') as f:
+        assert f.metadata()['model'] == 'spa_mobilenetv2_cifar'
+        assert len(f.metadata()['source_sha256']) == 64
+    assert not list(tmp_path.glob('.*')), 'nothing partial is left'
+
+    before = output.read_bytes()
+    assert cli.main(arguments) == 1
+    assert 'is there already; --overwrite' in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert cli.main([*arguments, '--overwrite']) == 0
+
+
+def test_values_too_large_for_float16(tmp_path):
+    model = timm.create_model('spa_mobilenetv2_cifar', num_classes=5)
+    with torch.no_grad():
+        model.conv_stem.weight[0, 0, 0, 0] = -70000.0
+    source = saved(model, tmp_path / 'in.safetensors')
+    with pytest.raises(CheckpointError, match=r'conv_stem.weight \(70000\).*bfloat16'):
+        convert(source, tmp_path / 'out.safetensors', 'spa_mobilenetv2_cifar', dtype='float16')
+    assert not (tmp_path / 'out.safetensors').exists()
+    convert(source, tmp_path / 'out.safetensors', 'spa_mobilenetv2_cifar', dtype='bfloat16')
+
+
+# between gates
+
+def gates(model):
+    return {name: m for name, m in model.named_modules() if name.endswith('.attn')}
+
+
+def switched_off(model, names):
+    for name in names:
+        torch.nn.init.zeros_(gates(model)[name].fc2.weight)
+    return model
+
+
+def changing_channels(model):
+    return [name for name, gate in gates(model).items() if not isinstance(gate.matcher, torch.nn.Identity)]
+
+
+@pytest.mark.parametrize(('source', 'target', 'net'), [
+    ('spa', 'spa_b', 'preresnet18_cifar'), ('spa_b', 'spa_c', 'preresnet18_cifar'), ('spa', 'se', 'preresnet18_cifar'),
+    ('spa_c', 'spa', 'densenet_cifar'), ('se', 'spa_b', 'densenet_cifar'), ('spa', 'spa_c', 'mobilenetv2_cifar')])
+def test_gates_that_learned_nothing_become_any_other(source, target, net, tmp_path):
+    one = randomized(timm.create_model(f'{source}_{net}', num_classes=5))
+    switched_off(one, gates(one))
+    done = convert(saved(one, tmp_path / 'in.safetensors', model=f'{source}_{net}'), tmp_path / 'o.safetensors',
+                   f'{target}_{net}')
+    assert done.kind == 'variant'
+    assert difference(loaded(tmp_path / 'o.safetensors', f'{target}_{net}', num_classes=5), one) < 1e-6
+
+
+@pytest.mark.parametrize(('source', 'target'), [('spa_b', 'spa_c'), ('spa_c', 'spa_b')])
+def test_b_and_c_are_one_where_channels_stay(source, target, tmp_path):
+    """Trained gates of blocks that keep their channels; where these change, C has a matcher and B has none."""
+    net = 'preresnet18_cifar'
+    one = randomized(timm.create_model(f'{source}_{net}', num_classes=5))
+    changing = changing_channels(timm.create_model(f'spa_c_{net}'))
+    assert len(changing) == 3
+    path = saved(one, tmp_path / 'in.safetensors', model=f'{source}_{net}')
+    with pytest.raises(CheckpointError) as e:
+        convert(path, tmp_path / 'o.safetensors', f'{target}_{net}')
+    assert 'only one matches the channels' in str(e.value)
+    assert all(name in str(e.value) for name in changing)
+    assert 'layer1' not in str(e.value), 'blocks that could be converted are not blamed'
+
+    path = saved(switched_off(one, changing), tmp_path / 'in.safetensors', model=f'{source}_{net}')
+    convert(path, tmp_path / 'o.safetensors', f'{target}_{net}')
+    two = loaded(tmp_path / 'o.safetensors', f'{target}_{net}', num_classes=5)
+    assert difference(two, one) < 1e-6
+    assert difference(switched_off(two, gates(two)), one) > 1e-3, 'the gates that were carried over do something'
+
+
+@pytest.mark.parametrize('variant', ['', '_b', '_c'])
+def test_squeeze_and_excitation_is_spa_with_one_size(variant, tmp_path):
+    one = randomized(timm.create_model(f'se{variant}_preresnet18_cifar', num_classes=5))
+    path = saved(one, tmp_path / 'in.safetensors', model=f'se{variant}_preresnet18_cifar')
+    convert(path, tmp_path / 'o.safetensors', f'spa{variant}_preresnet18_cifar')
+    two = loaded(tmp_path / 'o.safetensors', f'spa{variant}_preresnet18_cifar', num_classes=5)
+    assert difference(two, one) < 1e-6
+    assert difference(switched_off(two, gates(two)), one) > 1e-3
+
+
+def test_more_sizes_in_the_pyramid(tmp_path):
+    name = 'spa_preresnet18_cifar'
+    one = randomized(timm.create_model(name, num_classes=5, pyramid_sizes=(1, 4)))
+    path = saved(one, tmp_path / 'in.safetensors', model=name, model_args='{"pyramid_sizes": [1, 4]}')
+    convert(path, tmp_path / 'o.safetensors', name)
+    two = loaded(tmp_path / 'o.safetensors', name, num_classes=5)
+    assert [g.pyramid_sizes for g in gates(two).values()] == [(4, 2, 1)] * 8
+    assert difference(two, one) == 0
+    # and back, since nothing was learned for the added size
+    back = saved(two, tmp_path / 'in.safetensors', model=name)
+    convert(back, tmp_path / 'o.safetensors', name, overwrite=True, pyramid_sizes=(1, 4))
+    assert difference(loaded(tmp_path / 'o.safetensors', name, num_classes=5, pyramid_sizes=(1, 4)), one) == 0
+
+
+def test_the_same_shapes_are_not_the_same_model(tmp_path):
+    """Three sizes have the same tensors whatever they are: what the file says of itself counts."""
+    name = 'spa_preresnet18_cifar'
+    one = randomized(timm.create_model(name, num_classes=5, pyramid_sizes=(1, 2, 8)))
+    path = saved(one, tmp_path / 'in.safetensors', model=name, model_args='{"pyramid_sizes": [1, 2, 8]}')
+    with pytest.raises(CheckpointError, match='largest size of the pyramid is 8 in one, 4 in the other'):
+        convert(path, tmp_path / 'o.safetensors', name)
+    convert(path, tmp_path / 'o.safetensors', name, pyramid_sizes=(1, 2, 8))
+
+
+@pytest.mark.parametrize(('source', 'target', 'reason'), [
+    ('spa_preresnet18_cifar', 'spa_b_preresnet18_cifar', "one reads the block's input, the other the map"),
+    ('spa_c_preresnet18_cifar', 'spa_preresnet18_cifar', "one reads the block's input, the other the map"),
+    ('spa_preresnet18_cifar', 'se_preresnet18_cifar', 'SPA-A is no SqueezeExcite'),
+    ('cbam_mobilenetv2', 'spa_mobilenetv2', 'SelfGate is no SPA-A'),
+])
+def test_gates_that_learned_something_are_refused(source, target, reason, tmp_path):
+    path = saved(randomized(timm.create_model(source, num_classes=5)), tmp_path / 'in.safetensors', model=source)
+    with pytest.raises(CheckpointError) as e:
+        convert(path, tmp_path / 'o.safetensors', target)
+    for words in (reason, source, 'Start from weights of the plain net'):
+        assert words in str(e.value)
+    assert not (tmp_path / 'o.safetensors').exists()
+
+
+def test_an_unknown_variant_is_asked_for(tmp_path, capsys):
+    one = randomized(timm.create_model('se_preresnet18_cifar', num_classes=5))
+    arguments = ['convert', str(saved(one, tmp_path / 'in.safetensors')), str(tmp_path / 'o.safetensors'),
+                 '--model', 'spa_preresnet18_cifar']
+    assert cli.main(arguments) == 1
+    assert '--from-model NAME' in capsys.readouterr().err
+    assert cli.main([*arguments, '--from-model', 'se_preresnet18_cifar']) == 0
+    assert 'the same net with another gate' in capsys.readouterr().out
+    assert cli.main([*arguments, '--overwrite', '--from-model', 'se_preresnet99_cifar']) == 1
+    assert "'se_preresnet99_cifar', and there is no model" in capsys.readouterr().err
+
+
+# what is refused
+
+class Payload:
+    """Runs code when it is unpickled, which must not happen."""
+
+    def __reduce__(self):
+        return (pytest.fail, ('code of the checkpoint was run',))
+
+
+def malicious(path):
+    torch.save(dict(state_dict=Payload()), path)
+
+
+def truncated(path):
+    torch.save(timm.create_model('spa_mobilenetv2_cifar').state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+@pytest.mark.parametrize(('write', 'what'), [
+    (malicious, 'pickle'),
+    (truncated, 'truncated'),
+    (lambda path: path.touch(), 'empty'),
+    (lambda path: path.write_text('<!DOCTYPE html><html>404</html>'), 'web page'),
+    (lambda path: path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n'), 'LFS pointer'),
+    (lambda path: None, 'does not exist'),
+])
+def test_files_that_are_no_weights(write, what, tmp_path, capsys):
+    source, output = tmp_path / 'in.pth', tmp_path / 'out.safetensors'
+    write(source)
+    assert cli.main(['convert', str(source), str(output), '--model', 'spa_mobilenetv2_cifar']) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f'timm-spa: {source} ')
+    assert what in err
+    assert not output.exists()
+
+
+def test_weights_of_something_else(tmp_path):
+    resnet = saved(timm.create_model('resnet18', num_classes=5), tmp_path / 'resnet.safetensors')
+    with pytest.raises(CheckpointError, match='is of nothing that spa_resnet34 can be made of.*missing: layer1.2'):
+        convert(resnet, tmp_path / 'o.safetensors', 'spa_resnet34')
+    with pytest.raises(CheckpointError, match='it is of no variant'):
+        convert(resnet, tmp_path / 'o.safetensors', 'spa_resnet18', kind='variant')
+    with pytest.raises(CheckpointError, match=r'Read as weights of the model itself.*missing: .*\.attn\.'):
+        convert(resnet, tmp_path / 'o.safetensors', 'spa_resnet18', kind='same')
+    plain = saved(timm.create_model('mobilenetv2_100', num_classes=5), tmp_path / 'mobilenet.safetensors')
+    with pytest.raises(CheckpointError, match='no weights make neutral'):
+        convert(plain, tmp_path / 'o.safetensors', 'cbam_mobilenetv2')
+    torch.save({'layer.weight': torch.zeros(2)}, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match='has no classifier.*layer.weight'):
+        convert(tmp_path / 'x.pth', tmp_path / 'o.safetensors', 'spa_resnet18')
+    model = timm.create_model('spa_mobilenetv2_cifar', num_classes=5)
+    torch.nn.init.constant_(model.bn1.weight, float('nan'))
+    with pytest.raises(CheckpointError, match='not finite: bn1.weight'):
+        convert(saved(model, tmp_path / 'nan.safetensors'), tmp_path / 'o.safetensors', 'spa_mobilenetv2_cifar')
+    assert not (tmp_path / 'o.safetensors').exists()
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--model', 'spa_resnet7'], 'no model'), (['--dtype', 'int8'], 'dtype must be one of'),
+    (['--from', 'elsewhere'], 'must be one of same, plain'), (['--model-kwargs', 'colour=1'], 'colour'),
+    (['--model-kwargs', 'colour'], 'unpack'),
+])
+def test_arguments_that_are_wrong(options, message, tmp_path, capsys):
+    source = saved(timm.create_model('spa_mobilenetv2_cifar'), tmp_path / 'in.safetensors')
+    arguments = ['convert', str(source), str(tmp_path / 'o.safetensors'), '--model', 'spa_mobilenetv2_cifar', *options]
+    assert cli.main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert cli.main(['convert', str(source), str(tmp_path / 'o.pth'), '--model', 'spa_mobilenetv2_cifar']) == 1
+    assert 'should be a .safetensors file' in capsys.readouterr().err
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    model = timm.create_model('spa_mobilenetv2_cifar')
+    source, output = saved(model, tmp_path / 'in.safetensors'), tmp_path / 'o.safetensors'
+    output.write_bytes(b'before')
+
+    def disk_full(tensors, path, metadata):
+        Path(path).write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('timm_spa.hub.convert.safetensors.torch.save_file', disk_full)
+    with pytest.raises(OSError, match='No space left'):
+        convert(source, output, 'spa_mobilenetv2_cifar', overwrite=True)
+    assert output.read_bytes() == b'before'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['in.safetensors', 'o.safetensors']

@@ -1,0 +1,429 @@
+"""Publishing, against a Hub on this machine: what is sent, what is refused before, and what a failure leaves."""
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import safetensors
+import safetensors.torch
+import timm
+import torch
+import yaml
+from hub_server import OWNER, STRANGER
+from huggingface_hub import HfApi, constants
+from timm.utils import CheckpointSaver, ModelEmaV3
+
+import timm_spa
+from timm_spa import cli
+from timm_spa.hub.publish import PublishError, publish, write_repository
+
+NAME = 'spa_mobilenetv2_cifar.tmm_tin200'
+REPO = f'org/{NAME}'
+FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'summary.csv']
+CARDS = Path(__file__).parent.parent / 'hub_cards' / NAME
+SHIPPED = Path(timm_spa.__file__).parent / 'weights' / f'{NAME}.safetensors'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """What `--dry-run` writes for the shipped weights."""
+    run = tmp_path_factory.mktemp('run')
+    shutil.copy(SHIPPED, run / 'best.safetensors')
+    for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml'):
+        shutil.copy(CARDS / name, run)
+    write_repository(run.parent / 'repository', run / 'best.safetensors', NAME)
+    return run.parent / 'repository'
+
+
+@pytest.fixture
+def weights(folder, tmp_path):
+    """A repository's folder that a test may change; its card need not be made again."""
+    shutil.copytree(folder, tmp_path / 'repository')
+    return tmp_path / 'repository' / 'model.safetensors'
+
+
+@pytest.fixture
+def owner(monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', OWNER)
+
+
+def uploads(hub):
+    return [r for r in hub.requests if r.startswith('PUT') or '/commit/' in r]
+
+
+def test_the_files_of_a_repository(folder, weights):
+    assert sorted(p.name for p in folder.iterdir()) == FILES
+    for name in set(FILES) - {'model.safetensors'}:
+        assert (folder / name).read_bytes() == (CARDS / name).read_bytes(), f'{name} differs from that of hub_cards'
+    config = json.loads((folder / 'config.json').read_text())
+    assert 'num_classes' not in config['model_args']
+    assert config['pretrained_cfg']['hf_hub_filename'] == 'model.safetensors'
+    with safetensors.safe_open(folder / 'model.safetensors', framework='pt') as f:
+        metadata = f.metadata()
+    assert metadata['format'] == 'pt'
+    assert metadata['model'] == NAME
+    assert metadata['timm_spa'] == timm_spa.__version__
+    assert metadata['source_sha256'] == hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+    shipped, published = (safetensors.torch.load_file(p) for p in (SHIPPED, folder / 'model.safetensors'))
+    assert all(torch.equal(published[k], v) and published[k].dtype == v.dtype for k, v in shipped.items())
+    assert len(shipped) == len(published)
+    # from itself, byte for byte the same
+    write_repository(weights.parent, weights, NAME)
+    assert all((weights.parent / name).read_bytes() == (folder / name).read_bytes() for name in FILES)
+
+
+def test_a_checkpoint_of_timms_training(tmp_path, capsys):
+    """Averaged weights, the model and the preprocessing of the training; and no path of this machine."""
+    args = argparse.Namespace(
+        model='spa_mobilenetv2_cifar', num_classes=7, model_kwargs=dict(pyramid_sizes=(1, 2)), crop_pct=0.9, gp=None,
+        interpolation='bicubic', input_size=(3, 40, 40), data_dir='/home/someone/my pictures/tin', output='runs/a',
+        resume='../../someone/last.pth.tar', opt_kwargs={}, mean=None)
+    torch.manual_seed(0)
+    model = timm.create_model('spa_mobilenetv2_cifar', num_classes=7, pyramid_sizes=(1, 2))
+    ema = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        for p in ema.module.parameters():
+            p += 1
+    (tmp_path / 'run').mkdir()
+    CheckpointSaver(
+        model, torch.optim.SGD(model.parameters(), 0.1), args, model_ema=ema, checkpoint_dir=str(tmp_path / 'run'),
+    ).save_checkpoint(3, 50.0)
+    (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
+    (tmp_path / 'run' / 'run.json').write_text(json.dumps(dict(
+        command='python -m timm_spa.run train --data-dir=/home/someone/tin --config "recipes/a.yaml"')))
+
+    assert cli.main([
+        'publish', str(tmp_path / 'run' / 'model_best.pth.tar'), '--model', 'spa_mobilenetv2_cifar.mine_in1k',
+        '--dry-run', str(tmp_path / 'out')]) == 0
+    out = capsys.readouterr().out
+    assert 'state_dict_ema' in out
+    assert 'epoch 3' in out
+    for value in ('/home/someone/my pictures/tin', '../../someone/last.pth.tar'):
+        assert value in out, 'the user is told of each path that is cut'
+    published = tmp_path / 'out'
+    for file in published.iterdir():
+        assert b'someone' not in file.read_bytes(), f'{file.name} tells of the machine'
+    own = yaml.safe_load((published / 'args.yaml').read_text())
+    assert (own['data_dir'], own['resume'], own['output']) == ('tin', 'last.pth.tar', 'runs/a')
+    assert '--data-dir=tin --config' in (published / 'README.md').read_text()
+
+    loaded = timm.create_model(f'local-dir:{published}', pretrained=True)
+    assert all(torch.equal(v, ema.module.state_dict()[k]) for k, v in loaded.state_dict().items())
+    cfg = loaded.pretrained_cfg
+    assert (cfg['input_size'], cfg['crop_pct'], cfg['interpolation']) == ((3, 40, 40), 0.9, 'bicubic')
+    assert cfg['tag'] == 'mine_in1k'
+    with safetensors.safe_open(published / 'model.safetensors', framework='pt') as f:
+        assert f.metadata()['epoch'] == '3'
+
+
+def test_an_existing_folder(weights, folder, tmp_path, monkeypatch):
+    """What is written replaces what was there, but for the card and for files that are none of ours."""
+    weights.with_name('notes.txt').write_text('mine')
+    weights.with_name('README.md').write_text('my card')
+    changed = {k: v.flip(0) if v.ndim else v for k, v in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(changed, tmp_path / 'new.safetensors')
+    with monkeypatch.context() as patch:
+        patch.setattr('timm_spa.hub.publish.make_card', Mock(side_effect=ValueError('no card')))
+        with pytest.raises(ValueError, match='no card'):
+            write_repository(weights.parent, tmp_path / 'new.safetensors', NAME, replace_card=True)
+    assert weights.read_bytes() == (folder / 'model.safetensors').read_bytes(), 'all files or none'
+    notes = write_repository(weights.parent, tmp_path / 'new.safetensors', NAME)
+    assert any('README.md, as it is' in note for note in notes)
+    assert sorted(p.name for p in weights.parent.iterdir()) == sorted([*FILES, 'notes.txt'])
+    written = safetensors.torch.load_file(weights)
+    assert all(torch.equal(written[k], v) for k, v in changed.items())
+    assert weights.with_name('README.md').read_text() == 'my card'
+    write_repository(weights.parent, weights, NAME, replace_card=True)
+    assert weights.with_name('README.md').read_text().startswith('---')
+
+
+def test_another_model_than_was_trained(hub, owner, weights, capsys):
+    args = weights.with_name('args.yaml')
+    args.write_text(args.read_text().replace('model: spa_mobilenetv2_cifar', 'model: spa_b_mobilenetv2_cifar'))
+    refused(hub, weights, 'name the model spa_b_mobilenetv2_cifar, and not spa_mobilenetv2_cifar', capsys)
+
+
+class Payload:
+    """Runs a command when it is unpickled, which must not happen."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def with_tensor(**changes):
+    tensors = safetensors.torch.load_file(SHIPPED)
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name.replace('__', '.')]
+        else:
+            tensors[name.replace('__', '.')] = tensor
+    return tensors
+
+
+NAN = torch.tensor([0.0, float('nan')] * 16)
+BAD_WEIGHTS = {
+    'not finite': (dict(bn1__bias=NAN), 'not finite: bn1.bias'),
+    'missing': (dict(bn1__bias=None), '1 missing: bn1.bias'),
+    'unexpected': (dict(extra=NAN), '1 unexpected: extra'),
+    'shape': (dict(bn1__bias=NAN[:2]), r'wrong shape: bn1.bias \(2,\), expected \(32,\)'),
+    'kind': (dict(bn1__bias=torch.zeros(32, dtype=torch.int8)), 'wrong kind: bn1.bias torch.int8'),
+    'classes': (dict(classifier__weight=torch.zeros(10, 1280)), 'has 10 classes .* has 200'),
+}
+WHOLE = SHIPPED.read_bytes()
+BAD_FILES = {
+    'empty.pth.tar': (b'', 'it is empty'),
+    'empty.safetensors': (b'', 'it is empty'),
+    'page.pth.tar': (b'\n<!DOCTYPE html><html>404</html>', 'a web page'),
+    'page.safetensors': (b'<html>404</html>', 'a web page'),
+    'pointer.safetensors': (b'version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 9\n', 'Git LFS pointer'),
+    'header.safetensors': (WHOLE[:1000], 'truncated safetensors'),
+    'data.safetensors': (WHOLE[:-1000], 'truncated safetensors file, 1000 bytes are missing'),
+    'disguised.pth.tar': (WHOLE[:-1000], 'truncated safetensors'),
+    'noise.safetensors': (struct.pack('<Q', 9) + b'no header', 'has the name of a safetensors file, and is none'),
+    'noise.pth.tar': (b'whatever it is', 'neither a safetensors file nor'),
+}
+
+
+def refused(hub, checkpoint, message, capsys, name=NAME):
+    assert cli.main(['publish', str(checkpoint), '--model', name, '--repo', REPO]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count('\n') == 1, 'one line'
+    assert not hub.requests, 'nothing has left the machine'
+
+
+@pytest.mark.parametrize('kind', BAD_WEIGHTS)
+def test_weights_that_do_not_fit_are_refused(hub, owner, tmp_path, capsys, kind):
+    changes, message = BAD_WEIGHTS[kind]
+    torch.save(dict(state_dict={f'module.{k}': v for k, v in with_tensor(**changes).items()}), tmp_path / 'a.pth.tar')
+    refused(hub, tmp_path / 'a.pth.tar', f'a.pth.tar .*{message}', capsys)
+
+
+@pytest.mark.parametrize('name', BAD_FILES)
+def test_files_that_are_not_weights_are_named(hub, owner, tmp_path, capsys, name):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    refused(hub, tmp_path / name, f'{name} cannot be read as weights: .*{message}', capsys)
+
+
+def test_more_files_that_are_not_weights(hub, owner, tmp_path, capsys):
+    torch.save(dict(state_dict=Payload(f'touch {tmp_path}/ran')), tmp_path / 'payload.pth')
+    refused(hub, tmp_path / 'payload.pth', r'payload.pth .* wants posix.system', capsys)
+    assert not (tmp_path / 'ran').exists()
+    content = (tmp_path / 'payload.pth').read_bytes()
+    (tmp_path / 'cut.pth').write_bytes(content[:len(content) // 2])
+    refused(hub, tmp_path / 'cut.pth', 'cut.pth .* truncated file of torch.save', capsys)
+    refused(hub, tmp_path, 'it is a folder', capsys)
+    refused(hub, tmp_path / 'none.pth', 'none.pth does not exist', capsys)
+    torch.save(dict(epoch=3), tmp_path / 'no.pth')
+    refused(hub, tmp_path / 'no.pth', r'no.pth holds no weights: .*\(epoch\)', capsys)
+    for name in ('spa_mobilenetv2_cifar', 'spa_mobile.mine', ''):
+        refused(hub, SHIPPED, f'{name!r} names no weights', capsys, name=name)
+
+
+def test_publish_and_publish_again(hub, owner, weights, folder, capsys):
+    arguments = ['publish', str(weights), '--model', NAME, '--repo', REPO]
+    assert cli.main(arguments) == 0
+    first = hub.head(REPO)
+    assert f'Published: {hub.url}/{REPO}/commit/{first}' in capsys.readouterr().out
+    assert len(hub.repositories[REPO].commits) == 2, 'that of the creation, and one'
+    assert not hub.repositories[REPO].private
+    files = hub.files(REPO)
+    assert sorted(set(files) - {'.gitattributes'}) == FILES, 'and no pickle'
+    assert all(files[name] == (folder / name).read_bytes() for name in FILES)
+
+    hub.requests.clear()
+    assert cli.main([*arguments, '--replace-card']) == 0
+    assert 'Nothing to change' in capsys.readouterr().out
+    assert (hub.head(REPO), uploads(hub)) == (first, [])
+
+    weights.with_name('README.md').write_text('---\nlicense: mit\n---\nmine')
+    assert cli.main(arguments) == 0
+    assert 'has a README.md, which is kept (--replace-card replaces it)' in capsys.readouterr().out
+    assert hub.head(REPO) == first
+    weights.with_name('summary.csv').unlink()
+    assert cli.main([*arguments, '--replace-card']) == 0
+    assert len(hub.repositories[REPO].commits) == 3
+    assert hub.files(REPO)['README.md'].endswith(b'mine')
+    assert 'summary.csv' not in hub.files(REPO), 'it is of another run'
+    assert '.gitattributes' in hub.files(REPO)
+
+    everything = dict(hub.repositories[REPO].commits[hub.head(REPO)])
+    hub.repositories[REPO].commit('main', dict(everything, **{'notes.txt': everything['README.md']}))
+    assert cli.main(arguments) == 0
+    assert 'has other files too, which stay: notes.txt.' in capsys.readouterr().out
+
+
+def test_the_repository_has_a_default(hub, owner, weights, monkeypatch):
+    monkeypatch.setattr('timm_spa.hub.publish.HUB_ORG', 'org')
+    publish(weights, NAME)
+    assert list(hub.repositories) == [REPO]
+
+
+def test_private(hub, owner, weights):
+    publish(weights, NAME, REPO, private=True)
+    assert hub.repositories[REPO].private
+    hub.repositories[REPO].private = False
+    hub.requests.clear()
+    with pytest.raises(PublishError, match='org/.* is public, and --private'):
+        publish(weights, NAME, REPO, private=True)
+    assert not uploads(hub)
+
+
+def test_pull_request(hub, owner, weights, monkeypatch):
+    publish(weights, NAME, REPO)
+    first = hub.head(REPO)
+    weights.with_name('args.yaml').unlink()
+    monkeypatch.setenv('HF_TOKEN', STRANGER)  # who may propose, and not write
+    proposed = publish(weights, NAME, REPO, create_pr=True)
+    assert proposed.changed
+    assert proposed.url == f'{hub.url}/{REPO}/discussions/1'
+    assert hub.head(REPO) == first
+    assert 'args.yaml' not in hub.files(REPO, 'refs/pr/1')
+    with pytest.raises(PublishError, match='pull request has none'):
+        publish(weights, NAME, REPO, create_pr=True, tag='v1')
+
+
+def test_tags_are_never_moved(hub, owner, weights):
+    publish(weights, NAME, REPO, tag='v1')
+    first = hub.head(REPO)
+    assert hub.head(REPO, 'v1') == first
+    assert not publish(weights, NAME, REPO, tag='v1').changed
+    weights.with_name('args.yaml').unlink()
+    with pytest.raises(PublishError, match='Tag v1 names the commit before it'):
+        publish(weights, NAME, REPO, tag='v1')
+    hub.requests.clear()
+    with pytest.raises(PublishError, match=f'the tag v1 already, for {first}'):
+        publish(weights, NAME, REPO, tag='v1')
+    assert not uploads(hub)
+    assert hub.head(REPO, 'v1') == first
+    publish(weights, NAME, REPO, tag='v2')
+    assert hub.head(REPO, 'v2') == hub.head(REPO)
+    hub.fail('POST', '/tag/', status=500)
+    with pytest.raises(PublishError, match=f'status 500 .* published as {hub.head(REPO)}, and have no tag v3'):
+        publish(weights, NAME, REPO, tag='v3')
+
+
+@pytest.mark.parametrize(('token', 'cause'), [
+    (None, 'There is no token on this machine: `hf auth login`'),
+    ('hf_wrong', 'does not accept the token'),
+    (STRANGER, f'no right to write to {REPO}'),
+])
+def test_who_may_not_publish(hub, weights, monkeypatch, token, cause):
+    if token:
+        monkeypatch.setenv('HF_TOKEN', token)
+    with pytest.raises(PublishError, match=f'{cause}.* Nothing was uploaded'):
+        publish(weights, NAME, REPO)
+    assert not uploads(hub)
+    assert not hub.repositories
+    # also not to a repository that is there
+    monkeypatch.setenv('HF_TOKEN', OWNER)
+    publish(weights, NAME, REPO)
+    before = hub.head(REPO)
+    monkeypatch.delenv('HF_TOKEN')
+    if token:
+        monkeypatch.setenv('HF_TOKEN', token)
+    weights.with_name('args.yaml').unlink()
+    hub.requests.clear()
+    with pytest.raises(PublishError, match=cause):
+        publish(weights, NAME, REPO)
+    assert not uploads(hub)
+    assert hub.head(REPO) == before
+
+
+def test_no_network(hub, owner, weights, monkeypatch):
+    hub.fail('GET', 'whoami', drop=True)
+    with pytest.raises(PublishError, match=f'{hub.url} does not answer .* Nothing was uploaded'):
+        publish(weights, NAME, REPO)
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
+    with pytest.raises(PublishError, match='http://127.0.0.1:9 does not answer'):
+        publish(weights, NAME, REPO)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(PublishError, match='HF_HUB_OFFLINE is set'):
+        publish(weights, NAME, REPO)
+    with pytest.raises(PublishError, match="organization/name, and 'name'"):
+        publish(weights, NAME, 'name')
+
+
+@pytest.mark.parametrize('fault', [
+    dict(method='POST', pattern='/preupload/', status=503),
+    dict(method='POST', pattern='/objects/batch', drop=True),
+    dict(method='PUT', pattern='/objects/', status=503),
+    dict(method='PUT', pattern='/objects/', drop=True),
+    dict(method='POST', pattern='/commit/', status=500),
+    dict(method='POST', pattern='/commit/', drop=True),
+    dict(method='POST', pattern='/commit/', status=412),
+], ids=lambda fault: '-'.join(map(str, fault.values())))
+def test_a_failed_upload_changes_nothing_and_can_be_repeated(hub, owner, weights, fault):
+    publish(weights, NAME, REPO)
+    before, files = hub.head(REPO), hub.files(REPO)
+    hub.large_files.clear()
+    changed = {k: v + 1 for k, v in safetensors.torch.load_file(weights).items()}
+    safetensors.torch.save_file(changed, weights)
+    hub.fail(**fault)
+    with pytest.raises(PublishError) as e:
+        publish(weights, NAME, REPO)
+    message = str(e.value)
+    assert {503: 'status 503', 500: 'status 500', 412: 'changed by somebody else'}.get(
+        fault.get('status'), 'does not answer') in message
+    assert f'{REPO} is as it was. Give the same command again' in message
+    assert (hub.head(REPO), hub.files(REPO)) == (before, files)
+    hub.heal()
+    publish(weights, NAME, REPO)
+    assert len(hub.repositories[REPO].commits) == 3
+    assert hub.files(REPO)['model.safetensors'] != files['model.safetensors']
+
+
+def test_a_first_upload_that_fails(hub, owner, weights):
+    hub.fail('POST', '/commit/', status=500)
+    with pytest.raises(PublishError, match='is there, and empty. Give the same command again'):
+        publish(weights, NAME, REPO)
+    assert list(hub.files(REPO)) == ['.gitattributes']
+    hub.heal()
+    assert publish(weights, NAME, REPO).changed
+
+
+def test_a_commit_whose_answer_is_lost(hub, owner, weights):
+    hub.fail('POST', '/commit/', lose=True)
+    with pytest.raises(PublishError, match='has the new commit .* Give the same command again'):
+        publish(weights, NAME, REPO)
+    hub.heal()
+    assert not publish(weights, NAME, REPO).changed
+    assert sorted(set(hub.files(REPO)) - {'.gitattributes'}) == FILES
+
+
+def test_a_commit_of_somebody_else_in_between(hub, owner, weights, monkeypatch):
+    original = HfApi.create_commit
+
+    def later(*args, **kwargs):
+        hub.repositories[REPO].commit('main', {})
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, 'create_commit', later)
+    with pytest.raises(PublishError, match='was changed by somebody else in the meantime. .* has the new commit'):
+        publish(weights, NAME, REPO)
+    assert not hub.files(REPO)
+
+
+def test_one_passing_fault_is_no_failure(hub, owner, weights):
+    hub.fail('PUT', '/objects/', status=503, times=2)
+    publish(weights, NAME, REPO)
+    assert len(hub.repositories[REPO].commits) == 2
+
+
+def test_a_full_disk_leaves_nothing_half_written(weights, folder, tmp_path, disk_of):
+    for target in (tmp_path / 'new', weights.parent):
+        with disk_of(1_000_000), pytest.raises(Exception, match='too large|os error 27|I/O'):
+            write_repository(target, weights, NAME)
+    assert not (tmp_path / 'new').exists()
+    assert not list(tmp_path.glob('.*'))
+    assert all((weights.parent / name).read_bytes() == (folder / name).read_bytes() for name in FILES)

@@ -1,0 +1,284 @@
+"""Verification: a sound repository passes, and each seeded fault is one line that names it."""
+import copy
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub_server import OWNER, File, Repository
+from huggingface_hub import constants
+from PIL import Image
+
+import timm_spa  # noqa: F401
+from timm_spa import cli
+from timm_spa.hub.publish import publish
+from timm_spa.hub.verify import verify
+
+NAME = 'spa_mobilenetv2_cifar'
+METADATA = dict(format='pt', model=f'{NAME}.test')
+
+
+@pytest.fixture(scope='module')
+def trained():
+    torch.manual_seed(0)
+    return timm.create_model(NAME, num_classes=3).eval().state_dict()
+
+
+@pytest.fixture
+def folder(tmp_path, trained):
+    path = tmp_path / 'repository'
+    path.mkdir()
+    cfg = timm.get_pretrained_cfg(NAME)
+    config = dict(
+        architecture=NAME, num_classes=3, num_features=1280, label_names=['bird', 'cat', 'ant'], pretrained_cfg=dict(
+            tag='test', input_size=[3, 32, 32], mean=list(cfg.mean), std=list(cfg.std), crop_pct=1.0, num_classes=3,
+            interpolation='bilinear', classifier='classifier', first_conv='conv_stem',
+            hf_hub_filename='model.safetensors'))
+    (path / 'config.json').write_text(json.dumps(config))
+    (path / 'README.md').write_text(
+        '---\nlicense: apache-2.0\nlibrary_name: timm\npipeline_tag: image-classification\n---\n# text\n')
+    safetensors.torch.save_file(trained, path / 'model.safetensors', metadata=METADATA)
+    return path
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / 'config.json').read_text())
+    config.update(changes)
+    (folder / 'config.json').write_text(json.dumps(config))
+
+
+def change_weights(folder, metadata=METADATA, **changes):
+    tensors = copy.deepcopy(safetensors.torch.load_file(folder / 'model.safetensors'))
+    for name, value in changes.items():
+        tensors.pop(name)
+        if value is not None:
+            tensors[name] = value
+    safetensors.torch.save_file(tensors, folder / 'model.safetensors', metadata=metadata)
+
+
+def test_a_sound_folder(folder, capsys):
+    report = verify(folder)
+    assert report.problems == []
+    checked = '\n'.join(report.checked)
+    for what in ('no', 'README.md', 'config.json', 'metadata', 'every value finite', 'one forward pass of (3, 32, 32)'):
+        assert what in checked
+    assert cli.main(['verify', str(folder)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1] == 'No problem found.'
+    assert all(line.startswith('checked: ') for line in out[:-1])
+
+
+def test_a_size_that_looks_like_a_pickle(folder):
+    """A safetensors file begins with the size of its header, here the bytes of a pickle of protocol 4."""
+    header = json.dumps({'x': dict(dtype='U8', shape=[1], data_offsets=[0, 1])}).encode().ljust(0x0480)
+    (folder / 'other.safetensors').write_bytes(len(header).to_bytes(8, 'little') + header + b'0')
+    assert safetensors.torch.load_file(folder / 'other.safetensors')['x'].tolist() == [48]
+    assert verify(folder).problems == []
+
+
+def nan_tensor(folder):
+    value = safetensors.torch.load_file(folder / 'model.safetensors')['conv_stem.weight']
+    value[0, 0, 0, 0] = float('nan')
+    change_weights(folder, **{'conv_stem.weight': value})
+
+
+def infinite_variance(folder):
+    change_weights(folder, **{'bn1.running_var': torch.full((32,), float('inf'))})
+
+
+def negative_variance(folder):
+    change_weights(folder, **{'bn1.running_var': torch.full((32,), -1.0)})
+
+
+def wrong_shape(folder):
+    change_weights(folder, **{'classifier.bias': torch.zeros(4)})
+
+
+def missing_key(folder):
+    change_weights(folder, **{'blocks.0.0.attn.pyramid_weight': None})
+
+
+def other_model(folder):
+    other = timm.create_model('spa_b_mobilenetv2_cifar', num_classes=3)
+    safetensors.torch.save_file(other.state_dict(), folder / 'model.safetensors', metadata=METADATA)
+
+
+def truncated(folder):
+    path = folder / 'model.safetensors'
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def pickle_by_name(folder):
+    (folder / 'pytorch_model.bin').write_bytes(b'anything')
+
+
+def pickle_by_content(folder):
+    torch.save(torch.zeros(1), folder / 'notes')
+
+
+def old_pickle_by_content(folder):
+    torch.save(torch.zeros(1), folder / 'notes.txt', _use_new_zipfile_serialization=False)
+
+
+FAULTS = [
+    (nan_tensor, '1 tensors with values that are not finite: conv_stem.weight'),
+    (infinite_variance, 'not finite: bn1.running_var'),
+    (negative_variance, 'variances below zero: bn1.running_var'),
+    (wrong_shape, '1 of the wrong shape: classifier.bias (4,), expected (3,)'),
+    (missing_key, '1 missing: blocks.0.0.attn.pyramid_weight'),
+    (other_model, 'does not fit spa_mobilenetv2_cifar'),
+    (truncated, 'truncated'),
+    (lambda folder: (folder / 'model.safetensors').unlink(), 'model.safetensors does not exist'),
+    (lambda folder: change_weights(folder, metadata=None), 'is of model None'),
+    (lambda folder: change_weights(folder, metadata=dict(METADATA, model='se_x.y')), 'is of model se_x.y'),
+    (lambda folder: change_weights(folder, metadata=dict(model=NAME)), 'does not say that it is of torch'),
+    (pickle_by_name, 'pytorch_model.bin is a pickle'),
+    (pickle_by_content, 'notes is a pickle'),
+    (old_pickle_by_content, 'notes.txt is a pickle'),
+    (lambda folder: change_config(folder, architecture='spa_resnet7'), "'spa_resnet7', which is none"),
+    (lambda folder: change_config(folder, num_classes=4), 'config.json has 4 classes, and 3'),
+    (lambda folder: change_config(folder, num_features=7), 'num_features 7, and spa_mobilenetv2_cifar has 1280'),
+    (lambda folder: change_config(folder, label_names=['a', 'b']), '2 label_names for 3 classes'),
+    (lambda folder: change_config(folder, model_args=dict(num_classes=3)), 'num_classes in model_args'),
+    (lambda folder: change_config(folder, model_args=dict(pyramid_sizes=[0])), 'cannot be created'),
+    (lambda folder: change_config(folder, pretrained_cfg={}), 'does not set hf_hub_filename'),
+    (lambda folder: (folder / 'config.json').write_text('{'), 'config.json cannot be read'),
+    (lambda folder: (folder / 'config.json').write_text('{}'), "lacks a key: KeyError: 'architecture'"),
+    (lambda folder: (folder / 'README.md').unlink(), 'no README.md'),
+    (lambda folder: (folder / 'README.md').write_text('# text'), 'README.md lacks metadata'),
+    (lambda folder: (folder / 'README.md').write_text('---\nlicense: mit\n---\n'), 'lacks library_name, pipeline_tag'),
+]
+
+
+@pytest.mark.parametrize(('fault', 'line'), FAULTS, ids=[line for _, line in FAULTS])
+def test_a_fault_is_named(folder, fault, line, capsys):
+    fault(folder)
+    assert cli.main(['verify', str(folder)]) == 1
+    problems = [text for text in capsys.readouterr().out.splitlines() if text.startswith('problem: ')]
+    assert any(line in problem for problem in problems), problems
+
+
+def test_several_faults_are_several_lines(folder):
+    nan_tensor(folder)
+    pickle_by_name(folder)
+    (folder / 'README.md').unlink()
+    assert len(verify(folder).problems) == 3
+
+
+def on_the_hub(hub, folder, **more):
+    """Lays a folder as a repository; of its files the weights are a large one."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()} | more
+    hub.large_files.update({sha256(content): content for content in files.values()})
+    repository = hub.repositories['org/name'] = Repository(private=False)
+    return repository.commit('main', {
+        name: File(sha256(content), content, large=True) if name == 'model.safetensors' else File(
+            hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest(), content, large=False)
+        for name, content in files.items()})
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_a_repository_of_the_hub(hub, folder):
+    commit = on_the_hub(hub, folder)
+    for revision in (None, 'main', commit):
+        report = verify('org/name', revision)
+        assert report.problems == []
+        assert any('3 files against the digests of the Hub' in line and commit in line for line in report.checked)
+
+
+def test_what_is_published_is_sound(hub, tmp_path, trained, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', OWNER)
+    torch.save(trained, tmp_path / 'weights.pth')
+    publish(tmp_path / 'weights.pth', f'{NAME}.test', 'org/name', num_classes=3)
+    report = verify('org/name')
+    assert report.problems == []
+    assert 'one forward pass' in report.checked[-1]
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'README.md'])
+def test_a_flipped_byte_in_the_cache(hub, folder, name):
+    """A large file and a small one, which have digests of two kinds. The weights would load with a wrong value."""
+    on_the_hub(hub, folder)
+    verify('org/name')
+    (cached,) = Path(constants.HF_HUB_CACHE).rglob(f'snapshots/*/{name}')
+    content = bytearray(cached.resolve().read_bytes())
+    content[-2] ^= 1
+    cached.resolve().write_bytes(content)
+    (problem,) = verify('hf-hub:org/name').problems
+    assert problem.startswith(f'{name} has the digest')
+    assert str(cached.resolve()) in problem
+
+
+def test_a_flipped_byte_on_the_way(hub, folder):
+    on_the_hub(hub, folder)
+    hub.fail('GET', '/objects/', flip=True)
+    assert any(problem.startswith('model.safetensors has the digest') for problem in verify('org/name').problems)
+
+
+def test_a_pickle_on_the_hub_is_not_downloaded(hub, folder):
+    on_the_hub(hub, folder, **{'pytorch_model.bin': b'anything'})
+    (problem,) = verify('org/name').problems
+    assert problem.startswith('pytorch_model.bin has the name of a pickle')
+    assert not list(Path(constants.HF_HUB_CACHE).rglob('pytorch_model.bin'))
+    assert not any('pytorch_model.bin' in request for request in hub.requests)
+
+
+@pytest.mark.parametrize(('source', 'revision', 'cause'), [
+    ('org/missing', None, 'RepositoryNotFoundError'), ('org/name', 'v9', 'RevisionNotFoundError'),
+    ('no folder', None, 'no name of a repository')])
+def test_a_repository_that_is_not_there(hub, folder, source, revision, cause, capsys):
+    on_the_hub(hub, folder)
+    assert cli.main(['verify', source, *(['--revision', revision] if revision else [])]) == 1
+    problem = [line for line in capsys.readouterr().out.splitlines() if line.startswith('problem')]
+    assert len(problem) == 1
+    assert source in problem[0]
+    assert cause in problem[0]
+
+
+@pytest.mark.parametrize('fault', [dict(status=503), dict(drop=True)])
+def test_a_hub_that_does_not_answer(hub, folder, fault):
+    on_the_hub(hub, folder)
+    hub.fail('GET', '/api/models', **fault)
+    (problem,) = verify('org/name').problems
+    assert f'org/name cannot be had from {hub.url}' in problem
+
+
+def test_offline_mode(hub, folder, monkeypatch):
+    on_the_hub(hub, folder)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    (problem,) = verify('org/name').problems
+    assert 'OfflineModeIsEnabled' in problem
+
+
+def test_accuracy(folder, tmp_path, trained):
+    """On pictures whose right answers are computed here; the labels' order is not that of the alphabet."""
+    model = timm.create_model(NAME, num_classes=3).eval()
+    model.load_state_dict(trained)
+    cfg = timm.get_pretrained_cfg(NAME)
+    mean, std = (torch.tensor(value)[:, None, None] for value in (cfg.mean, cfg.std))
+    labels, right = ['bird', 'cat', 'ant'], 0
+    pictures = torch.Generator().manual_seed(1)
+    for i in range(12):
+        pixels = torch.randint(0, 256, (3, 32, 32), generator=pictures, dtype=torch.uint8)
+        with torch.no_grad():
+            answer = model(((pixels / 255 - mean) / std)[None]).argmax().item()
+        label = labels[(answer + (i % 3 == 0)) % 3]  # every third is put in a wrong folder
+        right += i % 3 != 0
+        path = tmp_path / 'images' / 'validation' / label / f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    report = verify(folder, images=tmp_path / 'images', batch_size=5)
+    assert report.problems == []
+    assert report.accuracy == {1: pytest.approx(100 * right / 12, abs=1e-3), 3: 100.0}
+    assert '12 pictures' in report.checked[-1]
+
+    (tmp_path / 'images' / 'validation' / 'dog').mkdir()
+    (problem,) = verify(folder, images=tmp_path / 'images').problems
+    assert 'other classes than the 3 of the model: dog' in problem
+    (problem,) = verify(folder, images=tmp_path / 'nowhere').problems
+    assert 'nowhere cannot be read' in problem
