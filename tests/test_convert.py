@@ -43,9 +43,9 @@ def loaded(path, name, **kwargs):
 
 
 def difference(actual, expected, size=32, seed=3):
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     with torch.no_grad():
-        actual, expected = actual(images), expected(images)
+        actual, expected = actual.double()(images), expected.double()(images)
     return ((actual - expected).norm() / expected.norm()).item()
 
 

@@ -65,7 +65,7 @@ def write_summary(path: Union[str, Path], rows: List[Dict[str, float]]) -> None:
     partial = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         with open(partial, 'w', newline='', encoding='utf-8') as f:
-            writer = csv.writer(f)
+            writer = csv.writer(f, lineterminator='\n')
             writer.writerow(rows[-1])
             for row in rows:
                 writer.writerow([int(row['epoch']) if name == 'epoch' else row.get(name, '') for name in rows[-1]])
