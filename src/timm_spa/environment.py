@@ -18,7 +18,8 @@ def hardware(device: Optional[str] = None) -> str:
             not asked for anything.
 
     Returns:
-        The accelerator's name (with the version of CUDA if `device` is given), or that of the processor with the threads that torch uses.
+        The accelerator's name (and the version of CUDA if `device` is given), or that of the processor with the threads
+        that torch uses.
     """
     if device is not None and device != 'cpu':
         return f'{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}'
