@@ -141,6 +141,19 @@ def test_compare(fake, tmp_path, capsys):
     assert sorted(tmp_path.iterdir()) == files, 'no partial file is left'
 
 
+def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
+    """The figures are on the screen by then."""
+    file = tmp_path / 'out.json'
+    file.write_text('before')
+    with disk_of(100):
+        assert bench('resnet18', '--rounds', 2, '--json', file) == 1
+    captured = capsys.readouterr()
+    assert 'File too large' in captured.err
+    assert 'to resnet18' in captured.out
+    assert file.read_text() == 'before'
+    assert list(tmp_path.iterdir()) == [file]
+
+
 @pytest.mark.parametrize(('text', 'message'), [
     ('{', 'is no JSON file'), ('[]', 'was not written by'), ('{"kind": "other"}', 'was not written by'),
     (None, 'No such file')])
@@ -219,7 +232,7 @@ def test_idle_processes_do_not_spin(monkeypatch):
 
 
 class Net(nn.Module):
-    """Notes how it is called, and makes a clock go on by 0.1 s a call, 100 s for the first."""
+    """Notes how it is called, and makes a clock go on: 100 s for the first call, 0.4 s for three, then 0.1 s each."""
     pretrained_cfg = dict(input_size=(3, 8, 6))
     num_classes = 4
 
@@ -230,7 +243,7 @@ class Net(nn.Module):
         self.calls = []
 
     def forward(self, x):
-        self.now += 0.1 if self.calls else 100.
+        self.now += 100. if not self.calls else 0.4 if len(self.calls) < 4 else 0.1
         self.calls.append(dict(
             shape=tuple(x.shape), channels_last=x.is_contiguous(memory_format=torch.channels_last), dtype=x.dtype,
             training=self.training, inference=torch.is_inference_mode_enabled(),
@@ -244,6 +257,7 @@ def workload(net, **settings):
 
 
 def test_a_round_takes_steps_for_its_time(monkeypatch):
+    """Also if they are faster than those of the warm-up."""
     net = Net()
     monkeypatch.setattr(benchmark_worker.time, 'perf_counter', lambda: net.now)
     work = workload(net)
