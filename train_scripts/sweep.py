@@ -12,42 +12,17 @@ those, goes on with a run that was interrupted from its last checkpoint, and sta
 """
 import argparse
 import json
-import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 PACKAGES = ('timm_spa', 'timm', 'torch', 'torchvision', 'accelerate')
 OWN_OPTIONS = ('--model', '--seed', '--output', '--experiment', '--resume')
-
-
-def hardware() -> str:
-    """Returns the accelerator's name, or that of the processor with the threads that torch uses."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}'
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        name = next(line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        pass
-    return f'CPU, {torch.get_num_threads()} of {os.cpu_count()} threads, {name}'
-
-
-def environment() -> Dict[str, Any]:
-    """Returns what a run's numbers depend on beside its arguments."""
-    return dict(
-        hardware=hardware(), python=platform.python_version(),
-        versions={name: metadata.version(name) for name in PACKAGES})
 
 
 def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]) -> Optional[str]:
@@ -117,11 +92,12 @@ def main(argv: Optional[List[str]] = None) -> int:
     import timm
 
     import timm_spa  # noqa: F401
+    from timm_spa.environment import environment
 
     for model in args.models:
         if not timm.is_model(model):
             parser.error(f'there is no model {model!r}.')
-    about = environment()
+    about = environment(PACKAGES)
     jobs = [(model, seed) for seed in args.seeds for model in args.models]
     with ThreadPoolExecutor(args.parallel) as pool:
         problems = [p for p in pool.map(lambda job: train(job[0], job[1], args, about), jobs) if p]

@@ -1,7 +1,9 @@
 """The command line: `timm-spa <verb>`, or `python -m timm_spa <verb>`."""
 import argparse
+import dataclasses
 import json
 import os
+import shlex
 import sys
 from importlib import resources
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -189,6 +191,32 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from . import benchmark
+
+    try:
+        if args.compare:
+            rows, lines = benchmark.compare(*args.compare)
+            print('\n'.join(lines) + '\n')
+            _print_table(rows, right_aligned=(1, 3))
+            return 0
+        settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(benchmark.Settings)}
+        settings['dtype'] = args.dtype or ('bfloat16' if args.amp else 'float32')
+        if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or '.', os.W_OK)):
+            raise OSError(f'--json: {args.json} is no file that can be written.')  # now, not after the measurement
+        record = benchmark.measure(
+            args.models, benchmark.Settings(**settings), args.base, args.command,
+            lambda message: print(message, file=sys.stderr) if sys.stderr.isatty() else None)
+        _print_table(benchmark.table_rows(record), right_aligned=range(2, 9))
+        print('\n' + '\n'.join(benchmark.notes(record)))
+        if args.json:
+            benchmark.write_record(args.json, record)
+    except (OSError, RuntimeError, ValueError) as e:  # of the files, the models and the options
+        print(f'timm-spa: {e}', file=sys.stderr)
+        return 1
+    return 0
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line.
 
@@ -263,7 +291,36 @@ def main(argv: Optional[List[str]] = None) -> int:
     verb.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
     verb.set_defaults(run=_convert)
 
+    verb = verbs.add_parser('bench', help='measure speed and memory of models in turn, as ratios to one of them')
+    verb.add_argument(
+        'models', nargs='*', metavar='MODEL', help="name, or with arguments: 'spa_resnet50 pyramid_sizes=1,2'")
+    verb.add_argument('--base', metavar='MODEL', help='the one to compare the others with (default: the first)')
+    verb.add_argument('--mode', choices=('infer', 'train'), default='infer', help='train: a whole step with SGD')
+    compiler = verb.add_mutually_exclusive_group()
+    compiler.add_argument('--compile', action='store_const', const='inductor', help='measure with torch.compile')
+    compiler.add_argument('--compile-with', dest='compile', metavar='BACKEND', help='with another of its backends')
+    verb.add_argument(
+        '--dtype', choices=('float32', 'bfloat16', 'float16'), help='default: float32; bfloat16 with --amp')
+    verb.add_argument('--amp', action='store_true', help='float32 weights under autocast')
+    verb.add_argument('--channels-last', action='store_true', help='memory layout of weights and input')
+    verb.add_argument('--batch-size', type=int, default=32, help='images at a time (default: %(default)s)')
+    verb.add_argument('--img-size', type=int, metavar='N', help="height and width (default: each model's own)")
+    verb.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='default: %(default)s')
+    verb.add_argument('--threads', type=int, metavar='N', help='CPU threads')
+    verb.add_argument('--rounds', type=int, default=10, help='measurements of each model (default: %(default)s)')
+    verb.add_argument('--warmup', type=int, default=5, help='steps of each model before (default: %(default)s)')
+    verb.add_argument(
+        '--min-seconds', type=float, default=1., metavar='S', help='least length of one (default: %(default)s)')
+    verb.add_argument('--json', metavar='FILE', help='write all that was measured to a file, every round included')
+    verb.add_argument(
+        '--compare', nargs=2, metavar='FILE.json',
+        help='in place of models: set the ratios of two such files side by side')
+    verb.set_defaults(run=_bench)
+
     args = parser.parse_args(argv)
+    args.command = shlex.join(['timm-spa', *(sys.argv[1:] if argv is None else argv)])
+    if args.verb == 'bench' and bool(args.models) == bool(args.compare):
+        parser.error('bench needs either models or --compare.')
     if getattr(args, 'top_k', 1) < 1:
         parser.error(f'--top-k must be at least 1, got {args.top_k}.')
     import timm_spa  # noqa: F401  registers the models; after the parser, so that --help is quick

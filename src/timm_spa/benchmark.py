@@ -1,0 +1,308 @@
+"""Speed and memory of models, measured in turn, as ratios to one of them.
+
+A machine's speed drifts: with its temperature, its neighbours, its clock. So every round measures each model once, and
+what is reported is the ratio of two models within a round, over the rounds. Every model lives in a process of its own,
+of which one works at a time.
+"""
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import torch
+
+from .benchmark_worker import Settings, parse_model
+
+__all__ = [
+    'BenchmarkError', 'Settings', 'Worker', 'compare', 'measure', 'notes', 'read_record', 'table_rows', 'write_record']
+
+KIND = 'timm-spa bench 1'
+
+
+class BenchmarkError(RuntimeError):
+    """A model could not be measured, or a file of measurements not be read; the message names it."""
+
+
+class Worker:
+    """A process for one model.
+
+    Args:
+        model: Name, and arguments as for `parse_model`.
+        settings: How to measure it.
+    """
+
+    def __init__(self, model: str, settings: Settings) -> None:
+        self.model = model
+        self.settings = settings
+        env = dict(os.environ)
+        if settings.device == 'cpu':
+            # the threads of a process that waits for its turn would spin, on the cores of the one that is measured
+            env.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+        self._log = tempfile.TemporaryFile('w+', errors='replace')  # noqa: SIM115  closed by close()
+        self.process = subprocess.Popen(
+            [sys.executable, '-m', f'{__package__}.benchmark_worker'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._log, text=True, env=env)
+
+    def ask(self, what: str) -> Dict[str, Any]:
+        """Sends a request, and waits for the answer.
+
+        Args:
+            what: As for `benchmark_worker.serve`, or 'load' to wait until the process is ready for requests.
+
+        Returns:
+            The answer.
+
+        Raises:
+            BenchmarkError: The request failed, or the process died.
+        """
+        assert self.process.stdin
+        assert self.process.stdout
+        with contextlib.suppress(OSError):  # of a process that has gone, which the missing answer tells
+            if what != 'load':
+                request = dict(do=what, model=self.model, settings=dataclasses.asdict(self.settings))
+                self.process.stdin.write(json.dumps(request) + '\n')
+                self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line.endswith('\n'):
+            raise BenchmarkError(f'{self.model}: {self._last_words()}')
+        answer = json.loads(line)
+        if 'error' in answer:
+            raise BenchmarkError(f'{self.model}: {answer["error"]}')
+        return answer
+
+    def close(self) -> None:
+        """Ends the process, by itself if it is not busy: a compiler has processes of its own to end."""
+        try:
+            self.process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+        self._log.close()
+
+    def _last_words(self) -> str:
+        code = self.process.wait()
+        if code == -9:
+            return (
+                f'its process was killed, most likely for want of memory with --batch-size {self.settings.batch_size}.')
+        self._log.seek(0)
+        said = self._log.read().strip().splitlines()
+        ended = f'by signal {-code}' if code < 0 else f'with exit code {code}'
+        return f'its process ended {ended}: {said[-1] if said else "it said nothing"}'
+
+
+def measure(
+        models: Sequence[str],
+        settings: Settings,
+        base: Optional[str] = None,
+        command: str = '',
+        progress: Callable[[str], None] = lambda message: None,
+) -> Dict[str, Any]:
+    """Measures models in turn: A B C, A B C, ...
+
+    Args:
+        models: Names, and arguments as for `parse_model`. One that is there twice shows how far equal models differ.
+        settings: How to measure them.
+        base: The one of them that the others are compared with; the first if None.
+        command: Command that this is the outcome of, to be kept with it.
+        progress: Is told what goes on.
+
+    Returns:
+        The record, of what JSON knows: 'settings', 'environment', 'base', every round of every model, and what
+        `table_rows` shows.
+
+    Raises:
+        BenchmarkError: A model is unknown or cannot be measured, the base is none of them, or there is no such device.
+    """
+    for model in models:
+        try:
+            parse_model(model)
+        except ValueError as e:
+            raise BenchmarkError(str(e)) from e
+    base = models[0] if base is None else base
+    if base not in models:
+        raise BenchmarkError(f'the base {base!r} is none of the models to measure: {", ".join(models)}.')
+    if settings.device == 'cuda' and not torch.cuda.is_available():
+        raise BenchmarkError(f'--device cuda: torch {torch.__version__} finds no CUDA device here.')
+    labels = [m + (f' #{models[:i].count(m) + 1}' if m in models[:i] else '') for i, m in enumerate(models)]
+
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+    entries: List[Dict[str, Any]] = [dict(model=label, rounds=[]) for label in labels]
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(contextlib.closing(Worker(model, settings))) for model in models]
+        for worker in workers:
+            worker.ask('load')
+        for worker, entry in zip(workers, entries, strict=True):
+            progress(f'{entry["model"]}: warm-up')
+            entry.update(worker.ask('build'))
+            entry.update(worker.ask('warm_up'))
+        sequence = 0
+        for number in range(1, settings.rounds + 1):
+            progress(f'round {number} of {settings.rounds}')
+            for worker, entry in zip(workers, entries, strict=True):
+                entry['rounds'].append(dict(sequence=sequence, **worker.ask('measure')))
+                sequence += 1
+        for worker, entry in zip(workers, entries, strict=True):
+            entry.update(worker.ask('memory'))
+
+    about = [entry.pop('environment') for entry in entries][0]
+    _summarise(entries, labels.index(base), settings.batch_size)
+    return dict(
+        kind=KIND, date=date, command=command, environment=about, settings=dataclasses.asdict(settings), base=base,
+        omp_wait_policy=os.environ.get('OMP_WAIT_POLICY', 'PASSIVE') if settings.device == 'cpu' else None,
+        models=entries)
+
+
+def _summarise(entries: Sequence[Dict[str, Any]], base: int, batch_size: int) -> None:
+    """Adds speeds and ratios to each round, and their middle and spread to each model."""
+    for entry in entries:
+        for r in entry['rounds']:
+            r['images_per_second'] = batch_size * r['steps'] / r['seconds']
+    for entry in entries:
+        for r, of_base in zip(entry['rounds'], entries[base]['rounds'], strict=True):
+            r['ratio'] = r['images_per_second'] / of_base['images_per_second']
+        for key in ('images_per_second', 'ratio'):
+            values = [r[key] for r in entry['rounds']]
+            quartiles = statistics.quantiles(values, method='inclusive') if len(values) > 1 else values * 3
+            entry[key] = dict(median=quartiles[1], first_quartile=quartiles[0], third_quartile=quartiles[2])
+
+
+def table_rows(record: Dict[str, Any]) -> List[List[str]]:
+    """Lays a record out.
+
+    Args:
+        record: Of `measure`.
+
+    Returns:
+        Rows of text, a header first.
+    """
+    rows = [[
+        'model', 'input', 'img/s', '(quartiles)', f'to {record["base"]}', '(quartiles)', 'peak MiB', 'parameters (M)',
+        'construction (s)']]
+    for entry in record['models']:
+        memory = entry['peak_memory']
+        rows.append([
+            entry['model'], 'x'.join(map(str, entry['input'])), *_figures(entry['images_per_second'], '.1f'),
+            *_figures(entry['ratio'], '.3f'), '-' if memory is None else f'{memory / 2 ** 20:.0f}',
+            f'{entry["parameters"] / 1e6:.3f}', f'{entry["construction_seconds"]:.2f}'])
+    return rows
+
+
+def _figures(summary: Dict[str, float], form: str) -> Tuple[str, str]:
+    return (
+        format(summary['median'], form),
+        f'({summary["first_quartile"]:{form}} to {summary["third_quartile"]:{form}})')
+
+
+def notes(record: Dict[str, Any]) -> List[str]:
+    """Tells what the figures of a record are, and of what.
+
+    Args:
+        record: Of `measure`.
+
+    Returns:
+        Lines of text.
+    """
+    settings, about, entries = record['settings'], record['environment'], record['models']
+    versions = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
+    breaks = [f'{e["model"]} {e["graph_breaks"]}' for e in entries if e['graph_breaks']]
+    return [
+        f'img/s and its ratio to {record["base"]} in the same round: median, first and third quartile of '
+        f'{settings["rounds"]} rounds of at least {settings["min_seconds"]:g} s.',
+        f'Peak: {entries[0]["peak_memory_is"]}.',
+        f'{_setting_text(settings)}.',
+        f'{about["hardware"]}; Python {about["python"]}, {versions}; {record["date"]}.',
+        *([f'The compiler broke the graph of: {", ".join(breaks)} times.'] if breaks else []),
+    ]
+
+
+def _setting_text(settings: Dict[str, Any]) -> str:
+    compiled = f'compiled by {settings["compile"]}' if settings['compile'] else 'eager'
+    layout = 'channels_last' if settings['channels_last'] else 'NCHW'
+    dtype = ('autocast ' if settings['amp'] else '') + settings['dtype']
+    return f'{settings["mode"]}, {compiled}, {dtype}, {layout}, batch {settings["batch_size"]}, {settings["device"]}'
+
+
+def write_record(path: Union[str, Path], record: Dict[str, Any]) -> None:
+    """Writes a record as JSON, all of it or nothing.
+
+    Args:
+        path: File to write or replace.
+        record: Of `measure`.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        partial.write_text(json.dumps(record, indent=2) + '\n')
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_record(path: Union[str, Path]) -> Dict[str, Any]:
+    """Reads what `write_record` wrote.
+
+    Args:
+        path: File to read.
+
+    Returns:
+        The record.
+
+    Raises:
+        BenchmarkError: The file holds something else.
+        OSError: It cannot be read.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+    except ValueError as e:  # no JSON, or no text
+        raise BenchmarkError(f'{path} is no JSON file: {e}') from e
+    if not isinstance(record, dict) or record.get('kind') != KIND:
+        raise BenchmarkError(f'{path} was not written by `timm-spa bench --json`.')
+    return record
+
+
+def compare(first: Union[str, Path], second: Union[str, Path]) -> Tuple[List[List[str]], List[str]]:
+    """Sets the ratios of two records side by side; their images per second are of two occasions, and say nothing.
+
+    Args:
+        first: File of `write_record`.
+        second: Another one.
+
+    Returns:
+        Rows of text, a header first, and lines of text about them.
+
+    Raises:
+        BenchmarkError: A file holds something else.
+        OSError: A file cannot be read.
+    """
+    records = [read_record(first), read_record(second)]
+    models = list(dict.fromkeys(entry['model'] for record in records for entry in record['models']))
+    rows = [['model']]
+    for path, record in zip((first, second), records, strict=True):
+        rows[0] += [f'{Path(path).name}: to {record["base"]}', '(quartiles)']
+    for model in models:
+        row = [model]
+        for record in records:
+            found = next((entry for entry in record['models'] if entry['model'] == model), None)
+            row += _figures(found['ratio'], '.3f') if found else ('-', '-')
+        rows.append(row)
+    lines = [
+        'WARNING: these are two runs at two times, not measured in turn. Compare ratios only: img/s of the two files '
+        'differ for reasons beside the models.']
+    for what, values in (
+            ('base', [r['base'] for r in records]),
+            ('hardware', [r['environment']['hardware'] for r in records]),
+            ('versions', [str(r['environment']['versions']) for r in records]),
+            ('settings', [_setting_text(r['settings']) for r in records])):
+        if values[0] != values[1]:
+            lines.append(f'WARNING: the {what} differ: {values[0]} / {values[1]}')
+    return rows, lines

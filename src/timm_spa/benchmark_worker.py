@@ -1,0 +1,292 @@
+"""The process that holds one model of `timm-spa bench`, and measures it whenever it is told to.
+
+It reads a request a line on its standard input, and answers each with a line of JSON. A process for each model keeps
+their peak memory apart, and their compiled code: models that share the code of a block would otherwise use up the
+recompilations that torch allows for it, and from then on run eagerly without a word.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Callable, Dict, Optional, TextIO, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.utils import ParseKwargs
+
+from .environment import environment
+
+__all__ = ['Settings', 'Workload', 'parse_model', 'serve']
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How every model of a benchmark is measured.
+
+    Attributes:
+        mode: 'infer', a forward pass, or 'train': forward pass, cross-entropy, backward pass and a step of SGD.
+        dtype: Data type of weights and input; with `amp`, the one that autocast computes in.
+        amp: Weights and input stay float32, autocast chooses where to compute in `dtype`.
+        channels_last: Memory layout of weights and input.
+        compile: Backend of `torch.compile`; None measures the model as it is.
+        batch_size: Images at a time.
+        img_size: Height and width of the input; those of the model's configuration if None.
+        device: 'cpu' or 'cuda'.
+        threads: CPU threads; torch's own choice if None.
+        rounds: Times that every model is measured.
+        warmup: Steps of each model before its first measurement.
+        min_seconds: Least duration of one measurement; it takes as many steps as that needs.
+
+    Raises:
+        ValueError: A value is out of its range, or two contradict each other.
+    """
+    mode: str = 'infer'
+    dtype: str = 'float32'
+    amp: bool = False
+    channels_last: bool = False
+    compile: Optional[str] = None
+    batch_size: int = 32
+    img_size: Optional[int] = None
+    device: str = 'cpu'
+    threads: Optional[int] = None
+    rounds: int = 10
+    warmup: int = 5
+    min_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ('batch_size', 'img_size', 'threads', 'rounds', 'warmup'):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {value}.')
+        if not (self.min_seconds >= 0 and math.isfinite(self.min_seconds)):
+            raise ValueError(f'--min-seconds must be a number from 0 on, got {self.min_seconds}.')
+        for name, values in (
+                ('mode', ('infer', 'train')), ('device', ('cpu', 'cuda')),
+                ('dtype', ('float32', 'bfloat16', 'float16'))):
+            if getattr(self, name) not in values:
+                raise ValueError(f'--{name} must be one of {", ".join(values)}, got {getattr(self, name)!r}.')
+        if self.amp and self.dtype == 'float32':
+            raise ValueError('--amp computes in half precision: use it with --dtype bfloat16 or float16.')
+
+
+def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
+    """Reads a model's name and the arguments that may follow it.
+
+    Args:
+        text: E.g. 'spa_resnet50 pyramid_sizes=1,2', with values as timm's scripts read those of --model-kwargs.
+
+    Returns:
+        Name and keyword arguments of `timm.create_model`.
+
+    Raises:
+        ValueError: There is no such model, or an argument is not of the form key=value.
+    """
+    name, *words = shlex.split(text) or ['']
+    if not timm.is_model(name):
+        raise ValueError(f'there is no model {name!r}.')
+    wrong = [w for w in words if w.count('=') != 1]
+    if wrong:
+        raise ValueError(f'{text!r}: {wrong[0]!r} is not of the form key=value.')
+    parsed = argparse.Namespace()
+    ParseKwargs([], 'kwargs')(None, parsed, words)
+    return name, parsed.kwargs
+
+
+class Workload:
+    """One model on its device, with an input, ready to be measured.
+
+    Args:
+        model: Name, and arguments as for `parse_model`.
+        settings: How to measure it.
+        make: Makes the model of name and keyword arguments.
+    """
+
+    def __init__(self, model: str, settings: Settings, make: Callable[..., Any] = timm.create_model) -> None:
+        self.settings = settings
+        self._device = torch.device(settings.device)
+        name, kwargs = parse_model(model)
+        start = time.perf_counter()
+        net = make(name, **kwargs)
+        self.construction_seconds = time.perf_counter() - start
+        self.parameters = sum(p.numel() for p in net.parameters())
+
+        height_and_width = net.pretrained_cfg['input_size'][1:]
+        if settings.img_size is not None:
+            height_and_width = (settings.img_size, settings.img_size)
+        self.input_size = (net.pretrained_cfg['input_size'][0], *height_and_width)
+        half = getattr(torch, settings.dtype)
+        stored = torch.float32 if settings.amp else half
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        net = net.to(device=self._device, dtype=stored, memory_format=layout)
+        self.input = torch.randn(settings.batch_size, *self.input_size, device=self._device, dtype=stored)
+        self.input = self.input.contiguous(memory_format=layout)
+        self._autocast: Callable[[], AbstractContextManager] = nullcontext
+        if settings.amp:
+            self._autocast = lambda: torch.autocast(self._device.type, half)
+        if settings.mode == 'train':
+            net.train()
+            self._target = torch.randint(net.num_classes, (settings.batch_size,), device=self._device)
+            # a step of length 0 costs what any step costs, and leaves the same work for every round
+            self._optimizer = torch.optim.SGD(net.parameters(), lr=0., momentum=0.9)
+            self._step = self._train_step
+        else:
+            net.eval()
+            self._step = self._infer_step
+        self._net: Callable[[torch.Tensor], torch.Tensor] = net
+        if settings.compile:
+            # the older name of the option, which newer releases of torch know too
+            torch._dynamo.config.fail_on_cache_limit_hit = True
+            self._net = torch.compile(net, backend=settings.compile)
+        self._graphs = 0
+        self._step_seconds = 0.
+
+    def warm_up(self) -> Dict[str, Any]:
+        """Takes the first steps, which compile, choose kernels and fill caches.
+
+        Returns:
+            'first_step_seconds', and 'graphs' and 'graph_breaks' of the compiler.
+        """
+        first = self._time(1)
+        for _ in range(self.settings.warmup):
+            self._step_seconds = self._time(1)
+        if self._device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats()  # what choosing the kernels took is not what a step takes
+        self._graphs, breaks = self._compiled()
+        return dict(first_step_seconds=first, graphs=self._graphs, graph_breaks=breaks)
+
+    def measure(self) -> Dict[str, Any]:
+        """Takes steps for at least `min_seconds`, after one that is not counted.
+
+        Returns:
+            'steps' and the 'seconds' that they took.
+
+        Raises:
+            RuntimeError: The model was compiled again, which is what the time went into.
+        """
+        self._time(1)  # another model had the caches since
+        steps, seconds = 0, 0.
+        while not steps or seconds < self.settings.min_seconds:
+            missing = self.settings.min_seconds - seconds
+            count = max(1, math.ceil(missing / max(self._step_seconds, 1e-6)))
+            seconds += self._time(count)
+            steps += count
+            self._step_seconds = seconds / steps
+        if self._compiled()[0] != self._graphs:
+            raise RuntimeError('it was compiled again after its warm-up, so that no time can be told; try a longer one')
+        return dict(steps=steps, seconds=seconds)
+
+    def memory(self) -> Dict[str, Any]:
+        """Tells the peak of the memory.
+
+        Returns:
+            'peak_memory' in bytes (None where the system does not say), and in 'peak_memory_is' what was measured.
+        """
+        if self._device.type == 'cuda':
+            return dict(
+                peak_memory=torch.cuda.max_memory_allocated(),
+                peak_memory_is='torch.cuda.max_memory_allocated, since the warm-up')
+        return dict(
+            peak_memory=_peak_resident(), peak_memory_is='peak RSS of its process, with Python, torch and compilation')
+
+    def _time(self, steps: int) -> float:
+        if self._device.type == 'cuda':
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            begin.record()
+            for _ in range(steps):
+                self._step()
+            end.record()
+            torch.cuda.synchronize()
+            return begin.elapsed_time(end) / 1e3
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        return time.perf_counter() - start
+
+    def _infer_step(self) -> None:
+        with torch.inference_mode(), self._autocast():
+            self._net(self.input)
+
+    def _train_step(self) -> None:
+        self._optimizer.zero_grad()
+        with self._autocast():
+            loss = F.cross_entropy(self._net(self.input), self._target)
+        loss.backward()
+        self._optimizer.step()
+
+    def _compiled(self) -> Tuple[int, int]:
+        if not self.settings.compile:
+            return 0, 0
+        counters = torch._dynamo.utils.counters
+        return counters['stats']['unique_graphs'], sum(counters['graph_break'].values())
+
+
+def _peak_resident() -> Optional[int]:
+    try:
+        # getrusage's figure would be no less than the peak of the process that started this one
+        with open('/proc/self/status') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM:'))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def _explain(error: Exception, batch_size: Any) -> str:
+    text = str(error).strip()
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return f'out of memory with --batch-size {batch_size}.'
+    if type(error).__name__ == 'FailOnRecompileLimitHit':
+        return (
+            'it was compiled so often that torch would have gone on eagerly (its recompilation limit), so that no time '
+            'can be told.')
+    return f'{type(error).__name__}: {text.splitlines()[0] if text else "no message"}'
+
+
+def serve(requests: TextIO, answers: TextIO, make: Callable[..., Any] = timm.create_model) -> None:
+    """Answers requests until there are no more.
+
+    Args:
+        requests: Lines of JSON with a 'do': 'build' (with a 'model' and 'settings'), 'warm_up', 'measure' or 'memory'.
+        answers: Gets a line of JSON for each, with 'error' if it failed, and one in advance when everything is loaded.
+        make: Makes a model of name and keyword arguments.
+    """
+    workload: Any = None
+    batch_size = None
+    print('{}', file=answers, flush=True)
+    for line in requests:
+        request = json.loads(line)
+        answer: Dict[str, Any]
+        try:
+            if request['do'] == 'build':
+                settings = Settings(**request['settings'])
+                batch_size = settings.batch_size
+                if settings.threads is not None:
+                    torch.set_num_threads(settings.threads)
+                if settings.device == 'cuda':
+                    torch.backends.cudnn.benchmark = True  # as timm's scripts have it
+                workload = Workload(request['model'], settings, make)
+                answer = dict(
+                    input=workload.input_size, parameters=workload.parameters,
+                    construction_seconds=workload.construction_seconds, threads=torch.get_num_threads(),
+                    environment=environment(('timm_spa', 'timm', 'torch'), settings.device))
+            else:
+                answer = getattr(workload, request['do'])()
+        except Exception as e:  # whatever it is, the process that asked must hear of it
+            answer = dict(error=_explain(e, batch_size))
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == '__main__':
+    private = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)  # what models and compilers print must not come between the answers
+    serve(sys.stdin, private)

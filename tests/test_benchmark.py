@@ -1,0 +1,378 @@
+"""`timm-spa bench`: what is measured, in which order, and what is made of it, however long anything takes."""
+import io
+import json
+import os
+import re
+import statistics
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_spa import benchmark, benchmark_worker, cli
+from timm_spa.benchmark import BenchmarkError, Settings
+from timm_spa.profile import count_cost
+
+PAIR = ['mobilenetv2_cifar', 'spa_mobilenetv2_cifar']
+
+
+def bench(*arguments):
+    return cli.main(['bench', *map(str, arguments)])
+
+
+@pytest.mark.parametrize(('mode', 'options'), [
+    ('infer', []),
+    ('train', ['--compile-with', 'eager', '--amp', '--channels-last', '--threads', 1, '--base', PAIR[1]]),
+])
+def test_two_models(mode, options, tmp_path, capfd):
+    """All of it, in processes: the table and the file say what the raw rounds say."""
+    file = tmp_path / 'out.json'
+    arguments = [
+        *PAIR, '--mode', mode, *options, '--batch-size', 2, '--rounds', 2, '--warmup', 1, '--min-seconds', 0.01,
+        '--json', file]
+    assert bench(*arguments) == 0
+    out = capfd.readouterr().out
+    record = json.loads(file.read_text())
+    base = 1 if '--base' in options else 0
+    assert record['base'] == PAIR[base]
+    assert record['command'] == 'timm-spa bench ' + ' '.join(map(str, arguments))
+    assert set(record['environment']['versions']) == {'timm_spa', 'timm', 'torch'}
+    assert record['settings']['dtype'] == ('bfloat16' if '--amp' in options else 'float32')
+    assert [e['model'] for e in record['models']] == PAIR
+    rounds = [e['rounds'] for e in record['models']]
+    assert [[r['sequence'] for r in of_model] for of_model in rounds] == [[0, 2], [1, 3]], 'A B A B'
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    for i, entry in enumerate(record['models']):
+        speeds = [2 * r['steps'] / r['seconds'] for r in rounds[i]]
+        ratios = [
+            (r['steps'] / r['seconds']) / (b['steps'] / b['seconds'])
+            for r, b in zip(rounds[i], rounds[base], strict=True)]
+        assert entry['images_per_second']['median'] == pytest.approx(statistics.median(speeds))
+        assert entry['ratio']['median'] == pytest.approx(statistics.median(ratios))
+        assert all(r['seconds'] >= 0.01 for r in rounds[i])
+        assert entry['parameters'] == count_cost(PAIR[i]).parameters
+        assert entry['peak_memory'] > 50e6
+        assert entry['construction_seconds'] > 0
+        assert (entry['graphs'], entry['graph_breaks']) == ((1, 0) if '--compile-with' in options else (0, 0))
+        shown = re.findall(r'[\d.]+', lines[PAIR[i]].partition('3x32x32')[2])
+        assert shown[0] == f'{statistics.median(speeds):.1f}'
+        assert shown[3] == f'{statistics.median(ratios):.3f}'
+        assert shown[7] == f'{entry["parameters"] / 1e6:.3f}'
+    assert f'{mode}, ' in out
+
+
+class Fake:
+    """A worker whose measurements are written down in advance, on a machine that slows down in the course of them."""
+    seconds = {
+        'resnet18': [1., 4., 16., 64., 65.], 'resnet34': [2., 12., 20., 320., 130.], 'resnet50': [9., 8., 7., 6., 5.]}
+    asked = []
+
+    def __init__(self, model, settings):
+        self.model = model
+        self.left = list(self.seconds[model])
+        self.closed = False
+
+    def ask(self, what):
+        Fake.asked.append((self.model, what))
+        return dict(
+            load=dict, measure=lambda: dict(steps=3, seconds=self.left.pop(0)),
+            build=lambda: dict(
+                environment=dict(hardware='a machine', python='3', versions=dict(torch='2')), input=[3, 224, 224],
+                parameters=1_000_000, construction_seconds=0.5),
+            warm_up=lambda: dict(graphs=2, graph_breaks=1, first_step_seconds=1.),
+            memory=lambda: dict(peak_memory=2 ** 20, peak_memory_is='a memory'),
+        )[what]()
+
+    def close(self):
+        Fake.asked.append((self.model, 'close'))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(benchmark, 'Worker', Fake)
+    monkeypatch.setattr(Fake, 'asked', [])
+    return Fake
+
+
+def test_ratios_are_of_one_round_and_rounds_are_taken_in_turn(fake):
+    models = ['resnet34', 'resnet18', 'resnet50']
+    record = benchmark.measure(models, Settings(rounds=5, batch_size=7), base='resnet18')
+    measured = [model for model, what in fake.asked if what == 'measure']
+    assert measured == models * 5
+    steps = [what for _, what in fake.asked]
+    assert steps == ['load'] * 3 + ['build', 'warm_up'] * 3 + ['measure'] * 15 + ['memory'] * 3 + ['close'] * 3
+
+    ratios = [a / b for a, b in zip(fake.seconds['resnet18'], fake.seconds['resnet34'], strict=True)]
+    entry = record['models'][0]
+    assert [r['ratio'] for r in entry['rounds']] == pytest.approx(ratios)
+    # the ratio of the two medians would be 0.8, and that of the means 0.31
+    assert entry['ratio']['median'] == pytest.approx(0.5)
+    assert [entry['ratio']['first_quartile'], entry['ratio']['third_quartile']] == pytest.approx(
+        np.percentile(ratios, [25, 75]))
+    assert entry['images_per_second']['median'] == pytest.approx(7 * 3 / 20)
+    assert record['models'][1]['ratio'] == dict(median=1, first_quartile=1, third_quartile=1)
+    assert 'broke the graph of: resnet34 1, resnet18 1, resnet50 1 times' in '\n'.join(benchmark.notes(record))
+
+
+def test_one_round_and_a_model_against_itself(fake):
+    record = benchmark.measure(['resnet18', 'resnet18'], Settings(rounds=1))
+    assert [e['model'] for e in record['models']] == ['resnet18', 'resnet18 #2']
+    assert record['models'][1]['ratio'] == dict(median=1, first_quartile=1, third_quartile=1)
+
+
+def test_compare(fake, tmp_path, capsys):
+    files = [tmp_path / 'a.json', tmp_path / 'b.json']
+    for file, models, batch_size in ((files[0], ['resnet18', 'resnet34'], 1), (files[1], ['resnet34', 'resnet50'], 2)):
+        benchmark.write_record(file, benchmark.measure(models, Settings(rounds=5, batch_size=batch_size)))
+    assert bench('--compare', *files) == 0
+    out = capsys.readouterr().out
+    assert 'WARNING: these are two runs at two times, not measured in turn' in out
+    assert 'the base differ: resnet18 / resnet34' in out
+    assert 'batch 1, cpu / infer' in out
+    assert 'hardware' not in out
+    table = {line.split()[0]: line.split() for line in out.splitlines()[-4:]}
+    assert table['model'][1:4] == ['a.json:', 'to', 'resnet18']
+    assert table['resnet34'][1] == '0.500'
+    assert table['resnet34'][5] == '1.000'
+    assert table['resnet18'][5:] == ['-', '-']
+    assert table['resnet50'][1:3] == ['-', '-']
+    assert '1.05' not in out, 'img/s of different runs are not set side by side'
+    assert sorted(tmp_path.iterdir()) == files, 'no partial file is left'
+
+
+def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
+    """The figures are on the screen by then."""
+    file = tmp_path / 'out.json'
+    file.write_text('before')
+    with disk_of(100):
+        assert bench('resnet18', '--rounds', 2, '--json', file) == 1
+    captured = capsys.readouterr()
+    assert 'File too large' in captured.err
+    assert 'to resnet18' in captured.out
+    assert file.read_text() == 'before'
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('{', 'is no JSON file'), ('[]', 'was not written by'), ('{"kind": "other"}', 'was not written by'),
+    (None, 'No such file')])
+def test_compare_of_other_files(text, message, tmp_path, capsys):
+    file = tmp_path / 'a.json'
+    if text is not None:
+        file.write_text(text)
+    assert bench('--compare', file, file) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert str(file) in err
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['resnet18', 'spa_resnet5'], "there is no model 'spa_resnet5'"),
+    (['resnet18', 'resnet34', '--base', 'resnet50'], "the base 'resnet50' is none of the models to measure: resnet18"),
+    (['spa_resnet18 pyramid_sizes'], "'pyramid_sizes' is not of the form key=value"),
+    (['resnet18', '--device', 'cuda'], 'finds no CUDA device'),
+    (['resnet18', '--rounds', '0'], '--rounds must be at least 1, got 0'),
+    (['resnet18', '--batch-size', '-1'], '--batch-size must be at least 1'),
+    (['resnet18', '--min-seconds', 'inf'], '--min-seconds must be a number'),
+    (['resnet18', '--amp', '--dtype', 'float32'], '--amp computes in half precision'),
+    (['resnet18', '--json', 'missing/folder/out.json'], 'missing/folder/out.json is no file that can be written'),
+    (['resnet18', '--json', '.'], '. is no file that can be written'),
+])
+def test_mistakes_cost_no_measurement(arguments, message, fake, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert bench(*arguments) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count('\n') == 1
+    assert not fake.asked
+
+
+@pytest.mark.parametrize('arguments', [
+    [], ['resnet18', '--compare', 'a', 'b'], ['resnet18', '--compile', '--compile-with', 'eager']])
+def test_contradictions_of_the_command_line(arguments):
+    with pytest.raises(SystemExit, match='2'):
+        bench(*arguments)
+
+
+def test_arguments_of_a_model():
+    assert benchmark_worker.parse_model('spa_resnet50 pyramid_sizes=1,2 zero_init_last=False') == (
+        'spa_resnet50', dict(pyramid_sizes=(1, 2), zero_init_last=False))
+
+
+def test_a_process_that_dies_is_named(monkeypatch):
+    with pytest.raises(BenchmarkError, match=r'^resnet18: its process was killed, .* memory with --batch-size 5\.'):
+        killed(benchmark.Worker('resnet18', Settings(batch_size=5)))
+    monkeypatch.setattr(benchmark.sys, 'executable', 'false')
+    worker = benchmark.Worker('resnet18', Settings())
+    with pytest.raises(BenchmarkError, match='^resnet18: its process ended with exit code 1: it said nothing'):
+        worker.ask('load')
+    worker.close()
+
+
+def killed(worker):
+    worker.process.kill()
+    try:
+        worker.ask('load')
+    finally:
+        worker.close()
+
+
+def test_idle_processes_do_not_spin(monkeypatch):
+    """Only on the CPU, and not against the user's own choice."""
+    given = []
+    monkeypatch.setattr(benchmark.subprocess, 'Popen', lambda *args, env, **kwargs: given.append(env))
+    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
+    benchmark.Worker('resnet18', Settings())
+    benchmark.Worker('resnet18', Settings(device='cuda'))
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'ACTIVE')
+    benchmark.Worker('resnet18', Settings())
+    assert [env.get('OMP_WAIT_POLICY') for env in given] == ['PASSIVE', None, 'ACTIVE']
+    assert {**given[1]} == {k: v for k, v in os.environ.items() if k != 'OMP_WAIT_POLICY'}
+
+
+class Net(nn.Module):
+    """Notes how it is called, and makes a clock go on: 100 s for the first call, 0.4 s for three, then 0.1 s each."""
+    pretrained_cfg = dict(input_size=(3, 8, 6))
+    num_classes = 4
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.now = 0.
+        self.calls = []
+
+    def forward(self, x):
+        self.now += 100. if not self.calls else 0.4 if len(self.calls) < 4 else 0.1
+        self.calls.append(dict(
+            shape=tuple(x.shape), channels_last=x.is_contiguous(memory_format=torch.channels_last), dtype=x.dtype,
+            training=self.training, inference=torch.is_inference_mode_enabled(),
+            autocast=torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu')))
+        return self.conv(x).mean((2, 3))
+
+
+def workload(net, **settings):
+    settings = Settings(**{**dict(batch_size=2, warmup=2, min_seconds=1.), **settings})
+    return benchmark_worker.Workload('resnet18', settings, lambda name: net)
+
+
+def test_a_round_takes_steps_for_its_time(monkeypatch):
+    """Also if they are faster than those of the warm-up."""
+    net = Net()
+    monkeypatch.setattr(benchmark_worker.time, 'perf_counter', lambda: net.now)
+    work = workload(net)
+    assert work.warm_up() == dict(first_step_seconds=100, graphs=0, graph_breaks=0)
+    assert len(net.calls) == 1 + 2
+    measured = work.measure()
+    assert 10 <= measured['steps'] <= 11
+    assert measured['seconds'] == pytest.approx(measured['steps'] * 0.1)
+    assert len(net.calls) == 3 + 1 + measured['steps'], 'one step that is not counted'
+
+
+def test_a_round_on_a_gpu(monkeypatch):
+    """Events in the place of a clock, which count in milliseconds and are valid after a synchronisation."""
+    net = Net()
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append('record')
+            self.at = net.now
+
+        def elapsed_time(self, end):
+            assert log[-1] == 'synchronize'
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: log.append('synchronize'))
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda: log.append('reset'))
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: 123)
+    work = workload(net)
+    work._device = torch.device('cuda')
+    assert work.warm_up()['first_step_seconds'] == pytest.approx(100)
+    assert log[-1] == 'reset'
+    assert log[:4] == ['synchronize', 'record', 'record', 'synchronize']
+    measured = work.measure()
+    assert measured['seconds'] == pytest.approx(measured['steps'] * 0.1)
+    assert log.count('reset') == 1
+    assert work.memory() == dict(peak_memory=123, peak_memory_is='torch.cuda.max_memory_allocated, since the warm-up')
+
+
+@pytest.mark.parametrize(('settings', 'expected'), [
+    (dict(), dict(shape=(2, 3, 8, 6), training=False, inference=True, autocast=False, channels_last=False)),
+    (dict(dtype='bfloat16', channels_last=True, img_size=5),
+     dict(shape=(2, 3, 5, 5), dtype=torch.bfloat16, channels_last=True)),
+    (dict(mode='train'), dict(training=True, inference=False, dtype=torch.float32)),
+    (dict(mode='train', amp=True, dtype='bfloat16'), dict(dtype=torch.float32, autocast=torch.bfloat16)),
+])
+def test_the_model_is_run_as_asked(settings, expected, monkeypatch):
+    stepped = []
+    monkeypatch.setattr(
+        torch.optim.SGD, 'step', lambda self: stepped.append(self.param_groups[0]['params'][0].grad.abs().sum()))
+    net = Net()
+    workload(net, **settings).warm_up()
+    assert net.calls[0].items() >= expected.items()
+    assert len(stepped) == (3 if settings.get('mode') == 'train' else 0)
+    assert all(gradient != 0 for gradient in stepped)
+
+
+class Changing(Net):
+    """Is another function at each step, so that every step must be compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x):
+        self.steps += 1
+        return self.conv(x).mean((2, 3)) * self.steps
+
+
+@pytest.mark.parametrize(('warmup', 'message'), [
+    (2, 'it was compiled again after its warm-up'), (20, 'recompilation limit')])
+def test_what_is_compiled_again_has_no_time(warmup, message):
+    settings = dict(batch_size=2, warmup=warmup, min_seconds=0., compile='eager')
+    requests = [dict(do='build', model='resnet18', settings=settings), dict(do='warm_up'), dict(do='measure')]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+        errors = [a.get('error') for a in served(requests, lambda name: Changing())]
+    torch._dynamo.reset()
+    failed = 2 if warmup == 2 else 1
+    assert errors[:failed] == [None] * failed
+    assert message in errors[failed]
+
+
+def served(requests, make):
+    answers = io.StringIO()
+    benchmark_worker.serve(io.StringIO('\n'.join(map(json.dumps, requests))), answers, make)
+    ready, *rest = map(json.loads, answers.getvalue().splitlines())
+    assert ready == {}
+    return rest
+
+
+def test_failures_in_the_process_are_told(capfd):
+    """More memory than an address can name, and an error of a model's own."""
+    def broken(name):
+        raise RuntimeError('no such thing\nand more of it')
+
+    build = dict(do='build', model='resnet18', settings=dict(batch_size=10 ** 13))
+    assert served([build], lambda name: Net()) == [dict(error='out of memory with --batch-size 10000000000000.')]
+    assert served([build], broken) == [dict(error='RuntimeError: no such thing')]
+
+
+def test_an_answer_that_is_an_error_names_the_model(monkeypatch):
+    class Process:
+        stdin = io.StringIO()
+        stdout = io.StringIO('{}\n{"error": "out of memory with --batch-size 9."}\n')
+
+    monkeypatch.setattr(benchmark.subprocess, 'Popen', lambda *args, **kwargs: Process)
+    worker = benchmark.Worker('spa_resnet18', Settings(batch_size=9))
+    worker.ask('load')
+    with pytest.raises(BenchmarkError, match=r'^spa_resnet18: out of memory with --batch-size 9\.$'):
+        worker.ask('build')
+    request = json.loads(Process.stdin.getvalue())
+    assert (request['do'], request['model'], request['settings']['batch_size']) == ('build', 'spa_resnet18', 9)
