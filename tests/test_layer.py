@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracle import spatial_pyramid_attention
 
 from timm_spa import SpatialPyramidAttention
-from timm_spa.layers import GATES, SqueezeExcite, create_gate
+from timm_spa.layers import GATES, SqueezeExcite, create_gate, pyramid
 
 VARIANTS = ('a', 'b', 'c')
 
@@ -96,6 +96,61 @@ def test_backward_is_the_gradient_of_the_equation(case):
         else:
             # a norm layer over one value divides rounding by sqrt(eps)
             assert (actual - expected).norm().item() < 1e-8 * max(scale, 1.0)
+
+
+@pytest.mark.parametrize('size', [(7, 7), (14, 14), (56, 28), (21, 35), (13, 9), (4, 4), (17, 28)])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('pyramid_sizes', [(1, 4, 7), (1, 2, 4), (7,), (1,), (2, 3)])
+@pytest.mark.parametrize('inplace', [False, True])
+def test_every_form_is_the_equation(size, memory_format, pyramid_sizes, inplace):
+    """With and without a gradient, which choose how a map is pooled and gated; in place only without."""
+    layer = make_layer(24, 24, 'a', pyramid_sizes, inplace=inplace).double().eval()
+    x, _ = make_inputs(3, 24, 24, size, size)
+    x = x.to(memory_format=memory_format)
+    before, expected = x.clone(), oracle(layer, x, x)
+    assert rel(layer(x), expected) < 1e-12
+    assert torch.equal(x, before), 'a gradient may be wanted'
+    with torch.no_grad():
+        y = layer(x)
+    assert rel(y, expected) < 1e-12
+    assert y.is_contiguous(memory_format=memory_format)
+    if not inplace:
+        assert torch.equal(x, before)
+    elif not any(side % max(pyramid_sizes) for side in size):
+        assert y.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize(('form', 'size', 'memory_format', 'grad', 'dtype'), [
+    ('_plain_pyramid', (28, 28), torch.contiguous_format, False, None),  # compiled
+    ('_pool', (28, 28), torch.channels_last, True, torch.float32),
+    ('_pool', (28, 28), torch.contiguous_format, False, torch.bfloat16),
+    ('_pool_by_products', (28, 28), torch.contiguous_format, False, torch.float32),
+    ('_pool_by_products', (14, 14), torch.contiguous_format, True, torch.float32),
+    ('_pyramid_by_one_product', (14, 14), torch.contiguous_format, False, torch.float64),
+])
+def test_each_form_is_taken(monkeypatch, form, size, memory_format, grad, dtype):
+    """The form that is meant for a map is the one that pools it."""
+    taken = []
+    for name in ('_plain_pyramid', '_pool', '_pool_by_products', '_pyramid_by_one_product'):
+        original = getattr(pyramid, name)
+        monkeypatch.setattr(
+            pyramid, name, lambda *args, name=name, original=original: (taken.append(name), original(*args))[1])
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: dtype is None)
+    layer = make_layer(8, 8, 'a', (1, 4, 7)).to(dtype or torch.float32).eval()
+    x = torch.randn(2, 8, *size, dtype=dtype or torch.float32).to(memory_format=memory_format)
+    with torch.set_grad_enabled(grad):
+        layer(x)
+    assert taken == [form]
+
+
+def test_constants_of_inference_serve_training():
+    """What is kept between calls was made without a gradient in mind, and is used with one."""
+    layer = SpatialPyramidAttention(8)
+    x = torch.randn(2, 8, 19, 19)
+    with torch.inference_mode():
+        layer(x)
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

@@ -74,8 +74,8 @@ def _other_function(source: Any, target: Any) -> Optional[str]:
             return 'the widths differ'
     if isinstance(source, SqueezeExcite):
         return None if 1 in target.pyramid_sizes else 'the pyramid lacks the global size'
-    if source.grid_size != target.grid_size:
-        return f'the largest size of the pyramid is {source.grid_size} in one, {target.grid_size} in the other'
+    if source.pyramid_sizes[0] != target.pyramid_sizes[0]:
+        return f'the largest size of the pyramids is {source.pyramid_sizes[0]} and {target.pyramid_sizes[0]}'
     lost = [
         size for size, weight in zip(source.pyramid_sizes, source.pyramid_weight.tolist(), strict=True)
         if weight and size not in target.pyramid_sizes]

@@ -65,7 +65,7 @@ def create_gate(
         rd_channels=source_rd_channels if variant == 'b' else rd_channels, matcher_rd_channels=source_rd_channels)
     if gate in ('spa', 'spa_b', 'spa_c'):
         return SpatialPyramidAttention(
-            channels, source_channels, variant, pyramid_sizes, **rd_args, norm_layer=norm_layer, **dd)
+            channels, source_channels, variant, pyramid_sizes, **rd_args, norm_layer=norm_layer, inplace=True, **dd)
     if gate in ('se', 'se_b', 'se_c'):
         return SqueezeExcite(channels, source_channels, variant, **rd_args, norm_layer=norm_layer, **dd)
     if gate == 'se_bias':

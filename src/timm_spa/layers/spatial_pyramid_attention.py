@@ -10,8 +10,9 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import LayerType, create_act_layer
+
+from .pyramid import gate_regions, weighted_pyramid
 
 __all__ = ['ChannelMatcher', 'SpatialPyramidAttention']
 
@@ -75,7 +76,7 @@ class SpatialPyramidAttention(nn.Module):
         pyramid_weight: One weight per size, in the order of `pyramid_sizes`: the largest size first. It is
             one-dimensional, so that optimizers which exempt 1-D parameters from weight decay exempt it.
     """
-    coarse_sizes: List[int]
+    level_sizes: List[int]
 
     def __init__(
             self,
@@ -89,6 +90,7 @@ class SpatialPyramidAttention(nn.Module):
             act_layer: LayerType = nn.ReLU,
             norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
             gate_layer: LayerType = 'sigmoid',
+            inplace: bool = False,
             device=None,
             dtype=None,
     ):
@@ -104,6 +106,7 @@ class SpatialPyramidAttention(nn.Module):
             act_layer: Activation between the two convolutions.
             norm_layer: Norm layer after the first convolution (and in the channel matcher).
             gate_layer: Activation that makes the gate.
+            inplace: Without a gradient, write the result to the gated map, which is fresh wherever a layer made it.
 
         Raises:
             ValueError: An argument is out of range; the message names it and its value.
@@ -128,8 +131,8 @@ class SpatialPyramidAttention(nn.Module):
         self.variant = variant
         self.reads_block_input = variant != 'a'
         self.pyramid_sizes = sizes
-        self.grid_size = sizes[0]
-        self.coarse_sizes = list(sizes[1:])  # a list, because TorchScript can't loop over the slice of a tuple
+        self.level_sizes = list(sizes)  # a list, because TorchScript can't loop over a tuple
+        self.inplace = inplace
 
         if variant == 'c' and in_channels != channels:
             self.matcher: nn.Module = ChannelMatcher(
@@ -142,7 +145,7 @@ class SpatialPyramidAttention(nn.Module):
         self.bn = norm_layer(rd_channels, **dd)
         self.act = create_act_layer(act_layer, inplace=True)
         self.fc2 = nn.Conv2d(rd_channels, channels, kernel_size=1, bias=False, **dd)
-        self.gate = create_act_layer(gate_layer)
+        self.gate = create_act_layer(gate_layer, inplace=True)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -163,10 +166,7 @@ class SpatialPyramidAttention(nn.Module):
             Gate of shape (N, channels, P, P), P the largest pyramid size, values in (0, 1) for a sigmoid.
         """
         source = self.matcher(source)
-        pyramid = F.adaptive_avg_pool2d(source, self.grid_size) * self.pyramid_weight[0]
-        for i, size in enumerate(self.coarse_sizes):
-            level = F.interpolate(F.adaptive_avg_pool2d(source, size), size=self.grid_size, mode='nearest')
-            pyramid = pyramid + level * self.pyramid_weight[i + 1]
+        pyramid = weighted_pyramid(source, self.level_sizes, self.pyramid_weight)
         return self.gate(self.fc2(self.act(self.bn(self.fc1(pyramid)))))
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -189,7 +189,7 @@ class SpatialPyramidAttention(nn.Module):
                 raise ValueError('Variants b and c of SpatialPyramidAttention need block_input, got None.')
             source = block_input
         gate = self.forward_gate(source)
-        return x * F.interpolate(gate, size=x.shape[-2:], mode='nearest')
+        return gate_regions(x, gate, self.inplace)
 
 
 def _checked_pyramid_sizes(pyramid_sizes: Sequence[int]) -> Tuple[int, ...]:
