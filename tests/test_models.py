@@ -219,7 +219,7 @@ def test_export_with_a_dynamic_batch(name):
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},)).module()
     with torch.no_grad():
         more = torch.cat([images, images, images])
-        torch.testing.assert_close(exported(more), model(more))
+        torch.testing.assert_close(exported(more), model(more), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_compile_is_one_graph(name):
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(compiled(images), model(images))
+        torch.testing.assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('name', KINDS)

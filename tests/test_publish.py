@@ -143,6 +143,15 @@ def test_an_existing_folder(weights, folder, tmp_path, monkeypatch):
     assert weights.with_name('README.md').read_text().startswith('---')
 
 
+def test_labels_are_those_of_the_registered_weights_only(weights, tmp_path):
+    """Two hundred classes of one's own are not Tiny-ImageNet's."""
+    write_repository(tmp_path / 'mine', weights, 'spa_mobilenetv2_cifar.mine')
+    config = json.loads((tmp_path / 'mine' / 'config.json').read_text())
+    assert config['num_classes'] == 200
+    assert 'label_names' not in config
+    assert 'label_names' in json.loads(weights.with_name('config.json').read_text())
+
+
 def test_another_model_than_was_trained(hub, owner, weights, capsys):
     args = weights.with_name('args.yaml')
     args.write_text(args.read_text().replace('model: spa_mobilenetv2_cifar', 'model: spa_b_mobilenetv2_cifar'))

@@ -261,7 +261,7 @@ def test_accuracy(folder, tmp_path, trained):
     model.load_state_dict(trained)
     cfg = timm.get_pretrained_cfg(NAME)
     mean, std = (torch.tensor(value)[:, None, None] for value in (cfg.mean, cfg.std))
-    labels, right = ['bird', 'cat', 'ant'], 0
+    labels, right, in_order = ['bird', 'cat', 'ant'], 0, 0
     pictures = torch.Generator().manual_seed(1)
     for i in range(12):
         pixels = torch.randint(0, 256, (3, 32, 32), generator=pictures, dtype=torch.uint8)
@@ -269,14 +269,19 @@ def test_accuracy(folder, tmp_path, trained):
             answer = model(((pixels / 255 - mean) / std)[None]).argmax().item()
         label = labels[(answer + (i % 3 == 0)) % 3]  # every third is put in a wrong folder
         right += i % 3 != 0
-        path = tmp_path / 'images' / 'validation' / label / f'{i}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+        in_order += answer == i % 3
+        for path in (f'images/validation/{label}/{i}.png', f'unnamed/{"xyz"[i % 3]}/{i}.png'):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / path)
     report = verify(folder, images=tmp_path / 'images', batch_size=5)
     assert report.problems == []
     assert report.accuracy == {1: pytest.approx(100 * right / 12, abs=1e-3), 3: 100.0}
     assert '12 pictures' in report.checked[-1]
+    change_config(folder, label_names=None)
+    report = verify(folder, images=tmp_path / 'unnamed')
+    assert report.accuracy[1] == pytest.approx(100 * in_order / 12, abs=1e-3), 'the labels of other weights were taken'
 
+    change_config(folder, label_names=labels)
     (tmp_path / 'images' / 'validation' / 'dog').mkdir()
     (problem,) = verify(folder, images=tmp_path / 'images').problems
     assert 'other classes than the 3 of the model: dog' in problem

@@ -276,7 +276,8 @@ def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[in
     overlay: Dict[str, Any] = {key: args[key] for key in PREPROCESSING if args.get(key)}
     if not registered:  # the default configuration is that of other weights
         overlay.update(
-            tag=tag, hf_hub_id=None, hf_hub_filename=None, url=None, file=None, description=None, notes=None)
+            tag=tag, hf_hub_id=None, hf_hub_filename=None, url=None, file=None, description=None, notes=None,
+            label_names=None, label_descriptions=None)
     channels = args.get('in_chans') or get_pretrained_cfg(architecture).input_size[0]
     size = args.get('img_size')
     if args.get('input_size') or size:

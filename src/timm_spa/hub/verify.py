@@ -181,8 +181,7 @@ def _check_config(folder: Path, report: Report) -> Optional[Any]:
     if config.get('num_features', model.num_features) != model.num_features:
         report.problems.append(
             f'config.json has num_features {config["num_features"]}, and {architecture} has {model.num_features}')
-    if labels is not None:
-        model.pretrained_cfg['label_names'] = labels
+    model.pretrained_cfg['label_names'] = labels  # none are none, and not those of the registered weights
     return model
 
 
