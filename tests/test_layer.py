@@ -143,6 +143,15 @@ def test_each_form_is_taken(monkeypatch, form, size, memory_format, grad, dtype)
     assert taken == [form]
 
 
+@pytest.mark.parametrize('strided', [
+    lambda x: x.transpose(2, 3), lambda x: x[:, :, ::2, 1:15], lambda x: x[:1].expand(3, -1, -1, -1)])
+def test_maps_that_are_not_dense(strided):
+    layer = make_layer(6, 6, 'a', (1, 2, 4, 7)).double().eval()
+    x = strided(make_inputs(3, 6, 6, (28, 28), (28, 28))[0])
+    with torch.no_grad():
+        assert rel(layer(x), oracle(layer, x, x)) < 1e-12
+
+
 def test_constants_of_inference_serve_training():
     """What is kept between calls was made without a gradient in mind, and is used with one."""
     layer = SpatialPyramidAttention(8)

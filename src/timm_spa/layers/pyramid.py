@@ -76,7 +76,7 @@ def gate_regions(x: torch.Tensor, gate: torch.Tensor, inplace: bool = False) -> 
             gate = gate[:, :, :, None, :, None]
         inplace = inplace and not torch.is_grad_enabled() and gate.dtype == x.dtype
         product = regions.mul_(gate) if inplace else regions * gate
-        return product.view(x.shape)
+        return product.reshape(x.shape)
 
 
 def _is_eager(x: torch.Tensor) -> bool:
