@@ -10,7 +10,7 @@ from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import LayerType, create_act_layer
+from timm.layers import LayerType, create_act_layer, register_notrace_module
 
 from .pyramid import gate_regions, weighted_pyramid
 
@@ -57,6 +57,7 @@ class ChannelMatcher(nn.Module):
         return self.bn2(self.fc2(x))
 
 
+@register_notrace_module  # how a map is pooled depends on its shape, which a symbolic trace does not know
 class SpatialPyramidAttention(nn.Module):
     """Spatial Pyramid Attention, equations (1) to (5) of the paper.
 
