@@ -218,7 +218,7 @@ def test_the_same_shapes_are_not_the_same_model(tmp_path):
     name = 'spa_preresnet18_cifar'
     one = randomized(timm.create_model(name, num_classes=5, pyramid_sizes=(1, 2, 8)))
     path = saved(one, tmp_path / 'in.safetensors', model=name, model_args='{"pyramid_sizes": [1, 2, 8]}')
-    with pytest.raises(CheckpointError, match='largest size of the pyramid is 8 in one, 4 in the other'):
+    with pytest.raises(CheckpointError, match='largest size of the pyramids is 8 and 4'):
         convert(path, tmp_path / 'o.safetensors', name)
     convert(path, tmp_path / 'o.safetensors', name, pyramid_sizes=(1, 2, 8))
 

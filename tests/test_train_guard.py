@@ -85,17 +85,18 @@ def test_a_full_disk_leaves_no_half_of_a_row(tmp_path):
     """A limit on the size of a file stands for the disk."""
     path = tmp_path / 'summary.csv'
     append(path, 0)
-    before = path.read_bytes()
+    before = read_summary(path)
     code = (
         'import resource, sys; sys.path.insert(0, sys.argv[1]); import test_train_guard\n'
         'resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))\n'
         'test_train_guard.append(sys.argv[2], 1)')
     done = subprocess.run(
-        [sys.executable, '-c', code, __file__.rpartition('/')[0], str(path), str(len(before) + 5)],
+        [sys.executable, '-c', code, __file__.rpartition('/')[0], str(path), str(path.stat().st_size + 5)],
         capture_output=True, text=True)
     assert 'TrainingError' in done.stderr
     assert 'could not be written' in done.stderr
-    assert path.read_bytes() == before
+    assert read_summary(path) == before
+    assert path.read_bytes().endswith(b'\n')
 
 
 def test_losses_that_are_no_numbers(tmp_path):
