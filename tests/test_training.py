@@ -101,7 +101,7 @@ def test_each_family_trains_under_accelerate(train, model):
 ])
 def test_options_of_the_script(train_here, model, options):
     code, errors = train_here(
-        '--config', RECIPES / 'tmm_small_image.yaml', '--epochs', 2, '--lr', 0.01, *options.split(), model=model)
+        '--config', RECIPES / 'tmm_small_image.yaml', '--epochs', 2, '--lr', 0.001, *options.split(), model=model)
     assert code == 0, errors
     rows = rows_of(train_here.output / 'run')
     assert [row['epoch'] for row in rows] == [0, 1]
