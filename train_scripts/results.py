@@ -14,12 +14,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Dict, List, Optional
 
-import timm
-
-import timm_spa  # noqa: F401
 from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results
 from timm_spa.hub.run_record import Run, RunError
 from timm_spa.models._entrypoints import split_gate
+from timm_spa.profile import count_cost
 from timm_spa.training_log import SummaryError
 
 GATE_LABELS = {
@@ -68,11 +66,10 @@ def make_table(runs: List[Run]) -> str:
             last = [run.summary[-1] for run in group]
             top1 = [row['eval_top1'] for row in last]
             args = group[0].args
-            model = timm.create_model(args['model'], num_classes=args['num_classes'], **args.get('model_kwargs') or {})
-            parameters = sum(p.numel() for p in model.parameters()) / 1e6
+            cost = count_cost(args['model'], num_classes=args['num_classes'], **args.get('model_kwargs') or {})
             difference = '' if gate == 'none' or not base else f'{statistics.mean(top1) - statistics.mean(base):+.2f}'
             lines.append('| ' + ' | '.join([
-                GATE_LABELS[gate], f'{parameters:.3f}', str(len(group)), mean_and_spread(top1), difference,
+                GATE_LABELS[gate], f'{cost.parameters / 1e6:.3f}', str(len(group)), mean_and_spread(top1), difference,
                 mean_and_spread([max(row['eval_top1'] for row in run.summary) for run in group]),
                 *(mean_and_spread([row[key] for row in last]) for key in ('eval_top5', 'train_loss', 'eval_loss')),
             ]) + ' |')

@@ -8,10 +8,7 @@ import yaml
 
 from ..training_log import read_summary
 
-__all__ = ['FACTS', 'RUN_FILES', 'Run', 'RunError']
-
-# files of a run, as they also lie in a repository; each may be missing
-RUN_FILES = ('args.yaml', 'summary.csv', 'run.json', 'card.yaml')
+__all__ = ['FACTS', 'Run', 'RunError']
 
 # keys of card.yaml, and of the mappings in it
 FACTS: Dict[str, Any] = dict(

@@ -102,7 +102,7 @@ def _carried_over(source: Any, target: Any) -> Dict[str, torch.Tensor]:
 
 def _is_constant(gate: Any) -> bool:
     """Whether a gate is 1/2 whatever it reads."""
-    return isinstance(gate, (SpatialPyramidAttention, SqueezeExcite)) and not gate.fc2.weight.any()
+    return _can_be_constant(gate) and not gate.fc2.weight.any()
 
 
 def _can_be_constant(gate: Any) -> bool:
