@@ -1,19 +1,21 @@
 """The two passes of attention over whole maps: pooling them to a pyramid, and gating them region by region.
 
-Each is written twice. The plain form is what the equations say; the compiler, TorchScript and the exporter get it, and
-it is used for every map that the other form does not cover. The eager form gives the same numbers, up to rounding, with
-less memory traffic: it reads a map no more often than it must, and never makes an enlarged copy of a gate.
+Each is written more than once. The plain form is what the equations say; TorchScript and the exporter get it, and it is
+used for every map that no other form covers. The other forms give the same numbers, up to rounding, with less memory
+traffic: they read a map no more often than they must, and never make an enlarged copy of a large map's gate.
 """
 import functools
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['gate_regions', 'weighted_pyramid']
+__all__ = ['gate_regions', 'is_plain_tensor', 'weighted_pyramid']
 
-# maps of up to so many places are pooled to all sizes by one matrix product, larger ones by rows and columns
+# maps of up to so many places are pooled by one matrix product; in larger ones the columns are averaged before
 MAX_PLACES = 256
+# a gate is enlarged to the whole map if its rows are no longer than this, else to one row of each region
+MAX_SHORT_ROW = 16
 
 
 def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
@@ -32,56 +34,92 @@ def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) ->
     if torch.jit.is_scripting():
         return _plain_pyramid(x, sizes, weight)
     else:  # noqa: RET505  TorchScript would compile what follows a return
-        if not _is_eager(x):
+        if not is_plain_tensor(x):
             return _plain_pyramid(x, sizes, weight)
+        compiling = torch.compiler.is_compiling()
         # on a CPU, pooling strides through the rows of a map, unless the channels lie side by side
-        if x.device.type == 'cpu' and x.is_contiguous() and x.dtype in (torch.float32, torch.float64):
-            if x.shape[-2] * x.shape[-1] <= MAX_PLACES and not torch.is_grad_enabled():
-                return _pyramid_by_one_product(x, tuple(sizes), weight)
-            levels = _pool_by_products(x, tuple(sizes))
-        else:
-            levels = _pool(x, sizes)
-        return _sum_up(levels, weight)
+        if _is_planar(x) and (not compiling or x.shape[-2] * x.shape[-1] <= MAX_PLACES):
+            return _pyramid_by_products(x, tuple(sizes), weight)
+        return _plain_pyramid(x, sizes, weight) if compiling else _pyramid_of_pools(x, sizes, weight)
 
 
-def gate_regions(x: torch.Tensor, gate: torch.Tensor, inplace: bool = False) -> torch.Tensor:
-    """Multiplies a map with a gate that is enlarged to it (nearest).
+def gate_regions(
+        x: torch.Tensor,
+        gate: torch.Tensor,
+        shortcut: Optional[torch.Tensor] = None,
+        inplace: bool = False,
+) -> torch.Tensor:
+    """Multiplies a map with a gate that is enlarged to it (nearest), and adds the shortcut of a residual block.
 
     Args:
         x: Map, (N, C, H, W).
         gate: Gate, (N, C, P, P).
+        shortcut: Map to add, of the shape of `x`.
         inplace: Write the result to `x`, if no gradient is wanted.
 
     Returns:
         The gated map, (N, C, H, W).
     """
     if torch.jit.is_scripting():
-        return x * F.interpolate(gate, size=x.shape[-2:], mode='nearest')
+        x = x * F.interpolate(gate, size=x.shape[-2:], mode='nearest')
+        return x if shortcut is None else x + shortcut
     else:  # noqa: RET505
-        # the gradient of a broadcast gate is a sum over parts of rows, slower than that of an enlarged one
-        if not _is_eager(x) or torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
-            return x * F.interpolate(gate, size=x.shape[-2:], mode='nearest')
         height, width = x.shape[-2:]
         size = gate.shape[-1]
-        if height % size or width % size:
-            return x * F.interpolate(gate, size=(height, width), mode='nearest')
-        # the map's rows and columns are split into regions, over which the gate is broadcast
+        same_dtype = gate.dtype == x.dtype and (shortcut is None or shortcut.dtype == x.dtype)
+        # the gradient of a broadcast gate is a sum over parts of rows, slower than that of an enlarged one
+        if (
+                not is_plain_tensor(x) or torch.compiler.is_compiling() or torch.is_grad_enabled() or not same_dtype
+                or height % size or width % size):
+            x = x * F.interpolate(gate, size=(height, width), mode='nearest')
+            return x if shortcut is None else x + shortcut
+
+        def split(m: torch.Tensor) -> torch.Tensor:
+            """Splits the rows, and in one case the columns, of a map into regions, over which the gate is broadcast."""
+            if whole:
+                return m
+            m = m.unflatten(2, (size, height // size))
+            return m if planar else m.unflatten(4, (size, width // size))
+
+        planar = x.is_contiguous()
+        whole = (height, width) == (size, size) or planar and width <= MAX_SHORT_ROW
         if (height, width) == (size, size):
-            regions = x
-        elif x.is_contiguous():
-            gate = gate[..., None].expand(*gate.shape, width // size).reshape(*gate.shape[:3], 1, width)
-            regions = x.view(*gate.shape[:3], height // size, width)
-        else:
-            regions = x.unflatten(2, (size, height // size)).unflatten(4, (size, width // size))
+            pass
+        elif not planar:
             gate = gate[:, :, :, None, :, None]
-        inplace = inplace and not torch.is_grad_enabled() and gate.dtype == x.dtype
-        product = regions.mul_(gate) if inplace else regions * gate
-        return product.reshape(x.shape)
+        elif whole:
+            gate = _enlarge_rows(gate, width, height // size).view(x.shape)
+        else:
+            gate = _enlarge_rows(gate, width, 1)
+        regions, out = split(x), split(x) if inplace else None
+        if shortcut is None:
+            product = torch.mul(regions, gate, out=out)
+        else:
+            product = torch.addcmul(split(shortcut), regions, gate, out=out)
+        return x if inplace else product.reshape(x.shape)
 
 
-def _is_eager(x: torch.Tensor) -> bool:
-    """Whether the shape of a map is no more than numbers, and its data are there."""
-    return type(x) is torch.Tensor and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+def is_plain_tensor(x: torch.Tensor) -> bool:
+    """Tells whether a map is just numbers in memory, not a stand-in for others or for what is recorded.
+
+    Args:
+        x: Map.
+
+    Returns:
+        Whether a form may be chosen by its shape and layout, and written in place. A compiler's maps count: it does
+        both well. An exporter's do not: its graphs are for all shapes.
+    """
+    is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # since torch 2.7
+    return not (
+        type(x) is not torch.Tensor or x.device.type == 'meta' or torch.jit.is_tracing() or is_exporting()
+        or torch._C._are_functorch_transforms_active())
+
+
+def _is_planar(x: torch.Tensor) -> bool:
+    """Whether the planes of a map can be worked on by fast matrix products."""
+    return (
+        x.device.type == 'cpu' and x.is_contiguous() and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled('cpu'))
 
 
 def _plain_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
@@ -92,70 +130,87 @@ def _plain_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> t
     return pyramid
 
 
-def _pool(x: torch.Tensor, sizes: List[int]) -> List[torch.Tensor]:
-    """Averages a map to every size; means of equal regions are averaged further."""
+def _pyramid_of_pools(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
+    """Averages the means of equal regions further, where that gives the same."""
     height, width = x.shape[-2:]
     largest = sizes[0]
-    fine = x if (height, width) == (largest, largest) else F.adaptive_avg_pool2d(x, largest)
+    finest = x if (height, width) == (largest, largest) else F.adaptive_avg_pool2d(x, largest)
     even = height % largest == 0 and width % largest == 0
-    return [fine, *(F.adaptive_avg_pool2d(fine if even and largest % size == 0 else x, size) for size in sizes[1:])]
-
-
-def _pool_by_products(x: torch.Tensor, sizes: Tuple[int, ...]) -> List[torch.Tensor]:
-    """Averages a map to every size: its rows to all of them in one matrix product, and then its columns."""
-    height, width = x.shape[-2:]
-    rows = x @ _averages(width, sizes, x.device, x.dtype)
-    both = (rows.transpose(2, 3) @ _averages(height, sizes, x.device, x.dtype)).transpose(2, 3)
-    levels, start = [], 0
-    for size in sizes:
-        levels.append(both[:, :, start:start + size, start:start + size])
-        start += size
-    return levels
-
-
-def _pyramid_by_one_product(x: torch.Tensor, sizes: Tuple[int, ...], weight: torch.Tensor) -> torch.Tensor:
-    batch, channels, height, width = x.shape
-    levels = _enlarged_averages(height, width, sizes, x.device, x.dtype)
-    matrix = (weight @ levels.flatten(1)).view(levels.shape[1:])
-    return (x.view(batch * channels, height * width) @ matrix).view(batch, channels, sizes[0], sizes[0])
-
-
-def _sum_up(levels: List[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
-    pyramid = levels[0] * weight[0]
-    for i, level in enumerate(levels[1:], start=1):
-        level = level * weight[i]
+    pyramid = finest * weight[0]
+    for i, size in enumerate(sizes[1:], start=1):
+        level = F.adaptive_avg_pool2d(finest if even and largest % size == 0 else x, size) * weight[i]
         # one place needs no enlarging; nothing keeps the sum before this one, with a gradient or without
-        pyramid += level if level.shape[-1] == 1 else F.interpolate(level, size=pyramid.shape[-2:], mode='nearest')
+        pyramid += level if size == 1 else F.interpolate(level, size=largest, mode='nearest')
     return pyramid
 
 
+def _pyramid_by_products(x: torch.Tensor, sizes: Tuple[int, ...], weight: torch.Tensor) -> torch.Tensor:
+    """Pooling, enlarging and adding up are linear: one matrix does them all, for few places at once."""
+    batch, channels, height, width = x.shape
+    matrices = _pyramid_matrices.__wrapped__ if torch.compiler.is_compiling() else _pyramid_matrices
+    first, levels = matrices(height, width, sizes, x.device, x.dtype)
+    if first is not None:
+        x = first @ x
+    matrix = (weight.to(x.dtype) @ levels.flatten(1)).view(levels.shape[1:])
+    return (x.reshape(batch * channels, -1) @ matrix).view(batch, channels, sizes[0], sizes[0])
+
+
+def _enlarge_rows(gate: torch.Tensor, width: int, copies: int) -> torch.Tensor:
+    """Repeats the places of each row, and the row that comes of it; a product with zeros and ones is the fastest way.
+
+    Args:
+        gate: Gate, (N, C, P, P).
+        width: Length of the new rows.
+        copies: Number of times that each row comes.
+
+    Returns:
+        Gate of shape (N, C, P, copies, width).
+    """
+    size = gate.shape[-1]
+    if not _is_planar(gate):
+        rows = gate[:, :, :, None, :, None].expand(-1, -1, -1, copies, -1, width // size)
+    else:
+        rows = gate.view(-1, size) @ _repeats(size, width, copies, gate.device, gate.dtype)
+    return rows.reshape(*gate.shape[:3], copies, width)
+
+
 @functools.lru_cache(maxsize=64)
-def _averages(length: int, sizes: Tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a matrix (length, sum of sizes) whose columns are the means of adaptive pooling to each size."""
+def _repeats(size: int, width: int, copies: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the matrix (size, copies * width) that repeats the places of a row, and then all of it."""
     with torch.inference_mode(False):
-        matrix = torch.zeros(length, sum(sizes), device=device, dtype=dtype)
-        column = 0
-        for size in sizes:
-            for i in range(size):
-                start, end = i * length // size, -(-(i + 1) * length // size)
-                matrix[start:end, column] = 1 / (end - start)
-                column += 1
-        return matrix
+        return torch.eye(size, device=device, dtype=dtype).repeat_interleave(width // size, 1).repeat(1, copies)
 
 
 @functools.lru_cache(maxsize=64)
-def _enlarged_averages(
+def _pyramid_matrices(
         height: int,
         width: int,
         sizes: Tuple[int, ...],
         device: torch.device,
         dtype: torch.dtype,
-) -> torch.Tensor:
-    """Returns for each size the matrix (height * width, P * P) that pools to it and enlarges the result to P."""
+) -> Tuple[Optional[torch.Tensor], torch.Tensor]:
+    """Returns what pools a map and enlarges the result to P, the largest size.
+
+    Returns:
+        A matrix that averages columns to all sizes, (sum of sizes, H), or None for a map of few places; and for each
+        size the matrix that does the rest, (sum of sizes or H, W, P * P) with the first two dimensions in one.
+    """
     with torch.inference_mode(False):
-        matrices = []
-        for size in sizes:
-            nearest = torch.arange(sizes[0]) * size // sizes[0]
-            rows, columns = (_averages(length, (size,), device, dtype)[:, nearest] for length in (height, width))
-            matrices.append(torch.kron(rows, columns))
-        return torch.stack(matrices)
+        columns, rows = [
+            [_averages(length, size, device, dtype) for size in sizes] for length in (height, width)]
+        enlarge = [torch.arange(sizes[0], device=device) * size // sizes[0] for size in sizes]
+        first = None
+        if height * width > MAX_PLACES:
+            first = torch.cat(columns, 1).t().contiguous()
+            columns = list(torch.eye(sum(sizes), device=device, dtype=dtype).split(sizes, 1))
+        return first, torch.stack([
+            torch.kron(c[:, to].contiguous(), r[:, to].contiguous())
+            for c, r, to in zip(columns, rows, enlarge, strict=True)])
+
+
+def _averages(length: int, size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a matrix (length, size) whose columns are the means of adaptive pooling."""
+    place = torch.arange(length, device=device)[:, None]
+    cell = torch.arange(size, device=device)
+    start, end = cell * length // size, -(-(cell + 1) * length // size)
+    return ((start <= place) & (place < end)).to(dtype) / (end - start)

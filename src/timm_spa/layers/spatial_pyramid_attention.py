@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, register_notrace_module
 
+from .affine import is_affine, is_untouched, pyramid_in_front
 from .pyramid import gate_regions, weighted_pyramid
 
 __all__ = ['ChannelMatcher', 'SpatialPyramidAttention']
@@ -166,9 +167,31 @@ class SpatialPyramidAttention(nn.Module):
         Returns:
             Gate of shape (N, channels, P, P), P the largest pyramid size, values in (0, 1) for a sigmoid.
         """
-        source = self.matcher(source)
-        pyramid = weighted_pyramid(source, self.level_sizes, self.pyramid_weight)
+        if torch.jit.is_scripting() or not self._matches_affinely(source):
+            pyramid = weighted_pyramid(self.matcher(source), self.level_sizes, self.pyramid_weight)
+        else:
+            matcher = self.matcher
+            hidden = matcher.act(matcher.bn1(matcher.fc1(source)))
+            pyramid = pyramid_in_front(matcher.fc2, matcher.bn2, hidden, self.level_sizes, self.pyramid_weight)
+        return self.gate_of_pyramid(pyramid)
+
+    def gate_of_pyramid(self, pyramid: torch.Tensor) -> torch.Tensor:
+        """Computes the gate from the weighted sum of the pyramid, equation (2).
+
+        Args:
+            pyramid: As `weighted_pyramid` returns it, (N, C, P, P); C the channels that the first convolution reads.
+
+        Returns:
+            Gate of shape (N, channels, P, P).
+        """
         return self.gate(self.fc2(self.act(self.bn(self.fc1(pyramid)))))
+
+    @torch.jit.unused
+    def _matches_affinely(self, source: torch.Tensor) -> bool:
+        """Whether the end of the matcher may be applied after pooling."""
+        return (
+            type(self.matcher) is ChannelMatcher and is_untouched(self.matcher)
+            and is_affine(self.matcher.fc2, self.matcher.bn2, source))
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gates a map.
@@ -190,7 +213,7 @@ class SpatialPyramidAttention(nn.Module):
                 raise ValueError('Variants b and c of SpatialPyramidAttention need block_input, got None.')
             source = block_input
         gate = self.forward_gate(source)
-        return gate_regions(x, gate, self.inplace)
+        return gate_regions(x, gate, None, self.inplace)
 
 
 def _checked_pyramid_sizes(pyramid_sizes: Sequence[int]) -> Tuple[int, ...]:

@@ -24,7 +24,7 @@ from timm.models._efficientnet_builder import (
 )
 from timm.models.efficientnet import EfficientNet
 
-from ..layers import create_gate
+from ..layers import create_gate, gated_residual, saves_passes
 from ._entrypoints import register_gated
 from ._pretrained import build_model, cifar_cfg, reset_parameters, shipped_cfg, untrained_cfg, warm_cfg
 
@@ -53,7 +53,12 @@ class GatedDepthwiseSeparableConv(DepthwiseSeparableConv):
         """Maps (N, C', H, W) to (N, C, H / stride, W / stride)."""
         block_input = x
         x = self.bn1(self.conv_dw(x))
-        x = self.bn2(self.conv_pw(self.se(self.aa(x))))
+        x = self.se(self.aa(x))
+        if not torch.jit.is_scripting() and saves_passes(self.attn, self.conv_pw, self.bn2, self.drop_path, x):
+            shortcut = block_input if self.has_skip else None
+            return gated_residual(self.attn, self.conv_pw, self.bn2, x, block_input, shortcut)
+
+        x = self.bn2(self.conv_pw(x))
         x = self.attn(x, block_input)
         if self.has_skip:
             x = self.drop_path(x) + block_input
@@ -84,7 +89,12 @@ class GatedInvertedResidual(InvertedResidual):
         block_input = x
         x = self.bn1(self.conv_pw(x))
         x = self.bn2(self.conv_dw(x))
-        x = self.bn3(self.conv_pwl(self.se(self.aa(x))))
+        x = self.se(self.aa(x))
+        if not torch.jit.is_scripting() and saves_passes(self.attn, self.conv_pwl, self.bn3, self.drop_path, x):
+            shortcut = self.shortcut(block_input) if self.has_skip else None
+            return gated_residual(self.attn, self.conv_pwl, self.bn3, x, block_input, shortcut)
+
+        x = self.bn3(self.conv_pwl(x))
         x = self.attn(x, block_input)
         if self.has_skip:
             x = self.drop_path(x) + self.shortcut(block_input)

@@ -15,7 +15,7 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..layers import create_gate
+from ..layers import create_gate, gated_residual, saves_passes
 from ._entrypoints import register_gated, split_gate
 from ._pretrained import build_model, reset_parameters, untrained_cfg, warm_cfg
 
@@ -40,17 +40,19 @@ class GatedBasicBlock(BasicBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, inplanes, H, W) to (N, planes * expansion, H / stride, W / stride)."""
-        shortcut = x
+        block_input = x
 
         x = self.bn1(self.conv1(x))
         x = self.aa(self.act1(self.drop_block(x)))
-        x = self.bn2(self.conv2(x))
-        x = self.attn(x, shortcut)
+        if not torch.jit.is_scripting() and saves_passes(self.attn, self.conv2, self.bn2, self.drop_path, x):
+            shortcut = block_input if self.downsample is None else self.downsample(block_input)
+            return self.act2(gated_residual(self.attn, self.conv2, self.bn2, x, block_input, shortcut))
 
+        x = self.bn2(self.conv2(x))
+        x = self.attn(x, block_input)
         if self.drop_path is not None:
             x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
+        shortcut = block_input if self.downsample is None else self.downsample(block_input)
         x += shortcut
         return self.act2(x)
 
@@ -73,18 +75,20 @@ class GatedBottleneck(Bottleneck):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, inplanes, H, W) to (N, planes * expansion, H / stride, W / stride)."""
-        shortcut = x
+        block_input = x
 
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
         x = self.aa(self.act2(self.drop_block(x)))
-        x = self.bn3(self.conv3(x))
-        x = self.attn(x, shortcut)
+        if not torch.jit.is_scripting() and saves_passes(self.attn, self.conv3, self.bn3, self.drop_path, x):
+            shortcut = block_input if self.downsample is None else self.downsample(block_input)
+            return self.act3(gated_residual(self.attn, self.conv3, self.bn3, x, block_input, shortcut))
 
+        x = self.bn3(self.conv3(x))
+        x = self.attn(x, block_input)
         if self.drop_path is not None:
             x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
+        shortcut = block_input if self.downsample is None else self.downsample(block_input)
         x += shortcut
         return self.act3(x)
 

@@ -1,0 +1,100 @@
+"""Pooling in front of layers that act on every place of a map alike, and affinely.
+
+A mean of what such layers give out is what they make of the mean of their input, which may be a much smaller map.
+"""
+from typing import List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
+
+from .pyramid import is_plain_tensor, weighted_pyramid
+
+__all__ = ['is_affine', 'norm_scale_and_shift', 'pyramid_in_front']
+
+
+def is_affine(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
+    """Tells whether a convolution and a norm layer are affine, and can be taken apart.
+
+    Args:
+        conv: Convolution, of any kernel.
+        norm: Norm layer after it.
+        x: Input of the convolution.
+
+    Returns:
+        Whether no gradient is wanted, the norm layer uses stored statistics, and neither does anything but what its
+        type and parameters say: no hook, no wrapper, no quantized weight.
+    """
+    return (
+        not torch.is_grad_enabled() and is_plain_tensor(x) and type(conv) is nn.Conv2d and _is_stored_norm(norm)
+        and is_untouched(conv) and is_untouched(norm))
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Tells whether a call of a module is no more than its `forward`, with parameters that are plain numbers.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Whether it has no hook, its `forward` is that of its class, and its parameters are no subclass of torch's.
+    """
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or 'forward' in module.__dict__
+        or any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None))
+
+
+def _is_stored_norm(norm: nn.Module) -> bool:
+    if type(norm) is BatchNormAct2d:
+        known = type(norm.act) is nn.Identity and type(norm.drop) is nn.Identity
+    else:
+        known = type(norm) is nn.BatchNorm2d
+    return known and not norm.training and norm.running_mean is not None
+
+
+def norm_scale_and_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Computes what a norm layer with stored statistics multiplies with, and adds.
+
+    Args:
+        norm: Norm layer of C channels for which `is_affine` holds.
+
+    Returns:
+        Two tensors of shape (C, 1, 1), in float32 at least.
+    """
+    mean, var, weight, bias = (
+        None if v is None else v.to(torch.promote_types(v.dtype, torch.float32))
+        for v in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    scale = (var + norm.eps).rsqrt()
+    scale = scale if weight is None else weight * scale
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return scale[:, None, None], shift[:, None, None]
+
+
+def pyramid_in_front(
+        conv: Optional[nn.Conv2d],
+        norm: nn.Module,
+        x: torch.Tensor,
+        sizes: List[int],
+        weight: torch.Tensor,
+) -> torch.Tensor:
+    """Computes the weighted pyramid of `norm(conv(x))` from the averages of `x`.
+
+    Args:
+        conv: Convolution of kernel 1 and stride 1 for which `is_affine` holds, or None if there is none.
+        norm: Norm layer for which it holds.
+        x: Map, (N, C', H, W).
+        sizes: Side lengths, the largest first.
+        weight: Factor of each size, of shape (len(sizes),).
+
+    Returns:
+        As `weighted_pyramid` of the norm layer's output, (N, C, sizes[0], sizes[0]).
+    """
+    scale, shift = norm_scale_and_shift(norm)
+    pyramid = weighted_pyramid(x, sizes, weight)
+    if conv is not None:
+        pyramid = F.conv2d(pyramid, conv.weight)
+        if conv.bias is not None:
+            shift = shift + conv.bias[:, None, None] * scale
+    # the sum of the weights is the factor with which a constant comes through
+    return torch.addcmul(shift * weight.sum(), pyramid, scale).to(x.dtype)
