@@ -9,9 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 
-from .pyramid import is_plain_tensor, weighted_pyramid
+from .pyramid import is_plain_tensor, multiplies_fast, weighted_pyramid
 
-__all__ = ['is_affine', 'norm_scale_and_shift', 'pyramid_in_front']
+__all__ = ['is_affine', 'is_untouched', 'norm_scale_and_shift', 'pointwise', 'pyramid_in_front']
 
 
 def is_affine(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
@@ -40,9 +40,10 @@ def is_untouched(module: nn.Module) -> bool:
     Returns:
         Whether it has no hook, its `forward` is that of its class, and its parameters are no subclass of torch's.
     """
+    state = module.__dict__  # faster than the attributes of a module
     return not (
-        module._forward_hooks or module._forward_pre_hooks or 'forward' in module.__dict__
-        or any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None))
+        state['_forward_hooks'] or state['_forward_pre_hooks'] or 'forward' in state
+        or any(p is not None and type(p) is not nn.Parameter for p in state['_parameters'].values()))
 
 
 def _is_stored_norm(norm: nn.Module) -> bool:
@@ -93,8 +94,26 @@ def pyramid_in_front(
     scale, shift = norm_scale_and_shift(norm)
     pyramid = weighted_pyramid(x, sizes, weight)
     if conv is not None:
-        pyramid = F.conv2d(pyramid, conv.weight)
+        pyramid = pointwise(pyramid, conv.weight)
         if conv.bias is not None:
             shift = shift + conv.bias[:, None, None] * scale
     # the sum of the weights is the factor with which a constant comes through
     return torch.addcmul(shift * weight.sum(), pyramid, scale).to(x.dtype)
+
+
+def pointwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Convolves a small map with a kernel of 1; on a CPU as a matrix product, which takes less time to set up.
+
+    Args:
+        x: Map, (N, C', H, W).
+        weight: Weights of a convolution, (C, C', 1, 1).
+
+    Returns:
+        Map of shape (N, C, H, W).
+    """
+    if not multiplies_fast(x):
+        return F.conv2d(x, weight)
+    weight = weight.flatten(1)
+    if x.is_contiguous():
+        return torch.bmm(weight.expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
+    return F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)

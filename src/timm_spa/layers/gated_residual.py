@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .affine import is_affine, is_untouched, norm_scale_and_shift, pyramid_in_front
-from .pyramid import gate_regions, weighted_pyramid
+from .pyramid import gate_regions, multiplies_fast, weighted_pyramid
 from .spatial_pyramid_attention import SpatialPyramidAttention
 
 __all__ = ['gated_residual', 'saves_passes']
@@ -15,6 +15,8 @@ __all__ = ['gated_residual', 'saves_passes']
 MIN_PLACES_RATIO = 8
 # how many places a map must have for each weight of an output channel, for the norm layer to go into the weights
 MIN_PLACES_PER_WEIGHT = 4
+# how many values that output must have, for it to take longer than the few steps that change the weights
+MIN_VALUES = 2 ** 17
 
 
 def saves_passes(
@@ -101,6 +103,5 @@ def _is_cheaper_by_weights(conv: nn.Conv2d, x: torch.Tensor) -> bool:
     """Whether a norm layer costs less on the weights of a convolution than on its output, and rounds no worse."""
     places = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
     return (
-        x.device.type == 'cpu' and x.dtype == conv.weight.dtype and x.dtype in (torch.float32, torch.float64)
-        and conv.padding_mode == 'zeros' and not torch.is_autocast_enabled('cpu')
-        and places >= MIN_PLACES_PER_WEIGHT * conv.weight[0].numel())
+        multiplies_fast(x) and x.dtype == conv.weight.dtype and conv.padding_mode == 'zeros'
+        and places * conv.out_channels >= max(MIN_VALUES, MIN_PLACES_PER_WEIGHT * conv.weight.numel()))

@@ -5,15 +5,19 @@ used for every map that no other form covers. The other forms give the same numb
 traffic: they read a map no more often than they must, and never make an enlarged copy of a large map's gate.
 """
 import functools
-from typing import List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['gate_regions', 'is_plain_tensor', 'weighted_pyramid']
+__all__ = ['gate_regions', 'is_plain_tensor', 'multiplies_fast', 'weighted_pyramid']
+
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', bool)  # since torch 2.7
 
 # maps of up to so many places are pooled by one matrix product; in larger ones the columns are averaged before
 MAX_PLACES = 256
+# the same for maps whose channels lie side by side, which are pooled well
+MAX_PLACES_OF_CHANNELS = 64
 # a gate is enlarged to the whole map if its rows are no longer than this, else to one row of each region
 MAX_SHORT_ROW = 16
 
@@ -37,10 +41,15 @@ def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) ->
         if not is_plain_tensor(x):
             return _plain_pyramid(x, sizes, weight)
         compiling = torch.compiler.is_compiling()
+        places = x.shape[-2] * x.shape[-1]
         # on a CPU, pooling strides through the rows of a map, unless the channels lie side by side
-        if _is_planar(x) and (not compiling or x.shape[-2] * x.shape[-1] <= MAX_PLACES):
+        if _is_planar(x) and (places <= MAX_PLACES or not compiling):
             return _pyramid_by_products(x, tuple(sizes), weight)
-        return _plain_pyramid(x, sizes, weight) if compiling else _pyramid_of_pools(x, sizes, weight)
+        if compiling:
+            return _plain_pyramid(x, sizes, weight)
+        if places <= MAX_PLACES_OF_CHANNELS and multiplies_fast(x) and _is_channels_last(x):
+            return _pyramid_by_products(x, tuple(sizes), weight)
+        return _pyramid_of_pools(x, sizes, weight)
 
 
 def gate_regions(
@@ -109,17 +118,23 @@ def is_plain_tensor(x: torch.Tensor) -> bool:
         Whether a form may be chosen by its shape and layout, and written in place. A compiler's maps count: it does
         both well. An exporter's do not: its graphs are for all shapes.
     """
-    is_exporting = getattr(torch.compiler, 'is_exporting', bool)  # since torch 2.7
     return not (
-        type(x) is not torch.Tensor or x.device.type == 'meta' or torch.jit.is_tracing() or is_exporting()
+        type(x) is not torch.Tensor or x.is_meta or torch.jit.is_tracing() or _is_exporting()
         or torch._C._are_functorch_transforms_active())
 
 
-def _is_planar(x: torch.Tensor) -> bool:
-    """Whether the planes of a map can be worked on by fast matrix products."""
+def multiplies_fast(x: torch.Tensor) -> bool:
+    """Whether matrix products of a map are fast, and exact."""
     return (
-        x.device.type == 'cpu' and x.is_contiguous() and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled('cpu'))
+        x.is_cpu and (x.dtype is torch.float32 or x.dtype is torch.float64) and not torch.is_autocast_enabled('cpu'))
+
+
+def _is_planar(x: torch.Tensor) -> bool:
+    return x.is_contiguous() and multiplies_fast(x)
+
+
+def _is_channels_last(x: torch.Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _plain_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
@@ -136,12 +151,15 @@ def _pyramid_of_pools(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -
     largest = sizes[0]
     finest = x if (height, width) == (largest, largest) else F.adaptive_avg_pool2d(x, largest)
     even = height % largest == 0 and width % largest == 0
-    pyramid = finest * weight[0]
-    for i, size in enumerate(sizes[1:], start=1):
-        level = F.adaptive_avg_pool2d(finest if even and largest % size == 0 else x, size) * weight[i]
-        # one place needs no enlarging; nothing keeps the sum before this one, with a gradient or without
-        pyramid += level if size == 1 else F.interpolate(level, size=largest, mode='nearest')
-    return pyramid
+    coarse = None
+    for i in range(len(sizes) - 1, 0, -1):
+        level = F.adaptive_avg_pool2d(finest if even and largest % sizes[i] == 0 else x, sizes[i]) * weight[i]
+        if coarse is not None and coarse.shape[-1] == 1:  # one place is enlarged with the next level
+            level, coarse = level + coarse, None
+        if sizes[i] > 1:
+            level = F.interpolate(level, size=largest, mode='nearest')
+        coarse = level if coarse is None else coarse + level
+    return finest * weight[0] if coarse is None else torch.addcmul(coarse, finest, weight[0])
 
 
 def _pyramid_by_products(x: torch.Tensor, sizes: Tuple[int, ...], weight: torch.Tensor) -> torch.Tensor:
@@ -152,7 +170,9 @@ def _pyramid_by_products(x: torch.Tensor, sizes: Tuple[int, ...], weight: torch.
     if first is not None:
         x = first @ x
     matrix = (weight.to(x.dtype) @ levels.flatten(1)).view(levels.shape[1:])
-    return (x.reshape(batch * channels, -1) @ matrix).view(batch, channels, sizes[0], sizes[0])
+    if x.is_contiguous():
+        return (x.reshape(batch * channels, -1) @ matrix).view(batch, channels, sizes[0], sizes[0])
+    return (matrix.t() @ x.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(1, (sizes[0], sizes[0])).permute(0, 3, 1, 2)
 
 
 def _enlarge_rows(gate: torch.Tensor, width: int, copies: int) -> torch.Tensor:

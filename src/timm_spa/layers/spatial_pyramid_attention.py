@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, register_notrace_module
 
-from .affine import is_affine, is_untouched, pyramid_in_front
-from .pyramid import gate_regions, weighted_pyramid
+from .affine import is_affine, is_untouched, pointwise, pyramid_in_front
+from .pyramid import gate_regions, is_plain_tensor, multiplies_fast, weighted_pyramid
 
 __all__ = ['ChannelMatcher', 'SpatialPyramidAttention']
 
@@ -184,7 +184,18 @@ class SpatialPyramidAttention(nn.Module):
         Returns:
             Gate of shape (N, channels, P, P).
         """
-        return self.gate(self.fc2(self.act(self.bn(self.fc1(pyramid)))))
+        if torch.jit.is_scripting() or not self._multiplies(pyramid):
+            return self.gate(self.fc2(self.act(self.bn(self.fc1(pyramid)))))
+        else:  # noqa: RET505
+            hidden = self.act(self.bn(pointwise(pyramid, self.fc1.weight)))
+            return self.gate(pointwise(hidden, self.fc2.weight))
+
+    @torch.jit.unused
+    def _multiplies(self, pyramid: torch.Tensor) -> bool:
+        """Whether the convolutions may be computed as matrix products."""
+        return (
+            is_plain_tensor(pyramid) and multiplies_fast(pyramid) and type(self.fc1) is type(self.fc2) is nn.Conv2d
+            and is_untouched(self.fc1) and is_untouched(self.fc2))
 
     @torch.jit.unused
     def _matches_affinely(self, source: torch.Tensor) -> bool:
