@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .affine import is_affine, is_untouched, norm_scale_and_shift, pyramid_in_front
-from .pyramid import gate_regions, multiplies_fast, weighted_pyramid
+from .pyramid import gate_regions, is_known, multiplies_fast, weighted_pyramid
 from .spatial_pyramid_attention import SpatialPyramidAttention
 
 __all__ = ['gated_residual', 'saves_passes']
@@ -72,7 +72,7 @@ def gated_residual(
     pyramid = None
     if attn.reads_block_input:
         gate = attn.forward_gate(block_input)
-    elif _widens(conv) and x.shape[2] * x.shape[3] >= MIN_PLACES_RATIO * sizes[0] ** 2:
+    elif _widens(conv) and is_known(x.shape[2] * x.shape[3] >= MIN_PLACES_RATIO * sizes[0] ** 2):
         pyramid = pyramid_in_front(conv, norm, x, sizes, weight)
 
     if not compiling and _is_cheaper_by_weights(conv, x):

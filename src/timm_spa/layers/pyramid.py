@@ -5,12 +5,13 @@ used for every map that no other form covers. The other forms give the same numb
 traffic: they read a map no more often than they must, and never make an enlarged copy of a large map's gate.
 """
 import functools
-from typing import Callable, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ['gate_regions', 'is_plain_tensor', 'multiplies_fast', 'weighted_pyramid']
+__all__ = ['gate_regions', 'is_known', 'is_plain_tensor', 'multiplies_fast', 'weighted_pyramid']
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, 'is_exporting', bool)  # since torch 2.7
 
@@ -43,7 +44,7 @@ def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) ->
         compiling = torch.compiler.is_compiling()
         places = x.shape[-2] * x.shape[-1]
         # on a CPU, pooling strides through the rows of a map, unless the channels lie side by side
-        if _is_planar(x) and (places <= MAX_PLACES or not compiling):
+        if _is_planar(x) and (not compiling or is_known(places <= MAX_PLACES)):
             return _pyramid_by_products(x, tuple(sizes), weight)
         if compiling:
             return _plain_pyramid(x, sizes, weight)
@@ -75,37 +76,39 @@ def gate_regions(
     else:  # noqa: RET505
         height, width = x.shape[-2:]
         size = gate.shape[-1]
+        compiling = torch.compiler.is_compiling()
         same_dtype = gate.dtype == x.dtype and (shortcut is None or shortcut.dtype == x.dtype)
         # the gradient of a broadcast gate is a sum over parts of rows, slower than that of an enlarged one
         if (
-                not is_plain_tensor(x) or torch.compiler.is_compiling() or torch.is_grad_enabled() or not same_dtype
-                or height % size or width % size):
+                not is_plain_tensor(x) or torch.is_grad_enabled() or not same_dtype or compiling and not x.is_cpu
+                or not is_known(height % size == 0) or not is_known(width % size == 0)):
             x = x * F.interpolate(gate, size=(height, width), mode='nearest')
             return x if shortcut is None else x + shortcut
 
-        def split(m: torch.Tensor) -> torch.Tensor:
-            """Splits the rows, and in one case the columns, of a map into regions, over which the gate is broadcast."""
-            if whole:
-                return m
-            m = m.unflatten(2, (size, height // size))
-            return m if planar else m.unflatten(4, (size, width // size))
+        batch, channels = x.shape[:2]
+        if compiling and x.is_contiguous() and width != size:
+            # rows in memory spare the compiler a gate for each place; it may choose a layout for the result
+            x = x * _enlarge_rows(gate, width, 1).expand(-1, -1, -1, height // size, -1).reshape(x.shape)
+            return x if shortcut is None else x + shortcut
 
-        planar = x.is_contiguous()
-        whole = (height, width) == (size, size) or planar and width <= MAX_SHORT_ROW
-        if (height, width) == (size, size):
-            pass
-        elif not planar:
-            gate = gate[:, :, :, None, :, None]
-        elif whole:
-            gate = _enlarge_rows(gate, width, height // size).view(x.shape)
-        else:
-            gate = _enlarge_rows(gate, width, 1)
-        regions, out = split(x), split(x) if inplace else None
+        # rows, and in one case columns too, are split into regions, over which the gate is broadcast
+        shape = x.shape
+        if (height, width) != (size, size):
+            if not x.is_contiguous():
+                shape = (batch, channels, size, height // size, size, width // size)
+                gate = gate[:, :, :, None, :, None]
+            elif width > MAX_SHORT_ROW:
+                shape = (batch, channels, size, height // size, width)
+                gate = _enlarge_rows(gate, width, 1)
+            else:
+                gate = _enlarge_rows(gate, width, height // size).view(shape)
+        regions = x.view(shape)
+        out = regions if inplace and not compiling else None
         if shortcut is None:
             product = torch.mul(regions, gate, out=out)
         else:
-            product = torch.addcmul(split(shortcut), regions, gate, out=out)
-        return x if inplace else product.reshape(x.shape)
+            product = torch.addcmul(shortcut.view(shape), regions, gate, out=out)
+        return product.reshape(x.shape) if out is None else x
 
 
 def is_plain_tensor(x: torch.Tensor) -> bool:
@@ -121,6 +124,18 @@ def is_plain_tensor(x: torch.Tensor) -> bool:
     return not (
         type(x) is not torch.Tensor or x.is_meta or torch.jit.is_tracing() or _is_exporting()
         or torch._C._are_functorch_transforms_active())
+
+
+def is_known(condition: Any) -> bool:
+    """Tells whether a condition on the shape of a map holds for sure.
+
+    Args:
+        condition: Comparison of numbers, or while compiling of what stands for them.
+
+    Returns:
+        False also if it is not known: compiled code for all shapes must not become code for some.
+    """
+    return statically_known_true(condition) if torch.compiler.is_compiling() else condition
 
 
 def multiplies_fast(x: torch.Tensor) -> bool:
@@ -151,15 +166,16 @@ def _pyramid_of_pools(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -
     largest = sizes[0]
     finest = x if (height, width) == (largest, largest) else F.adaptive_avg_pool2d(x, largest)
     even = height % largest == 0 and width % largest == 0
+    factors = weight.unbind()
     coarse = None
     for i in range(len(sizes) - 1, 0, -1):
-        level = F.adaptive_avg_pool2d(finest if even and largest % sizes[i] == 0 else x, sizes[i]) * weight[i]
+        level = F.adaptive_avg_pool2d(finest if even and largest % sizes[i] == 0 else x, sizes[i]) * factors[i]
         if coarse is not None and coarse.shape[-1] == 1:  # one place is enlarged with the next level
             level, coarse = level + coarse, None
         if sizes[i] > 1:
             level = F.interpolate(level, size=largest, mode='nearest')
         coarse = level if coarse is None else coarse + level
-    return finest * weight[0] if coarse is None else torch.addcmul(coarse, finest, weight[0])
+    return finest * factors[0] if coarse is None else torch.addcmul(coarse, finest, factors[0])
 
 
 def _pyramid_by_products(x: torch.Tensor, sizes: Tuple[int, ...], weight: torch.Tensor) -> torch.Tensor:
@@ -190,7 +206,8 @@ def _enlarge_rows(gate: torch.Tensor, width: int, copies: int) -> torch.Tensor:
     if not _is_planar(gate):
         rows = gate[:, :, :, None, :, None].expand(-1, -1, -1, copies, -1, width // size)
     else:
-        rows = gate.view(-1, size) @ _repeats(size, width, copies, gate.device, gate.dtype)
+        repeats = _repeats.__wrapped__ if torch.compiler.is_compiling() else _repeats
+        rows = gate.view(-1, size) @ repeats(size, width, copies, gate.device, gate.dtype)
     return rows.reshape(*gate.shape[:3], copies, width)
 
 
