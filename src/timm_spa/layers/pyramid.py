@@ -79,18 +79,16 @@ def gate_regions(
         compiling = torch.compiler.is_compiling()
         same_dtype = gate.dtype == x.dtype and (shortcut is None or shortcut.dtype == x.dtype)
         # the gradient of a broadcast gate is a sum over parts of rows, slower than that of an enlarged one
-        if (
-                not is_plain_tensor(x) or torch.is_grad_enabled() or not same_dtype or compiling and not x.is_cpu
-                or not is_known(height % size == 0) or not is_known(width % size == 0)):
-            x = x * F.interpolate(gate, size=(height, width), mode='nearest')
+        plain = not is_plain_tensor(x) or torch.is_grad_enabled() or not same_dtype
+        if plain or compiling or height % size or width % size:
+            if compiling and not plain and x.is_cpu:
+                gate = _stored_gate(gate, x)
+            if gate.shape[-2:] != x.shape[-2:]:
+                gate = F.interpolate(gate, size=(height, width), mode='nearest')
+            x = x * gate
             return x if shortcut is None else x + shortcut
 
         batch, channels = x.shape[:2]
-        if compiling and x.is_contiguous() and width != size:
-            # rows in memory spare the compiler a gate for each place; it may choose a layout for the result
-            x = x * _enlarge_rows(gate, width, 1).expand(-1, -1, -1, height // size, -1).reshape(x.shape)
-            return x if shortcut is None else x + shortcut
-
         # rows, and in one case columns too, are split into regions, over which the gate is broadcast
         shape = x.shape
         if (height, width) != (size, size):
@@ -103,7 +101,7 @@ def gate_regions(
             else:
                 gate = _enlarge_rows(gate, width, height // size).view(shape)
         regions = x.view(shape)
-        out = regions if inplace and not compiling else None
+        out = regions if inplace else None
         if shortcut is None:
             product = torch.mul(regions, gate, out=out)
         else:
@@ -142,6 +140,16 @@ def multiplies_fast(x: torch.Tensor) -> bool:
     """Whether matrix products of a map are fast, and exact."""
     return (
         x.is_cpu and (x.dtype is torch.float32 or x.dtype is torch.float64) and not torch.is_autocast_enabled('cpu'))
+
+
+def _stored_gate(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Keeps a compiler from computing the gate anew for every place that it is enlarged to."""
+    height, width = x.shape[-2:]
+    size = gate.shape[-1]
+    if x.is_contiguous() and is_known(height % size == 0) and is_known(width % size == 0) and is_known(width > size):
+        # loads that follow the rows of a map are faster still
+        return _enlarge_rows(gate, width, 1).expand(-1, -1, -1, height // size, -1).reshape(x.shape)
+    return torch.as_strided(gate, gate.shape, gate.stride())
 
 
 def _is_planar(x: torch.Tensor) -> bool:
