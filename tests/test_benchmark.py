@@ -231,6 +231,37 @@ def test_idle_processes_do_not_spin(monkeypatch):
     assert {**given[1]} == {k: v for k, v in os.environ.items() if k != 'OMP_WAIT_POLICY'}
 
 
+def test_variables_are_kept_and_shown(fake, monkeypatch):
+    monkeypatch.setenv('MALLOC_TRIM_THRESHOLD_', '12345')
+    monkeypatch.setenv('SOMETHING_ELSE', '1')
+    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
+    record = benchmark.measure(['resnet18'], Settings(rounds=1))
+    assert record['variables']['MALLOC_TRIM_THRESHOLD_'] == '12345'
+    assert record['variables']['OMP_WAIT_POLICY'] == 'PASSIVE', 'as the processes have it'
+    assert 'SOMETHING_ELSE' not in record['variables']
+    assert any(line.startswith('With ') and 'MALLOC_TRIM_THRESHOLD_=12345' in line for line in benchmark.notes(record))
+
+
+def test_models_of_other_packages(monkeypatch, tmp_path, capsys):
+    """--import makes them known, here and in the process that measures them."""
+    module = tmp_path / 'other_models.py'
+    module.write_text(
+        'import timm\n'
+        'from timm.models import register_model\n\n\n'
+        '@register_model\n'
+        'def other_resnet18(pretrained=False, **kwargs):\n'
+        "    return timm.create_model('resnet18', **kwargs)\n")
+    small = ('other_resnet18 num_classes=2', '--img-size', 32, '--batch-size', 1, '--rounds', 1, '--min-seconds', 0)
+    assert bench(*small) == 1
+    assert "there is no model 'other_resnet18'" in capsys.readouterr().err
+    assert bench(*small, '--import', 'other_models') == 1
+    assert "--import other_models: ModuleNotFoundError: No module named 'other_models'" in capsys.readouterr().err
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path), prepend=os.pathsep)
+    assert bench(*small, '--import', 'other_models') == 0
+    assert 'other_resnet18' in capsys.readouterr().out
+
+
 class Net(nn.Module):
     """Notes how it is called, and makes a clock go on: 100 s for the first call, 0.4 s for three, then 0.1 s each."""
     pretrained_cfg = dict(input_size=(3, 8, 6))

@@ -120,27 +120,59 @@ def test_every_form_is_the_equation(size, memory_format, pyramid_sizes, inplace)
         assert y.data_ptr() == x.data_ptr()
 
 
-@pytest.mark.parametrize(('form', 'size', 'memory_format', 'grad', 'dtype'), [
-    ('_plain_pyramid', (28, 28), torch.contiguous_format, False, None),  # compiled
-    ('_pool', (28, 28), torch.channels_last, True, torch.float32),
-    ('_pool', (28, 28), torch.contiguous_format, False, torch.bfloat16),
-    ('_pool_by_products', (28, 28), torch.contiguous_format, False, torch.float32),
-    ('_pool_by_products', (14, 14), torch.contiguous_format, True, torch.float32),
-    ('_pyramid_by_one_product', (14, 14), torch.contiguous_format, False, torch.float64),
+PYRAMIDS = ('_plain_pyramid', '_pyramid_of_pools', '_pyramid_by_products')
+
+
+@pytest.mark.parametrize(('form', 'size', 'memory_format', 'compiling', 'dtype'), [
+    ('_plain_pyramid', (28, 28), torch.contiguous_format, True, torch.float32),
+    ('_plain_pyramid', (7, 7), torch.channels_last, True, torch.float32),
+    ('_pyramid_by_products', (14, 14), torch.contiguous_format, True, torch.float32),
+    ('_pyramid_of_pools', (28, 28), torch.channels_last, False, torch.float32),
+    ('_pyramid_of_pools', (14, 14), torch.contiguous_format, False, torch.bfloat16),
+    ('_pyramid_by_products', (28, 28), torch.contiguous_format, False, torch.float32),
+    ('_pyramid_by_products', (14, 14), torch.contiguous_format, False, torch.float64),
+    ('_pyramid_by_products', (7, 7), torch.channels_last, False, torch.float32),
 ])
-def test_each_form_is_taken(monkeypatch, form, size, memory_format, grad, dtype):
+@pytest.mark.parametrize('grad', [False, True])
+def test_each_form_is_taken(monkeypatch, form, size, memory_format, compiling, dtype, grad):
     """The form that is meant for a map is the one that pools it."""
     taken = []
-    for name in ('_plain_pyramid', '_pool', '_pool_by_products', '_pyramid_by_one_product'):
+    for name in PYRAMIDS:
         original = getattr(pyramid, name)
         monkeypatch.setattr(
             pyramid, name, lambda *args, name=name, original=original: (taken.append(name), original(*args))[1])
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: dtype is None)
-    layer = make_layer(8, 8, 'a', (1, 4, 7)).to(dtype or torch.float32).eval()
-    x = torch.randn(2, 8, *size, dtype=dtype or torch.float32).to(memory_format=memory_format)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: compiling)
+    layer = make_layer(8, 8, 'a', (1, 4, 7)).to(dtype).eval()
+    x = torch.randn(2, 8, *size, dtype=dtype).to(memory_format=memory_format)
     with torch.set_grad_enabled(grad):
-        layer(x)
+        assert rel(layer(x), oracle(layer, x, x)) < (1e-5 if dtype is not torch.bfloat16 else 3e-2)
     assert taken == [form]
+
+
+def test_exported_and_recorded_maps_take_the_plain_form(monkeypatch):
+    """A graph for all shapes must not hold what suits one."""
+    taken = []
+    original = pyramid._plain_pyramid
+    monkeypatch.setattr(pyramid, '_plain_pyramid', lambda *args: (taken.append(1), original(*args))[1])
+    layer, x = make_layer(8, 8, 'a', (1, 4, 7)).eval(), torch.randn(2, 8, 14, 14)
+    sides = {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)}
+    exported = torch.export.export(layer, (x,), dynamic_shapes=dict(x=sides)).module()
+    assert taken
+    for size in ((14, 14), (28, 21), (9, 40)):
+        other = torch.randn(3, 8, *size)
+        torch.testing.assert_close(exported(other), layer(other))
+    taken.clear()
+    torch.jit.trace(layer, x, check_trace=False)
+    assert taken
+
+
+def test_functional_transforms():
+    """torch.func sees no map written in place, and gives the sum of what it gives for each."""
+    layer = make_layer(8, 8, 'a', (1, 4, 7), inplace=True).eval()
+    x = torch.randn(3, 2, 8, 14, 14)
+    with torch.no_grad():
+        expected = torch.stack([layer(v.clone()) for v in x])
+        torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
 
 
 @pytest.mark.parametrize('strided', [
@@ -217,17 +249,22 @@ def test_no_state_survives_a_call(variant):
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_compile_and_script(variant):
-    """One graph without a break, dynamic sizes, and TorchScript, all equal to eager."""
+@pytest.mark.parametrize('grad', [False, True])
+def test_compile_and_script(variant, grad):
+    """One graph without a break for all sizes, and TorchScript, both equal to eager."""
     layer = make_layer(8, 6, variant, (1, 2, 4)).eval()
     scripted = torch.jit.script(layer)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend='aot_eager')
-    for size in ((8, 8), (12, 20), (7, 5)):
-        x, block_input = make_inputs(2, 8, 6, size, size, dtype=torch.float32)
-        expected = layer(x, block_input)
-        torch.testing.assert_close(compiled(x, block_input), expected)
-        torch.testing.assert_close(scripted(x, block_input), expected)
+    with torch.set_grad_enabled(grad):
+        for size in ((8, 8), (12, 20), (7, 5), (40, 28), (3, 3), (11, 4)):
+            x, block_input = make_inputs(2, 8, 6, size, size, dtype=torch.float32)
+            expected = layer(x, block_input)
+            torch.testing.assert_close(compiled(x, block_input), expected)
+            torch.testing.assert_close(scripted(x, block_input), expected)
+    # square maps, and maps of the pyramid's own size, are what torch makes code of their own for
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] <= 3
 
 
 @pytest.mark.parametrize('gate', [g for g in GATES if not g.startswith('spa')])

@@ -7,6 +7,7 @@ of which one works at a time.
 import contextlib
 import dataclasses
 import datetime
+import importlib
 import json
 import os
 import statistics
@@ -24,6 +25,8 @@ __all__ = [
     'BenchmarkError', 'Settings', 'Worker', 'compare', 'measure', 'notes', 'read_record', 'table_rows', 'write_record']
 
 KIND = 'timm-spa bench 1'
+# of the surroundings, what changes how fast a machine computes
+VARIABLES = ('CUDA_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_', 'TORCHINDUCTOR_')
 
 
 class BenchmarkError(RuntimeError):
@@ -41,10 +44,7 @@ class Worker:
     def __init__(self, model: str, settings: Settings) -> None:
         self.model = model
         self.settings = settings
-        env = dict(os.environ)
-        if settings.device == 'cpu':
-            # the threads of a process that waits for its turn would spin, on the cores of the one that is measured
-            env.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+        env = _worker_environment(settings)
         self._log = tempfile.TemporaryFile('w+', errors='replace')  # noqa: SIM115  closed by close()
         self.process = subprocess.Popen(
             [sys.executable, '-m', f'{__package__}.benchmark_worker'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -120,6 +120,11 @@ def measure(
     Raises:
         BenchmarkError: A model is unknown or cannot be measured, the base is none of them, or there is no such device.
     """
+    for module in settings.imports:
+        try:
+            importlib.import_module(module)
+        except Exception as e:
+            raise BenchmarkError(f'--import {module}: {type(e).__name__}: {e}') from e
     for model in models:
         try:
             parse_model(model)
@@ -155,8 +160,16 @@ def measure(
     _summarise(entries, labels.index(base), settings.batch_size)
     return dict(
         kind=KIND, date=date, command=command, environment=about, settings=dataclasses.asdict(settings), base=base,
-        omp_wait_policy=os.environ.get('OMP_WAIT_POLICY', 'PASSIVE') if settings.device == 'cpu' else None,
+        variables={k: v for k, v in sorted(_worker_environment(settings).items()) if k.startswith(VARIABLES)},
         models=entries)
+
+
+def _worker_environment(settings: Settings) -> Dict[str, str]:
+    env = dict(os.environ)
+    if settings.device == 'cpu':
+        # the threads of a process that waits for its turn would spin, on the cores of the one that is measured
+        env.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    return env
 
 
 def _summarise(entries: Sequence[Dict[str, Any]], base: int, batch_size: int) -> None:
@@ -211,6 +224,7 @@ def notes(record: Dict[str, Any]) -> List[str]:
     """
     settings, about, entries = record['settings'], record['environment'], record['models']
     versions = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
+    variables = ' '.join(f'{name}={value}' for name, value in record['variables'].items())
     breaks = [f'{e["model"]} {e["graph_breaks"]}' for e in entries if e['graph_breaks']]
     return [
         f'img/s and its ratio to {record["base"]} in the same round: median, first and third quartile of '
@@ -218,6 +232,7 @@ def notes(record: Dict[str, Any]) -> List[str]:
         f'Peak: {entries[0]["peak_memory_is"]}.',
         f'{_setting_text(settings)}.',
         f'{about["hardware"]}; Python {about["python"]}, {versions}; {record["date"]}.',
+        *([f'With {variables}.'] if variables else []),
         *([f'The compiler broke the graph of: {", ".join(breaks)} times.'] if breaks else []),
     ]
 

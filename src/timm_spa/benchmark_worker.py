@@ -6,6 +6,7 @@ recompilations that torch allows for it, and from then on run eagerly without a 
 """
 import argparse
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import shlex
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Callable, Dict, Optional, TextIO, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, TextIO, Tuple
 
 import timm
 import torch
@@ -42,6 +43,7 @@ class Settings:
         rounds: Times that every model is measured.
         warmup: Steps of each model before its first measurement.
         min_seconds: Least duration of one measurement; it takes as many steps as that needs.
+        imports: Modules to import first, which register further models with timm.
 
     Raises:
         ValueError: A value is out of its range, or two contradict each other.
@@ -58,6 +60,7 @@ class Settings:
     rounds: int = 10
     warmup: int = 5
     min_seconds: float = 1.0
+    imports: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in ('batch_size', 'img_size', 'threads', 'rounds', 'warmup'):
@@ -270,6 +273,8 @@ def serve(requests: TextIO, answers: TextIO, make: Callable[..., Any] = timm.cre
             if request['do'] == 'build':
                 settings = Settings(**request['settings'])
                 batch_size = settings.batch_size
+                for module in settings.imports:
+                    importlib.import_module(module)
                 if settings.threads is not None:
                     torch.set_num_threads(settings.threads)
                 if settings.device == 'cuda':

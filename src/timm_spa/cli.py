@@ -311,6 +311,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     verb.add_argument('--warmup', type=int, default=5, help='steps of each model before (default: %(default)s)')
     verb.add_argument(
         '--min-seconds', type=float, default=1., metavar='S', help='least length of one (default: %(default)s)')
+    verb.add_argument(
+        '--import', dest='imports', action='append', default=[], metavar='MODULE',
+        help='a module that registers further models with timm; can be given again')
     verb.add_argument('--json', metavar='FILE', help='write all that was measured to a file, every round included')
     verb.add_argument(
         '--compare', nargs=2, metavar='FILE.json',

@@ -2,7 +2,7 @@
 
 A mean of what such layers give out is what they make of the mean of their input, which may be a much smaller map.
 """
-from typing import List, Optional, Tuple
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn as nn
@@ -46,7 +46,7 @@ def is_untouched(module: nn.Module) -> bool:
         or any(p is not None and type(p) is not nn.Parameter for p in state['_parameters'].values()))
 
 
-def _is_stored_norm(norm: nn.Module) -> bool:
+def _is_stored_norm(norm: Any) -> bool:
     if type(norm) is BatchNormAct2d:
         known = type(norm.act) is nn.Identity and type(norm.drop) is nn.Identity
     else:
@@ -54,7 +54,7 @@ def _is_stored_norm(norm: nn.Module) -> bool:
     return known and not norm.training and norm.running_mean is not None
 
 
-def norm_scale_and_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+def norm_scale_and_shift(norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     """Computes what a norm layer with stored statistics multiplies with, and adds.
 
     Args:
@@ -63,18 +63,19 @@ def norm_scale_and_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Two tensors of shape (C, 1, 1), in float32 at least.
     """
-    mean, var, weight, bias = (
-        None if v is None else v.to(torch.promote_types(v.dtype, torch.float32))
-        for v in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
-    scale = (var + norm.eps).rsqrt()
-    scale = scale if weight is None else weight * scale
-    shift = -mean * scale if bias is None else bias - mean * scale
+    dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+    scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = norm.weight * scale
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = norm.bias + shift
     return scale[:, None, None], shift[:, None, None]
 
 
 def pyramid_in_front(
-        conv: Optional[nn.Conv2d],
-        norm: nn.Module,
+        conv: Any,
+        norm: Any,
         x: torch.Tensor,
         sizes: List[int],
         weight: torch.Tensor,

@@ -48,7 +48,8 @@ def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) ->
             return _pyramid_by_products(x, tuple(sizes), weight)
         if compiling:
             return _plain_pyramid(x, sizes, weight)
-        if places <= MAX_PLACES_OF_CHANNELS and multiplies_fast(x) and _is_channels_last(x):
+        if places <= MAX_PLACES_OF_CHANNELS and multiplies_fast(x) and x.is_contiguous(
+                memory_format=torch.channels_last):
             return _pyramid_by_products(x, tuple(sizes), weight)
         return _pyramid_of_pools(x, sizes, weight)
 
@@ -82,15 +83,15 @@ def gate_regions(
         plain = not is_plain_tensor(x) or torch.is_grad_enabled() or not same_dtype
         if plain or compiling or height % size or width % size:
             if compiling and not plain and x.is_cpu:
-                gate = _stored_gate(gate, x)
-            if gate.shape[-2:] != x.shape[-2:]:
+                gate = _enlarge_compiled(gate, x)
+            else:
                 gate = F.interpolate(gate, size=(height, width), mode='nearest')
             x = x * gate
             return x if shortcut is None else x + shortcut
 
         batch, channels = x.shape[:2]
         # rows, and in one case columns too, are split into regions, over which the gate is broadcast
-        shape = x.shape
+        shape: Tuple[int, ...] = x.shape
         if (height, width) != (size, size):
             if not x.is_contiguous():
                 shape = (batch, channels, size, height // size, size, width // size)
@@ -137,27 +138,33 @@ def is_known(condition: Any) -> bool:
 
 
 def multiplies_fast(x: torch.Tensor) -> bool:
-    """Whether matrix products of a map are fast, and exact."""
+    """Tells whether matrix products are a good way to work on a map.
+
+    Args:
+        x: Map.
+
+    Returns:
+        Whether they are as exact as sums, and on this device often faster than the layers that do the same.
+    """
     return (
         x.is_cpu and (x.dtype is torch.float32 or x.dtype is torch.float64) and not torch.is_autocast_enabled('cpu'))
 
 
-def _stored_gate(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Keeps a compiler from computing the gate anew for every place that it is enlarged to."""
+def _enlarge_compiled(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Enlarges a gate, and keeps the compiler from computing it anew for every place that it is enlarged to."""
     height, width = x.shape[-2:]
     size = gate.shape[-1]
     if x.is_contiguous() and is_known(height % size == 0) and is_known(width % size == 0) and is_known(width > size):
         # loads that follow the rows of a map are faster still
         return _enlarge_rows(gate, width, 1).expand(-1, -1, -1, height // size, -1).reshape(x.shape)
-    return torch.as_strided(gate, gate.shape, gate.stride())
+    # the compiler stores what is seen with other strides
+    stored = torch.as_strided(gate, gate.shape, gate.stride())
+    return F.interpolate(stored, size=(height, width), mode='nearest')
 
 
 def _is_planar(x: torch.Tensor) -> bool:
+    """Whether the rows of a map lie one behind the other, and may be multiplied."""
     return x.is_contiguous() and multiplies_fast(x)
-
-
-def _is_channels_last(x: torch.Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _plain_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ https://doi.org/10.1109/TMM.2021.3068576; first published at ICME 2020, https://
 Where squeeze-and-excitation describes a feature map by one global mean per channel, SPA describes it by a small pyramid
 of means (1x1, 4x4 and 7x7 for ImageNet) that keeps part of the spatial structure, and gates the map region by region.
 """
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -170,7 +170,7 @@ class SpatialPyramidAttention(nn.Module):
         if torch.jit.is_scripting() or not self._matches_affinely(source):
             pyramid = weighted_pyramid(self.matcher(source), self.level_sizes, self.pyramid_weight)
         else:
-            matcher = self.matcher
+            matcher: Any = self.matcher
             hidden = matcher.act(matcher.bn1(matcher.fc1(source)))
             pyramid = pyramid_in_front(matcher.fc2, matcher.bn2, hidden, self.level_sizes, self.pyramid_weight)
         return self.gate_of_pyramid(pyramid)

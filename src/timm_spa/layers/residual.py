@@ -68,27 +68,24 @@ def gated_residual(
         The block's output before its last activation, (N, C, H, W).
     """
     sizes, weight = attn.level_sizes, attn.pyramid_weight
-    compiling = torch.compiler.is_compiling()
+    reads_map = not attn.reads_block_input
     pyramid = None
-    if attn.reads_block_input:
-        gate = attn.forward_gate(block_input)
-    elif _widens(conv) and is_known(x.shape[2] * x.shape[3] >= MIN_PLACES_RATIO * sizes[0] ** 2):
+    if reads_map and _widens(conv) and is_known(x.shape[2] * x.shape[3] >= MIN_PLACES_RATIO * sizes[0] ** 2):
         pyramid = pyramid_in_front(conv, norm, x, sizes, weight)
 
-    if not compiling and _is_cheaper_by_weights(conv, x):
-        scale, shift = norm_scale_and_shift(norm)
-        shift = shift if conv.bias is None else shift + conv.bias[:, None, None] * scale
-        y = F.conv2d(
-            x, conv.weight * scale[..., None], shift.flatten(), conv.stride, conv.padding, conv.dilation, conv.groups)
+    if _is_cheaper_by_weights(conv, x):
+        y = _conv_and_norm(conv, norm, x)
     else:
         y = conv(x)
-        if not attn.reads_block_input and pyramid is None and compiling:
+        if reads_map and pyramid is None and torch.compiler.is_compiling():
             # if only the residual sum reads the norm layer's output, the compiler need not store it
             pyramid = pyramid_in_front(None, norm, y, sizes, weight)
         y = norm(y)
-    if not attn.reads_block_input:
-        pyramid = weighted_pyramid(y, sizes, weight) if pyramid is None else pyramid
-        gate = attn.gate_of_pyramid(pyramid)
+
+    if reads_map:
+        gate = attn.gate_of_pyramid(weighted_pyramid(y, sizes, weight) if pyramid is None else pyramid)
+    else:
+        gate = attn.forward_gate(block_input)
     return gate_regions(y, gate, shortcut, inplace=True)
 
 
@@ -101,7 +98,16 @@ def _widens(conv: nn.Conv2d) -> bool:
 
 def _is_cheaper_by_weights(conv: nn.Conv2d, x: torch.Tensor) -> bool:
     """Whether a norm layer costs less on the weights of a convolution than on its output, and rounds no worse."""
+    if torch.compiler.is_compiling():
+        return False  # the compiler merges it with what follows
     places = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
     return (
         multiplies_fast(x) and x.dtype == conv.weight.dtype and conv.padding_mode == 'zeros'
         and places * conv.out_channels >= max(MIN_VALUES, MIN_PLACES_PER_WEIGHT * conv.weight.numel()))
+
+
+def _conv_and_norm(conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    scale, shift = norm_scale_and_shift(norm)
+    shift = shift if conv.bias is None else shift + conv.bias[:, None, None] * scale
+    return F.conv2d(
+        x, conv.weight * scale[..., None], shift.flatten(), conv.stride, conv.padding, conv.dilation, conv.groups)

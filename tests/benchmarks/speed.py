@@ -1,0 +1,80 @@
+"""The speed table of the README: every mode that users run, each from one run of `timm-spa bench`.
+
+    python tests/benchmarks/speed.py FOLDER --device cpu --threads 2       # about half an hour
+    python tests/benchmarks/speed.py FOLDER --table                        # of the files in FOLDER, measures nothing
+
+Each mode leaves a JSON file in FOLDER with every round; a mode whose file is there is not measured again. `--train`
+measures training steps in place of inference.
+"""
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+from timm_spa import benchmark
+
+MODELS = {
+    'resnet50': [
+        'resnet50', 'seresnet50', 'spa_resnet50', 'spa_b_resnet50', 'spa_c_resnet50', 'straightforward_spa_resnet50'],
+    'mobilenetv2_100': ['mobilenetv2_100', 'se_mobilenetv2', 'spa_mobilenetv2', 'straightforward_spa_mobilenetv2'],
+}
+BATCH = {
+    ('cpu', 'resnet50'): 8, ('cpu', 'mobilenetv2_100'): 32, ('cuda', 'resnet50'): 256, ('cuda', 'mobilenetv2_100'): 512}
+
+
+def modes(device: str, train: bool) -> Dict[str, Dict[str, Any]]:
+    """Settings of every mode by the name of its file."""
+    found: Dict[str, Dict[str, Any]] = {}
+    for compiler in (None, 'inductor'):
+        for channels_last in ((False, True) if device == 'cpu' else (True,)):
+            kind = 'train' if train else 'infer'
+            name = f'{device}-{kind}-{"compiled" if compiler else "eager"}-{"nhwc" if channels_last else "nchw"}'
+            found[name] = dict(
+                mode=kind, compile=compiler, channels_last=channels_last, device=device,
+                dtype='float32' if device == 'cpu' else 'bfloat16', amp=device == 'cuda' and train)
+    return found
+
+
+def markdown(folder: Path) -> List[str]:
+    """A line for each model, a column for each mode: ratios to the base, quartiles in brackets."""
+    records = {path.stem: benchmark.read_record(path) for path in sorted(folder.glob('*.json'))}
+    lines: List[str] = []
+    for base, models in MODELS.items():
+        columns = {name[:-len(base) - 1]: r for name, r in records.items() if r['base'] == base}
+        lines += ['', '| | ' + ' | '.join(columns) + ' |', '|---|' + '---|' * len(columns)]
+        for model in models[1:]:
+            cells = []
+            for record in columns.values():
+                ratio = next(entry['ratio'] for entry in record['models'] if entry['model'] == model)
+                cells.append(f'{ratio["median"]:.2f} ({ratio["first_quartile"]:.2f}-{ratio["third_quartile"]:.2f})')
+            lines.append(f'| `{model}` | ' + ' | '.join(cells) + ' |')
+    return [*lines, '', *sorted({line for record in records.values() for line in benchmark.notes(record)[2:]})]
+
+
+def main() -> None:
+    """Measures what has no file yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path)
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--threads', type=int)
+    parser.add_argument('--rounds', type=int, default=21)
+    parser.add_argument('--min-seconds', type=float, default=0.3)
+    parser.add_argument('--train', action='store_true')
+    parser.add_argument('--table', action='store_true', help='measure nothing')
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name, mode in {} if args.table else modes(args.device, args.train).items():
+        for base, models in MODELS.items():
+            path = args.folder / f'{name}-{base}.json'
+            if path.exists():
+                continue
+            print(f'{name}, {base}', file=sys.stderr, flush=True)
+            settings = benchmark.Settings(
+                **mode, batch_size=BATCH[args.device, base], threads=args.threads, rounds=args.rounds,
+                min_seconds=args.min_seconds, imports=('straightforward',))
+            benchmark.write_record(path, benchmark.measure(models, settings, command=' '.join(sys.argv)))
+    print('\n'.join(markdown(args.folder)))
+
+
+if __name__ == '__main__':
+    main()
