@@ -149,21 +149,46 @@ def test_each_form_is_taken(monkeypatch, form, size, memory_format, compiling, d
     assert taken == [form]
 
 
-def test_exported_and_recorded_maps_take_the_plain_form(monkeypatch):
+@pytest.mark.parametrize('strict', [False, True])
+def test_exported_and_recorded_maps_take_the_plain_form(monkeypatch, strict):
     """A graph for all shapes must not hold what suits one."""
     taken = []
     original = pyramid._plain_pyramid
     monkeypatch.setattr(pyramid, '_plain_pyramid', lambda *args: (taken.append(1), original(*args))[1])
     layer, x = make_layer(8, 8, 'a', (1, 4, 7)).eval(), torch.randn(2, 8, 14, 14)
     sides = {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)}
-    exported = torch.export.export(layer, (x,), dynamic_shapes=dict(x=sides)).module()
-    assert taken
+    exported = torch.export.export(layer, (x,), dynamic_shapes=dict(x=sides), strict=strict).module()
+    assert strict or taken  # a strict export reads the code, and does not call what stands in for it
+    kinds = {str(node.target) for node in exported.graph.nodes if node.op == 'call_function'}
+    assert {'aten.adaptive_avg_pool2d.default', 'aten.conv2d.default'} <= kinds
+    assert not {kind for kind in kinds if 'mm' in kind or 'matmul' in kind or 'linear' in kind}
     for size in ((14, 14), (28, 21), (9, 40)):
         other = torch.randn(3, 8, *size)
         torch.testing.assert_close(exported(other), layer(other))
     taken.clear()
     torch.jit.trace(layer, x, check_trace=False)
     assert taken
+
+
+@pytest.mark.parametrize('part', ['fc1', 'fc2', 'bn', 'matcher', 'matcher.fc1', 'matcher.fc2', 'matcher.bn2'])
+@torch.no_grad()
+def test_every_part_can_be_listened_to(part):
+    """A hook on any of them is called, once for a call of the layer."""
+    layer, heard = make_layer(8, 6, 'c', (1, 4, 7)).eval(), []
+    layer.get_submodule(part).register_forward_hook(lambda module, inputs, output: heard.append(output * 0))
+    layer(*make_inputs(2, 8, 6, (14, 14), (14, 14), dtype=torch.float32))
+    assert len(heard) == 1
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('size', [7, 14, 28])
+@torch.no_grad()
+def test_autocast_does_not_round_means(memory_format, size):
+    """A mean stays in the precision of its map, as torch's pooling layers have it."""
+    x, weight = torch.randn(2, 8, size, size).to(memory_format=memory_format), torch.rand(3)
+    expected = pyramid._plain_pyramid(x, [7, 4, 1], weight)
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(pyramid.weighted_pyramid(x, [7, 4, 1], weight), expected)
 
 
 def test_functional_transforms():

@@ -99,7 +99,10 @@ def test_other_dtypes(stored, autocast, tolerance, memory_format, size):
     expected = long_way(*branch, *maps)
     with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None):
         y = gated_residual(*branch, *maps)
+        attn, conv, norm = branch
+        dtype = (attn(norm(conv(maps[0])), maps[1]) + maps[2]).dtype
     assert rel(y, expected) < tolerance
+    assert y.dtype == dtype
 
 
 @pytest.mark.parametrize('variant', ['a', 'b', 'c'])
