@@ -26,7 +26,7 @@ __all__ = [
 
 KIND = 'timm-spa bench 1'
 # of the surroundings, what changes how fast a machine computes
-VARIABLES = ('CUDA_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_', 'TORCHINDUCTOR_')
+VARIABLES = ('CUDA_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_')
 
 
 class BenchmarkError(RuntimeError):
@@ -44,11 +44,10 @@ class Worker:
     def __init__(self, model: str, settings: Settings) -> None:
         self.model = model
         self.settings = settings
-        env = _worker_environment(settings)
         self._log = tempfile.TemporaryFile('w+', errors='replace')  # noqa: SIM115  closed by close()
         self.process = subprocess.Popen(
             [sys.executable, '-m', f'{__package__}.benchmark_worker'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._log, text=True, env=env)
+            stderr=self._log, text=True)
 
     def ask(self, what: str) -> Dict[str, Any]:
         """Sends a request, and waits for the answer.
@@ -160,16 +159,8 @@ def measure(
     _summarise(entries, labels.index(base), settings.batch_size)
     return dict(
         kind=KIND, date=date, command=command, environment=about, settings=dataclasses.asdict(settings), base=base,
-        variables={k: v for k, v in sorted(_worker_environment(settings).items()) if k.startswith(VARIABLES)},
+        variables={k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
         models=entries)
-
-
-def _worker_environment(settings: Settings) -> Dict[str, str]:
-    env = dict(os.environ)
-    if settings.device == 'cpu':
-        # the threads of a process that waits for its turn would spin, on the cores of the one that is measured
-        env.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    return env
 
 
 def _summarise(entries: Sequence[Dict[str, Any]], base: int, batch_size: int) -> None:

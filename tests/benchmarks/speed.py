@@ -1,12 +1,16 @@
-"""The speed table of the README: every mode that users run, each from one run of `timm-spa bench`.
+"""The speed table of the README: every mode that users run, each by the measurement of `timm-spa bench`.
 
-    python tests/benchmarks/speed.py FOLDER --device cpu --threads 2       # about half an hour
+    python tests/benchmarks/speed.py FOLDER --device cpu --threads 2       # about half an hour for each run
     python tests/benchmarks/speed.py FOLDER --table                        # of the files in FOLDER, measures nothing
 
-Each mode leaves a JSON file in FOLDER with every round; a mode whose file is there is not measured again. `--train`
+A process that is started anew may be some percent faster or slower than the last, all its life, by where its memory
+lies. So a mode is measured in several runs, with processes of their own, and the table takes the rounds of all of them.
+Each run of a mode leaves a JSON file in FOLDER with every round; what has a file is not measured again. `--train`
 measures training steps in place of inference.
 """
 import argparse
+import itertools
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, Dict, List
@@ -36,19 +40,26 @@ def modes(device: str, train: bool) -> Dict[str, Dict[str, Any]]:
 
 
 def markdown(folder: Path) -> List[str]:
-    """A line for each model, a column for each mode: ratios to the base, quartiles in brackets."""
-    records = {path.stem: benchmark.read_record(path) for path in sorted(folder.glob('*.json'))}
+    """A line for each model, a column for each mode: ratios to the base over all rounds, quartiles in brackets."""
+    records: Dict[str, List[Dict[str, Any]]] = {}
+    for path in sorted(folder.glob('*.json')):
+        records.setdefault(path.name.partition('.')[0], []).append(benchmark.read_record(path))
     lines: List[str] = []
     for base, models in MODELS.items():
-        columns = {name[:-len(base) - 1]: r for name, r in records.items() if r['base'] == base}
-        lines += ['', '| | ' + ' | '.join(columns) + ' |', '|---|' + '---|' * len(columns)]
+        columns = {name[:-len(base) - 1]: runs for name, runs in records.items() if runs[0]['base'] == base}
+        lines += ['', '| | ' + ' | '.join(f'{name}, {len(runs)} runs' for name, runs in columns.items()) + ' |']
+        lines.append('|---|' + '---|' * len(columns))
         for model in models[1:]:
             cells = []
-            for record in columns.values():
-                ratio = next(entry['ratio'] for entry in record['models'] if entry['model'] == model)
-                cells.append(f'{ratio["median"]:.2f} ({ratio["first_quartile"]:.2f}-{ratio["third_quartile"]:.2f})')
+            for runs in columns.values():
+                ratios = [
+                    r['ratio'] for run in runs for entry in run['models'] if entry['model'] == model
+                    for r in entry['rounds']]
+                first, middle, third = statistics.quantiles(ratios, method='inclusive')
+                cells.append(f'{middle:.2f} ({first:.2f}-{third:.2f})')
             lines.append(f'| `{model}` | ' + ' | '.join(cells) + ' |')
-    return [*lines, '', *sorted({line for record in records.values() for line in benchmark.notes(record)[2:]})]
+    about = {line for runs in records.values() for run in runs for line in benchmark.notes(run)[2:]}
+    return [*lines, '', *sorted(about)]
 
 
 def main() -> None:
@@ -57,22 +68,24 @@ def main() -> None:
     parser.add_argument('folder', type=Path)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     parser.add_argument('--threads', type=int)
+    parser.add_argument('--runs', type=int, default=3)
     parser.add_argument('--rounds', type=int, default=21)
     parser.add_argument('--min-seconds', type=float, default=0.3)
     parser.add_argument('--train', action='store_true')
     parser.add_argument('--table', action='store_true', help='measure nothing')
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    for name, mode in {} if args.table else modes(args.device, args.train).items():
-        for base, models in MODELS.items():
-            path = args.folder / f'{name}-{base}.json'
-            if path.exists():
-                continue
-            print(f'{name}, {base}', file=sys.stderr, flush=True)
-            settings = benchmark.Settings(
-                **mode, batch_size=BATCH[args.device, base], threads=args.threads, rounds=args.rounds,
-                min_seconds=args.min_seconds, imports=('straightforward',))
-            benchmark.write_record(path, benchmark.measure(models, settings, command=' '.join(sys.argv)))
+    wanted = {} if args.table else modes(args.device, args.train)
+    for run, (name, mode), (base, models) in itertools.product(
+            range(1, args.runs + 1), wanted.items(), MODELS.items()):
+        path = args.folder / f'{name}-{base}.{run}.json'
+        if path.exists():
+            continue
+        print(f'{name}, {base}, run {run}', file=sys.stderr, flush=True)
+        settings = benchmark.Settings(
+            **mode, batch_size=BATCH[args.device, base], threads=args.threads, rounds=args.rounds,
+            min_seconds=args.min_seconds, imports=('straightforward',))
+        benchmark.write_record(path, benchmark.measure(models, settings, command=' '.join(sys.argv)))
     print('\n'.join(markdown(args.folder)))
 
 
