@@ -180,6 +180,19 @@ def test_every_part_can_be_listened_to(part):
     assert len(heard) == 1
 
 
+@torch.no_grad()
+def test_fused_norm_layers():
+    """What torch makes of a convolution and its norm layer has a bias, which ours has not."""
+    layer = make_layer(8, 6, 'c', (1, 4, 7), rd_ratio=1.0).eval()
+    inputs = make_inputs(2, 8, 6, (14, 14), (14, 14), dtype=torch.float32)
+    expected = oracle(layer, *inputs)
+    for module, conv, norm in ((layer, 'fc1', 'bn'), (layer.matcher, 'fc2', 'bn2')):
+        fused = torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+        setattr(module, conv, fused)
+        setattr(module, norm, torch.nn.Identity())
+        assert rel(layer(*inputs), expected) < 1e-5
+
+
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('size', [7, 14, 28])
 @torch.no_grad()

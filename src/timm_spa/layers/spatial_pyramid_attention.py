@@ -193,9 +193,8 @@ class SpatialPyramidAttention(nn.Module):
     @torch.jit.unused
     def _multiplies(self, pyramid: torch.Tensor) -> bool:
         """Whether the convolutions may be computed as matrix products."""
-        return (
-            is_plain_tensor(pyramid) and multiplies_fast(pyramid) and type(self.fc1) is type(self.fc2) is nn.Conv2d
-            and is_untouched(self.fc1) and is_untouched(self.fc2))
+        return is_plain_tensor(pyramid) and multiplies_fast(pyramid) and all(
+            type(fc) is nn.Conv2d and fc.bias is None and is_untouched(fc) for fc in (self.fc1, self.fc2))
 
     @torch.jit.unused
     def _matches_affinely(self, source: torch.Tensor) -> bool:
