@@ -196,6 +196,15 @@ def test_models_take_the_short_way(monkeypatch, name, size):
     assert len(taken) == 2 * len(gates) - 1
 
 
+@pytest.mark.parametrize('name', ['spa_resnet18', 'spa_c_resnet50', 'spa_mobilenetv2'])
+@torch.no_grad()
+def test_scripted_models(name):
+    """TorchScript compiles what stands after `and`, also where it is never reached."""
+    model = timm.create_model(name).eval()
+    x = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_ensemble_of_functional_models():
     """vmap over the parameters of several models, as torch.func's tutorial has it."""

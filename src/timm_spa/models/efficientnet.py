@@ -54,9 +54,10 @@ class GatedDepthwiseSeparableConv(DepthwiseSeparableConv):
         block_input = x
         x = self.bn1(self.conv_dw(x))
         x = self.se(self.aa(x))
-        if not torch.jit.is_scripting() and saves_passes(self.attn, self.conv_pw, self.bn2, self.drop_path, x):
-            shortcut = block_input if self.has_skip else None
-            return gated_residual(self.attn, self.conv_pw, self.bn2, x, block_input, shortcut)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands after an `and`
+            if saves_passes(self.attn, self.conv_pw, self.bn2, self.drop_path, x):
+                shortcut = block_input if self.has_skip else None
+                return gated_residual(self.attn, self.conv_pw, self.bn2, x, block_input, shortcut)
 
         x = self.bn2(self.conv_pw(x))
         x = self.attn(x, block_input)
@@ -90,9 +91,10 @@ class GatedInvertedResidual(InvertedResidual):
         x = self.bn1(self.conv_pw(x))
         x = self.bn2(self.conv_dw(x))
         x = self.se(self.aa(x))
-        if not torch.jit.is_scripting() and saves_passes(self.attn, self.conv_pwl, self.bn3, self.drop_path, x):
-            shortcut = self.shortcut(block_input) if self.has_skip else None
-            return gated_residual(self.attn, self.conv_pwl, self.bn3, x, block_input, shortcut)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands after an `and`
+            if saves_passes(self.attn, self.conv_pwl, self.bn3, self.drop_path, x):
+                shortcut = self.shortcut(block_input) if self.has_skip else None
+                return gated_residual(self.attn, self.conv_pwl, self.bn3, x, block_input, shortcut)
 
         x = self.bn3(self.conv_pwl(x))
         x = self.attn(x, block_input)
