@@ -205,7 +205,7 @@ def test_autocast_does_not_round_means(memory_format, size):
 
 
 def test_functional_transforms():
-    """torch.func sees no map written in place, and gives the sum of what it gives for each."""
+    """torch.func sees no map written in place, and gives for each what the layer gives."""
     layer = make_layer(8, 8, 'a', (1, 4, 7), inplace=True).eval()
     x = torch.randn(3, 2, 8, 14, 14)
     with torch.no_grad():

@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 import timm_spa
-from timm_spa.layers import residual
+from timm_spa.layers.residual import pools_in_front
 from timm_spa.profile import count_cost
 
 PLAIN = {'spa_resnet50': 'resnet50', 'spa_mobilenetv2': 'mobilenetv2_100'}
@@ -44,8 +44,7 @@ def pooled_maps(model: nn.Module, size: int) -> List[List[int]]:
 
     def after(module: Any, args: Any, output: torch.Tensor) -> None:
         conv, shape = next((m, s) for m, s in reversed(inputs) if m.out_channels == output.shape[1])
-        early = residual._widens(conv) and shape[2] * shape[3] >= (
-            residual.MIN_PLACES_RATIO * module.pyramid_sizes[0] ** 2)
+        early = pools_in_front(conv, shape[2] * shape[3], module.pyramid_sizes[0])
         shapes.append(list((shape if early else output.shape)[1:]))
 
     for name, module in model.named_modules():

@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 
 from .pyramid import is_plain_tensor, multiplies_fast, weighted_pyramid
 
-__all__ = ['is_affine', 'is_untouched', 'norm_scale_and_shift', 'pointwise', 'pyramid_in_front']
+__all__ = ['is_affine', 'is_untouched', 'pointwise', 'pyramid_in_front', 'scale_and_shift']
 
 
 def is_affine(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
@@ -54,11 +54,12 @@ def _is_stored_norm(norm: Any) -> bool:
     return known and not norm.training and norm.running_mean is not None
 
 
-def norm_scale_and_shift(norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+def scale_and_shift(norm: Any, conv: Any = None) -> Tuple[torch.Tensor, torch.Tensor]:
     """Computes what a norm layer with stored statistics multiplies with, and adds.
 
     Args:
         norm: Norm layer of C channels for which `is_affine` holds.
+        conv: Convolution in front of it whose bias, if it has one, is to be part of what is added.
 
     Returns:
         Two tensors of shape (C, 1, 1), in float32 at least.
@@ -70,6 +71,8 @@ def norm_scale_and_shift(norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     shift = -norm.running_mean * scale
     if norm.bias is not None:
         shift = norm.bias + shift
+    if conv is not None and conv.bias is not None:
+        shift = shift + conv.bias * scale
     return scale[:, None, None], shift[:, None, None]
 
 
@@ -92,12 +95,10 @@ def pyramid_in_front(
     Returns:
         As `weighted_pyramid` of the norm layer's output, (N, C, sizes[0], sizes[0]).
     """
-    scale, shift = norm_scale_and_shift(norm)
+    scale, shift = scale_and_shift(norm, conv)
     pyramid = weighted_pyramid(x, sizes, weight)
     if conv is not None:
         pyramid = pointwise(pyramid, conv.weight)
-        if conv.bias is not None:
-            shift = shift + conv.bias[:, None, None] * scale
     # the sum of the weights is the factor with which a constant comes through
     return torch.addcmul(shift * weight.sum(), pyramid, scale).to(x.dtype)
 

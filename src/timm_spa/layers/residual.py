@@ -5,11 +5,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .affine import is_affine, is_untouched, norm_scale_and_shift, pyramid_in_front
+from .affine import is_affine, is_untouched, pyramid_in_front, scale_and_shift
 from .pyramid import gate_regions, is_known, multiplies_fast, weighted_pyramid
 from .spatial_pyramid_attention import SpatialPyramidAttention
 
-__all__ = ['gated_residual', 'saves_passes']
+__all__ = ['gated_residual', 'pools_in_front', 'saves_passes']
 
 # how many times the places of the pyramid a map must have to be pooled in front of a convolution that widens it
 MIN_PLACES_RATIO = 8
@@ -70,7 +70,7 @@ def gated_residual(
     sizes, weight = attn.level_sizes, attn.pyramid_weight
     reads_map = not attn.reads_block_input
     pyramid = None
-    if reads_map and _widens(conv) and is_known(x.shape[2] * x.shape[3] >= MIN_PLACES_RATIO * sizes[0] ** 2):
+    if reads_map and pools_in_front(conv, x.shape[2] * x.shape[3], sizes[0]):
         pyramid = pyramid_in_front(conv, norm, x, sizes, weight)
 
     if _is_cheaper_by_weights(conv, x):
@@ -89,11 +89,20 @@ def gated_residual(
     return gate_regions(y, gate, shortcut, inplace=True)
 
 
-def _widens(conv: nn.Conv2d) -> bool:
-    """Whether a convolution acts on every place alike, and gives out more channels than it reads."""
+def pools_in_front(conv: nn.Conv2d, places: int, size: int) -> bool:
+    """Tells whether a pyramid is better pooled in front of a convolution than behind it.
+
+    Args:
+        conv: Convolution.
+        places: Height times width of its input.
+        size: Largest size of the pyramid.
+
+    Returns:
+        Whether it acts on every place alike, gives out more channels than it reads, and the map is large.
+    """
     return (
         conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-        and conv.in_channels < conv.out_channels)
+        and conv.in_channels < conv.out_channels and is_known(places >= MIN_PLACES_RATIO * size ** 2))
 
 
 def _is_cheaper_by_weights(conv: nn.Conv2d, x: torch.Tensor) -> bool:
@@ -107,7 +116,6 @@ def _is_cheaper_by_weights(conv: nn.Conv2d, x: torch.Tensor) -> bool:
 
 
 def _conv_and_norm(conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    scale, shift = norm_scale_and_shift(norm)
-    shift = shift if conv.bias is None else shift + conv.bias[:, None, None] * scale
+    scale, shift = scale_and_shift(norm, conv)
     return F.conv2d(
         x, conv.weight * scale[..., None], shift.flatten(), conv.stride, conv.padding, conv.dilation, conv.groups)

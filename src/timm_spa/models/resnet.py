@@ -44,16 +44,15 @@ class GatedBasicBlock(BasicBlock):
 
         x = self.bn1(self.conv1(x))
         x = self.aa(self.act1(self.drop_block(x)))
+        shortcut = block_input if self.downsample is None else self.downsample(block_input)
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands after an `and`
             if saves_passes(self.attn, self.conv2, self.bn2, self.drop_path, x):
-                shortcut = block_input if self.downsample is None else self.downsample(block_input)
                 return self.act2(gated_residual(self.attn, self.conv2, self.bn2, x, block_input, shortcut))
 
         x = self.bn2(self.conv2(x))
         x = self.attn(x, block_input)
         if self.drop_path is not None:
             x = self.drop_path(x)
-        shortcut = block_input if self.downsample is None else self.downsample(block_input)
         x += shortcut
         return self.act2(x)
 
@@ -81,16 +80,15 @@ class GatedBottleneck(Bottleneck):
         x = self.act1(self.bn1(self.conv1(x)))
         x = self.bn2(self.conv2(x))
         x = self.aa(self.act2(self.drop_block(x)))
+        shortcut = block_input if self.downsample is None else self.downsample(block_input)
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands after an `and`
             if saves_passes(self.attn, self.conv3, self.bn3, self.drop_path, x):
-                shortcut = block_input if self.downsample is None else self.downsample(block_input)
                 return self.act3(gated_residual(self.attn, self.conv3, self.bn3, x, block_input, shortcut))
 
         x = self.bn3(self.conv3(x))
         x = self.attn(x, block_input)
         if self.drop_path is not None:
             x = self.drop_path(x)
-        shortcut = block_input if self.downsample is None else self.downsample(block_input)
         x += shortcut
         return self.act3(x)
 
