@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from oracle import spatial_pyramid_attention
 
 from timm_spa import SpatialPyramidAttention
-from timm_spa.layers import GATES, SqueezeExcite, create_gate, pyramid
+from timm_spa.layers import GATES, SqueezeExcite, create_gate, gating, pyramid
 
 VARIANTS = ('a', 'b', 'c')
 
@@ -147,6 +147,35 @@ def test_each_form_is_taken(monkeypatch, form, size, memory_format, compiling, d
     with torch.set_grad_enabled(grad):
         assert rel(layer(x), oracle(layer, x, x)) < (1e-5 if dtype is not torch.bfloat16 else 3e-2)
     assert taken == [form]
+
+
+@pytest.mark.parametrize('size', [(7, 7), (14, 14), (28, 21), (9, 8)])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('adds', [False, True])
+def test_gradients_of_a_gated_map(size, memory_format, adds):
+    """First and second derivatives against differences, forward mode against reverse."""
+    generator = torch.Generator().manual_seed(0)
+    x, gate, shortcut = (
+        torch.randn(1, 2, *s, generator=generator, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+        for s in (size, (7, 7), size))
+    inputs = (x, gate, shortcut) if adds else (x, gate)
+    assert torch.autograd.gradcheck(gating.gate_regions, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(gating.gate_regions, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(gating.gate_regions, inputs, fast_mode=True, check_forward_ad=True)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_training_keeps_one_map(memory_format):
+    """For the gradient of the gating: the map, and no enlarged gate. Its result may be written in place."""
+    layer = make_layer(32, 32, 'a', (1, 4, 7))
+    x = torch.randn(2, 32, 56, 56).to(memory_format=memory_format).requires_grad_()
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda v: (kept.__setitem__(v.untyped_storage().data_ptr(), v.numel()), v)[1], lambda v: v):
+        y = layer(x * 1)
+        y += 1
+    assert sum(n >= x.numel() for n in kept.values()) == 1
+    y.sum().backward()
 
 
 @pytest.mark.parametrize('strict', [False, True])

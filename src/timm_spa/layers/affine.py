@@ -9,7 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 
-from .pyramid import is_plain_tensor, multiplies_fast, weighted_pyramid
+from .conditions import is_plain_tensor, multiplies_fast
+from .pyramid import weighted_pyramid
 
 __all__ = ['is_affine', 'is_untouched', 'pointwise', 'pyramid_in_front', 'scale_and_shift']
 

@@ -6,7 +6,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .affine import is_affine, is_untouched, pyramid_in_front, scale_and_shift
-from .pyramid import gate_regions, is_known, multiplies_fast, weighted_pyramid
+from .conditions import is_known, multiplies_fast
+from .gating import gate_regions
+from .pyramid import weighted_pyramid
 from .spatial_pyramid_attention import SpatialPyramidAttention
 
 __all__ = ['gated_residual', 'pools_in_front', 'saves_passes']

@@ -13,7 +13,9 @@ import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, register_notrace_module
 
 from .affine import is_affine, is_untouched, pointwise, pyramid_in_front
-from .pyramid import gate_regions, is_plain_tensor, multiplies_fast, weighted_pyramid
+from .conditions import is_plain_tensor, multiplies_fast
+from .gating import gate_regions
+from .pyramid import weighted_pyramid
 
 __all__ = ['ChannelMatcher', 'SpatialPyramidAttention']
 
