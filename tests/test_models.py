@@ -200,26 +200,27 @@ def test_layer_decay_groups(name):
 
 @pytest.mark.parametrize('name', KINDS)
 def test_channels_last_and_autocast(name):
-    model = timm.create_model(name).eval()
-    images = small_images(name)
+    model = timm.create_model(name).eval().double()
+    images = small_images(name).double()
     with torch.no_grad():
         expected = model(images)
         model = model.to(memory_format=torch.channels_last)
         actual = model(images.to(memory_format=torch.channels_last))
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(actual, expected)
         with torch.autocast('cpu', dtype=torch.bfloat16):
-            assert model(images).dtype == torch.bfloat16
+            assert model.float()(images.float()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize('name', KINDS)
 def test_export_with_a_dynamic_batch(name):
-    model = timm.create_model(name).eval()
-    images = small_images(name)
+    # in single precision, a net of random weights may round further than any tolerance that still catches faults
+    model = timm.create_model(name).eval().double()
+    images = small_images(name).double()
     batch = torch.export.Dim('batch', min=1, max=64)
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},)).module()
     with torch.no_grad():
         more = torch.cat([images, images, images])
-        torch.testing.assert_close(exported(more), model(more), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(exported(more), model(more))
 
 
 @pytest.mark.parametrize(
@@ -227,14 +228,14 @@ def test_export_with_a_dynamic_batch(name):
 def test_compile_is_one_graph(name):
     """`fullgraph=True` raises on any graph break, in eval and in training mode."""
     torch._dynamo.reset()
-    model = timm.create_model(name)
+    model = timm.create_model(name).double()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    images = small_images(name)
+    images = small_images(name).double()
     compiled(images).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(compiled(images), model(images))
 
 
 @pytest.mark.parametrize('name', KINDS)
