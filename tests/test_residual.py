@@ -2,33 +2,32 @@
 import copy
 import itertools
 
+import oracle
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from oracle import spatial_pyramid_attention
 from test_layer import make_layer, rel
 from timm.layers import BatchNormAct2d, DropPath
 
 import timm_spa  # noqa: F401
-from timm_spa.layers import SqueezeExcite, affine, gated_residual, residual, saves_passes
+from timm_spa.layers import SqueezeExcite, affine, gated_residual, residual, saves_passes, spatial_pyramid_attention
 
 FORMATS = (torch.contiguous_format, torch.channels_last)
 # these decide where a map is pooled, and how its gate is enlarged
 SIZES = [(28, 28), (14, 14), (56, 28), (35, 21), (7, 7), (30, 17), (5, 4)]
 
 
-def make_branch(
-        variant='a', kernel=1, bias=False, has_factors=True, norm_layer=nn.BatchNorm2d, pyramid_sizes=(1, 4, 7)):
-    """Gate, last convolution and norm layer of a block that widens 6 channels to 16, every value of theirs random."""
+def make_branch(variant='a', kernel=1, bias=False, has_factors=True, norm_layer=nn.BatchNorm2d, channels=(6, 16)):
+    """Gate, last convolution and norm layer of a block, every value of theirs random."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(6, 16, kernel, padding=kernel // 2, bias=bias)
-    norm = norm_layer(16, affine=has_factors)
+    conv = nn.Conv2d(*channels, kernel, padding=kernel // 2, bias=bias)
+    norm = norm_layer(channels[1], affine=has_factors)
     with torch.no_grad():
         for value in itertools.chain(norm.parameters(), [norm.running_mean]):
             value.uniform_(-1, 1)
         norm.running_var.uniform_(0.5, 1.5)
-    return [m.eval() for m in (make_layer(16, 8, variant, pyramid_sizes), conv, norm)]
+    return [m.eval() for m in (make_layer(channels[1], 8, variant, (1, 4, 7)), conv, norm)]
 
 
 def make_maps(size, dtype=torch.float64, memory_format=torch.contiguous_format):
@@ -43,7 +42,7 @@ def long_way(attn, conv, norm, x, block_input, shortcut):
     y = y / (norm.running_var + norm.eps).sqrt()[:, None, None]
     if norm.weight is not None:
         y = y * norm.weight[:, None, None] + norm.bias[:, None, None]
-    gated = spatial_pyramid_attention(
+    gated = oracle.spatial_pyramid_attention(
         dict(attn.state_dict()), y, block_input.double(), attn.variant, attn.pyramid_sizes, training=False)
     return gated if shortcut is None else gated + shortcut.double()
 
@@ -69,22 +68,27 @@ def test_short_way_is_the_equation(monkeypatch, variant, size, memory_format, ke
     assert all(torch.equal(v, old) for v, old in zip(maps, before, strict=True)), 'only fresh maps may be written to'
 
 
-@pytest.mark.parametrize(('size', 'kernel', 'pyramid_sizes', 'pooled'), [
-    ((28, 28), 1, (1, 4, 7), 6),  # in front of the convolution
-    ((14, 14), 1, (1, 4, 7), 16),  # too small for that
-    ((14, 14), 1, (1, 2, 4), 6),
-    ((28, 28), 3, (1, 4, 7), 16),  # not affine place by place
+@pytest.mark.parametrize(('size', 'kernel', 'channels', 'pooled'), [
+    ((28, 28), 1, (256, 512), 256),  # in front of the convolution
+    ((7, 7), 1, (512, 1024), 1024),  # too small for the product of the weights
+    ((28, 28), 1, (16, 16), 16),  # no wider behind it
+    ((28, 28), 1, (16, 6), 6),
+    ((28, 28), 3, (6, 16), 16),  # not affine place by place
 ])
 @torch.no_grad()
-def test_where_the_pyramid_is_pooled(monkeypatch, size, kernel, pyramid_sizes, pooled):
-    """The channels of the map that is pooled tell."""
-    channels = []
-    for module in (affine, residual):
+def test_where_the_pyramid_is_pooled(monkeypatch, size, kernel, channels, pooled):
+    """The channels of the map that is pooled tell. A hook on the gate's convolution is heard, which keeps it behind."""
+    seen = []
+    for module in (affine, spatial_pyramid_attention):
         original = module.weighted_pyramid
         monkeypatch.setattr(
-            module, 'weighted_pyramid', lambda x, *args, f=original: (channels.append(x.shape[1]), f(x, *args))[1])
-    gated_residual(*make_branch('a', kernel, pyramid_sizes=pyramid_sizes), *make_maps(size, torch.float32))
-    assert channels == [pooled]
+            module, 'weighted_pyramid', lambda x, *args, f=original: (seen.append(x.shape[1]), f(x, *args))[1])
+    attn, conv, norm = make_branch('a', kernel, channels=channels)
+    maps = [torch.randn(2, c, *size) for c in (channels[0], 8, channels[1])]
+    y = gated_residual(attn, conv, norm, *maps)
+    attn.fc1.register_forward_hook(lambda module, inputs, output: seen.append('heard'))
+    assert rel(gated_residual(attn, conv, norm, *maps), y) < 1e-5
+    assert seen == [pooled, channels[1], 'heard']
 
 
 @pytest.mark.parametrize(('stored', 'autocast', 'tolerance'), [

@@ -34,8 +34,8 @@ def seconds(step: Callable[[], Any], device: str, repeats: int = 15) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def pooled_maps(model: nn.Module, size: int) -> List[List[int]]:
-    """Shapes of the maps that the pyramids of a model are pooled from, for one image."""
+def pooled_maps(model: nn.Module, batch: int, size: int) -> List[List[int]]:
+    """Shapes of the maps that the pyramids of a model are pooled from, for one image of a batch."""
     shapes: List[List[int]] = []
     inputs: List[Any] = []
 
@@ -44,7 +44,7 @@ def pooled_maps(model: nn.Module, size: int) -> List[List[int]]:
 
     def after(module: Any, args: Any, output: torch.Tensor) -> None:
         conv, shape = next((m, s) for m, s in reversed(inputs) if m.out_channels == output.shape[1])
-        early = pools_in_front(conv, shape[2] * shape[3], module.pyramid_sizes[0])
+        early = pools_in_front(conv, module.fc1.out_channels, module.pyramid_sizes[0], (batch, *shape[1:]))
         shapes.append(list((shape if early else output.shape)[1:]))
 
     for name, module in model.named_modules():
@@ -75,7 +75,7 @@ def main() -> None:
     images = torch.randn(args.batch_size, 3, size, size, device=args.device, dtype=dtype)
     images = images.contiguous(memory_format=torch.channels_last)
 
-    maps = pooled_maps(timm.create_model(args.model, device='meta').eval(), size)
+    maps = pooled_maps(timm.create_model(args.model, device='meta').eval(), args.batch_size, size)
     # in the order of the net, each once: a map is as far from the caches as it would be there
     tensors = [torch.randn(args.batch_size, *shape, device=args.device, dtype=dtype) for shape in maps]
     read = sum(t.nbytes for t in tensors)

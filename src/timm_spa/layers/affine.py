@@ -2,7 +2,7 @@
 
 A mean of what such layers give out is what they make of the mean of their input, which may be a much smaller map.
 """
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d
 from .conditions import is_plain_tensor, multiplies_fast
 from .pyramid import weighted_pyramid
 
-__all__ = ['is_affine', 'is_untouched', 'pointwise', 'pyramid_in_front', 'scale_and_shift']
+__all__ = ['is_affine', 'is_untouched', 'merge_norm', 'pointwise', 'pyramid_through', 'scale_and_shift']
 
 
 def is_affine(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
@@ -63,7 +63,7 @@ def scale_and_shift(norm: Any, conv: Any = None) -> Tuple[torch.Tensor, torch.Te
         conv: Convolution in front of it whose bias, if it has one, is to be part of what is added.
 
     Returns:
-        Two tensors of shape (C, 1, 1), in float32 at least.
+        Two tensors of shape (C,), in float32 at least.
     """
     dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
     scale = (norm.running_var.to(dtype) + norm.eps).rsqrt()
@@ -74,49 +74,61 @@ def scale_and_shift(norm: Any, conv: Any = None) -> Tuple[torch.Tensor, torch.Te
         shift = norm.bias + shift
     if conv is not None and conv.bias is not None:
         shift = shift + conv.bias * scale
-    return scale[:, None, None], shift[:, None, None]
+    return scale, shift
 
 
-def pyramid_in_front(
-        conv: Any,
-        norm: Any,
+def merge_norm(conv: Any, norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Computes the weights and biases with which a convolution does the work of the norm layer after it too.
+
+    Args:
+        conv: Convolution of C channels for which, with the norm layer, `is_affine` holds.
+        norm: Norm layer after it.
+
+    Returns:
+        Two tensors, of the shape of the convolution's weight and (C,), in its dtype.
+    """
+    scale, shift = scale_and_shift(norm, conv)
+    return (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype), shift.to(conv.weight.dtype)
+
+
+def pyramid_through(
         x: torch.Tensor,
         sizes: List[int],
         weight: torch.Tensor,
+        matrix: torch.Tensor,
+        offset: torch.Tensor,
 ) -> torch.Tensor:
-    """Computes the weighted pyramid of `norm(conv(x))` from the averages of `x`.
+    """Computes the weighted pyramid of a map that was never made: of what an affine step makes of each place.
 
     Args:
-        conv: Convolution of kernel 1 and stride 1 for which `is_affine` holds, or None if there is none.
-        norm: Norm layer for which it holds.
         x: Map, (N, C', H, W).
         sizes: Side lengths, the largest first.
         weight: Factor of each size, of shape (len(sizes),).
+        matrix: What multiplies the channels of each place, (C, C').
+        offset: What is added then, (C,).
 
     Returns:
-        As `weighted_pyramid` of the norm layer's output, (N, C, sizes[0], sizes[0]).
+        As `weighted_pyramid`, (N, C, sizes[0], sizes[0]).
     """
-    scale, shift = scale_and_shift(norm, conv)
-    pyramid = weighted_pyramid(x, sizes, weight)
-    if conv is not None:
-        pyramid = pointwise(pyramid, conv.weight)
     # the sum of the weights is the factor with which a constant comes through
-    return torch.addcmul(shift * weight.sum(), pyramid, scale).to(x.dtype)
+    return pointwise(weighted_pyramid(x, sizes, weight), matrix, offset * weight.sum())
 
 
-def pointwise(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def pointwise(x: torch.Tensor, matrix: torch.Tensor, offset: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Convolves a small map with a kernel of 1; on a CPU as a matrix product, which takes less time to set up.
 
     Args:
         x: Map, (N, C', H, W).
-        weight: Weights of a convolution, (C, C', 1, 1).
+        matrix: Weights, (C, C').
+        offset: Bias, (C,).
 
     Returns:
         Map of shape (N, C, H, W).
     """
     if not multiplies_fast(x):
-        return F.conv2d(x, weight)
-    weight = weight.flatten(1)
-    if x.is_contiguous():
-        return torch.bmm(weight.expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], -1, *x.shape[2:])
-    return F.linear(x.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
+        return F.conv2d(x, matrix[:, :, None, None], None if offset is None else offset.to(matrix.dtype))
+    if not x.is_contiguous():
+        return F.linear(x.permute(0, 2, 3, 1), matrix, offset).permute(0, 3, 1, 2)
+    matrices, places = matrix.expand(x.shape[0], -1, -1), x.flatten(2)
+    product = torch.bmm(matrices, places) if offset is None else torch.baddbmm(offset[:, None], matrices, places)
+    return product.unflatten(2, x.shape[2:])

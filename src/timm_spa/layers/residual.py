@@ -1,20 +1,19 @@
 """The end of a residual block when no gradient is wanted: the same values with fewer passes over whole maps."""
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .affine import is_affine, is_untouched, pyramid_in_front, scale_and_shift
+from .affine import is_affine, is_untouched, merge_norm, pyramid_through, scale_and_shift
 from .conditions import is_known, multiplies_fast
 from .gating import gate_regions
-from .pyramid import weighted_pyramid
 from .spatial_pyramid_attention import SpatialPyramidAttention
 
 __all__ = ['gated_residual', 'pools_in_front', 'saves_passes']
 
-# how many times the places of the pyramid a map must have to be pooled in front of a convolution that widens it
-MIN_PLACES_RATIO = 8
+# how many multiply-adds take as long as reading one value of a map to pool it
+MACS_PER_READ = 10
 # how many places a map must have for each weight of an output channel, for the norm layer to go into the weights
 MIN_PLACES_PER_WEIGHT = 4
 # how many values that output must have, for it to take longer than the few steps that change the weights
@@ -55,8 +54,9 @@ def gated_residual(
 ) -> torch.Tensor:
     """Computes `attn(norm(conv(x)), block_input) + shortcut`.
 
-    The pyramid is pooled in front of a pointwise convolution that widens a large map; the norm layer goes into the
-    convolution's weights, which are fewer than the places of its output; product and sum are one pass.
+    The pyramid is pooled in front of a pointwise convolution that widens a map, which then is one matrix product with
+    the gate's first; the norm layer goes into the convolution's weights, which are fewer than the places of its output;
+    product and sum are one pass.
 
     Args:
         attn: Gate for which, with the next three arguments, `saves_passes` holds.
@@ -70,41 +70,53 @@ def gated_residual(
         The block's output before its last activation, (N, C, H, W).
     """
     sizes, weight = attn.level_sizes, attn.pyramid_weight
-    reads_map = not attn.reads_block_input
-    pyramid = None
-    if reads_map and pools_in_front(conv, x.shape[2] * x.shape[3], sizes[0]):
-        pyramid = pyramid_in_front(conv, norm, x, sizes, weight)
+    reads_product = not attn.reads_block_input and attn.multiplies()
+    fc = attn.fc1.weight.flatten(1)
+    in_front = reads_product and pools_in_front(conv, fc.shape[0], sizes[0], x.shape)
+    merges = _is_cheaper_by_weights(conv, x)
+    hidden = None
+    if in_front or merges:
+        kernel, bias = merge_norm(conv, norm)
+    if in_front:
+        hidden = pyramid_through(x, sizes, weight, fc @ kernel.flatten(1), fc @ bias)
 
-    if _is_cheaper_by_weights(conv, x):
-        y = _conv_and_norm(conv, norm, x)
+    if merges:
+        y = F.conv2d(x, kernel, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     else:
         y = conv(x)
-        if reads_map and pyramid is None and torch.compiler.is_compiling():
+        if reads_product and not in_front and torch.compiler.is_compiling():
             # if only the residual sum reads the norm layer's output, the compiler need not store it
-            pyramid = pyramid_in_front(None, norm, y, sizes, weight)
+            scale, shift = scale_and_shift(norm)
+            hidden = pyramid_through(y, sizes, weight, (fc * scale).to(fc.dtype), fc @ shift.to(fc.dtype))
         y = norm(y)
 
-    if reads_map:
-        gate = attn.gate_of_pyramid(weighted_pyramid(y, sizes, weight) if pyramid is None else pyramid)
+    if hidden is not None:
+        gate = attn.gate_of_hidden(hidden)
     else:
-        gate = attn.forward_gate(block_input)
+        gate = attn.forward_gate(block_input if attn.reads_block_input else y)
     return gate_regions(y, gate, shortcut, inplace=True)
 
 
-def pools_in_front(conv: nn.Conv2d, places: int, size: int) -> bool:
+def pools_in_front(conv: nn.Conv2d, hidden: int, size: int, shape: Sequence[int]) -> bool:
     """Tells whether a pyramid is better pooled in front of a convolution than behind it.
+
+    Pooled behind it, more channels are read and multiplied with the gate's first weights; in front of it, those weights
+    are multiplied with the convolution's first.
 
     Args:
         conv: Convolution.
-        places: Height times width of its input.
+        hidden: Channels behind the gate's first convolution.
         size: Largest size of the pyramid.
+        shape: Of the convolution's input, (N, C, H, W).
 
     Returns:
-        Whether it acts on every place alike, gives out more channels than it reads, and the map is large.
+        Whether it acts on every place alike, and less time is needed in front of it.
     """
+    wider = conv.out_channels - conv.in_channels
+    saved = shape[0] * wider * (MACS_PER_READ * shape[2] * shape[3] + hidden * size ** 2)
     return (
         conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-        and conv.in_channels < conv.out_channels and is_known(places >= MIN_PLACES_RATIO * size ** 2))
+        and is_known(saved > hidden * conv.out_channels * conv.in_channels))
 
 
 def _is_cheaper_by_weights(conv: nn.Conv2d, x: torch.Tensor) -> bool:
@@ -115,9 +127,3 @@ def _is_cheaper_by_weights(conv: nn.Conv2d, x: torch.Tensor) -> bool:
     return (
         multiplies_fast(x) and x.dtype == conv.weight.dtype and conv.padding_mode == 'zeros'
         and places * conv.out_channels >= max(MIN_VALUES, MIN_PLACES_PER_WEIGHT * conv.weight.numel()))
-
-
-def _conv_and_norm(conv: nn.Conv2d, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    scale, shift = scale_and_shift(norm, conv)
-    return F.conv2d(
-        x, conv.weight * scale[..., None], shift.flatten(), conv.stride, conv.padding, conv.dilation, conv.groups)

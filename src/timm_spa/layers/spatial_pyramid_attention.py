@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, register_notrace_module
 
-from .affine import is_affine, is_untouched, pointwise, pyramid_in_front
+from .affine import is_affine, is_untouched, merge_norm, pointwise, pyramid_through
 from .conditions import is_plain_tensor, multiplies_fast
 from .gating import gate_regions
 from .pyramid import weighted_pyramid
@@ -171,38 +171,49 @@ class SpatialPyramidAttention(nn.Module):
         """
         if torch.jit.is_scripting() or not self._matches_affinely(source):
             pyramid = weighted_pyramid(self.matcher(source), self.level_sizes, self.pyramid_weight)
+            if torch.jit.is_scripting() or not self._multiplies_fast(pyramid):
+                return self.gate_of_hidden(self.fc1(pyramid))
+            else:  # noqa: RET505
+                return self.gate_of_hidden(pointwise(pyramid, self.fc1.weight.flatten(1)))
         else:
+            # pooled where the matcher is narrow: its end and the next convolution are one matrix
             matcher: Any = self.matcher
-            hidden = matcher.act(matcher.bn1(matcher.fc1(source)))
-            pyramid = pyramid_in_front(matcher.fc2, matcher.bn2, hidden, self.level_sizes, self.pyramid_weight)
-        return self.gate_of_pyramid(pyramid)
+            kernel, bias = merge_norm(matcher.fc2, matcher.bn2)
+            fc = self.fc1.weight.flatten(1)
+            return self.gate_of_hidden(pyramid_through(
+                matcher.act(matcher.bn1(matcher.fc1(source))), self.level_sizes, self.pyramid_weight,
+                fc @ kernel.flatten(1), fc @ bias))
 
-    def gate_of_pyramid(self, pyramid: torch.Tensor) -> torch.Tensor:
-        """Computes the gate from the weighted sum of the pyramid, equation (2).
+    def gate_of_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Computes the gate from what its first convolution gives out, the rest of equation (2).
 
         Args:
-            pyramid: As `weighted_pyramid` returns it, (N, C, P, P); C the channels that the first convolution reads.
+            hidden: Map of shape (N, rd_channels, P, P).
 
         Returns:
             Gate of shape (N, channels, P, P).
         """
-        if torch.jit.is_scripting() or not self._multiplies(pyramid):
-            return self.gate(self.fc2(self.act(self.bn(self.fc1(pyramid)))))
+        hidden = self.act(self.bn(hidden))
+        if torch.jit.is_scripting() or not self._multiplies_fast(hidden):
+            return self.gate(self.fc2(hidden))
         else:  # noqa: RET505
-            hidden = self.act(self.bn(pointwise(pyramid, self.fc1.weight)))
-            return self.gate(pointwise(hidden, self.fc2.weight))
+            return self.gate(pointwise(hidden, self.fc2.weight.flatten(1)))
 
     @torch.jit.unused
-    def _multiplies(self, pyramid: torch.Tensor) -> bool:
-        """Whether the convolutions may be computed as matrix products."""
-        return is_plain_tensor(pyramid) and multiplies_fast(pyramid) and all(
-            type(fc) is nn.Conv2d and fc.bias is None and is_untouched(fc) for fc in (self.fc1, self.fc2))
+    def multiplies(self) -> bool:
+        """Tells whether the convolutions are no more than products with their weights."""
+        return all(type(fc) is nn.Conv2d and fc.bias is None and is_untouched(fc) for fc in (self.fc1, self.fc2))
+
+    @torch.jit.unused
+    def _multiplies_fast(self, x: torch.Tensor) -> bool:
+        """Whether the convolutions may be computed as matrix products, and better are."""
+        return is_plain_tensor(x) and multiplies_fast(x) and self.multiplies()
 
     @torch.jit.unused
     def _matches_affinely(self, source: torch.Tensor) -> bool:
         """Whether the end of the matcher may be applied after pooling."""
         return (
-            type(self.matcher) is ChannelMatcher and is_untouched(self.matcher)
+            type(self.matcher) is ChannelMatcher and is_untouched(self.matcher) and self.multiplies()
             and is_affine(self.matcher.fc2, self.matcher.bn2, source))
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
