@@ -68,27 +68,29 @@ def test_short_way_is_the_equation(monkeypatch, variant, size, memory_format, ke
     assert all(torch.equal(v, old) for v, old in zip(maps, before, strict=True)), 'only fresh maps may be written to'
 
 
-@pytest.mark.parametrize(('size', 'kernel', 'channels', 'pooled'), [
-    ((28, 28), 1, (256, 512), 256),  # in front of the convolution
-    ((7, 7), 1, (512, 1024), 1024),  # too small for the product of the weights
-    ((28, 28), 1, (16, 16), 16),  # no wider behind it
-    ((28, 28), 1, (16, 6), 6),
-    ((28, 28), 3, (6, 16), 16),  # not affine place by place
+@pytest.mark.parametrize(('size', 'kernel', 'channels', 'read', 'pooled'), [
+    ((28, 28), 1, (256, 512), 256, 256),  # in front of the convolution
+    ((7, 7), 1, (512, 1024), 1024, 64),  # too small for the product of the weights, and pooled where it is narrow
+    ((7, 8), 1, (512, 1024), 1024, 1024),  # larger than the pyramid
+    ((28, 28), 1, (16, 16), 16, 16),  # no wider behind it
+    ((28, 28), 1, (16, 6), 6, 6),
+    ((28, 28), 3, (6, 16), 16, 16),  # not affine place by place
 ])
 @torch.no_grad()
-def test_where_the_pyramid_is_pooled(monkeypatch, size, kernel, channels, pooled):
-    """The channels of the map that is pooled tell. A hook on the gate's convolution is heard, which keeps it behind."""
+def test_where_the_pyramid_is_pooled(monkeypatch, size, kernel, channels, read, pooled):
+    """The channels of the maps tell. A hook on the gate's convolution is heard, which keeps that behind the pooling."""
     seen = []
-    for module in (affine, spatial_pyramid_attention):
-        original = module.weighted_pyramid
-        monkeypatch.setattr(
-            module, 'weighted_pyramid', lambda x, *args, f=original: (seen.append(x.shape[1]), f(x, *args))[1])
+    for module, name in (
+            (residual, 'pyramid_through'), (spatial_pyramid_attention, 'pyramid_through'),
+            (affine, 'weighted_pyramid'), (spatial_pyramid_attention, 'weighted_pyramid')):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda x, *args, f=original: (seen.append(x.shape[1]), f(x, *args))[1])
     attn, conv, norm = make_branch('a', kernel, channels=channels)
     maps = [torch.randn(2, c, *size) for c in (channels[0], 8, channels[1])]
     y = gated_residual(attn, conv, norm, *maps)
     attn.fc1.register_forward_hook(lambda module, inputs, output: seen.append('heard'))
     assert rel(gated_residual(attn, conv, norm, *maps), y) < 1e-5
-    assert seen == [pooled, channels[1], 'heard']
+    assert seen == [read, pooled, channels[1], 'heard']
 
 
 @pytest.mark.parametrize(('stored', 'autocast', 'tolerance'), [
@@ -107,6 +109,19 @@ def test_other_dtypes(stored, autocast, tolerance, memory_format, size):
         dtype = (attn(norm(conv(maps[0])), maps[1]) + maps[2]).dtype
     assert rel(y, expected) < tolerance
     assert y.dtype == dtype
+
+
+@pytest.mark.parametrize('variant', ['a', 'b', 'c'])
+@torch.no_grad()
+def test_compiled_code_expects_channels_side_by_side(variant):
+    """That is how the compiler lays maps out on a CPU: no product for every row, no map brought to another layout."""
+    torch._dynamo.reset()
+    branch, maps = make_branch(variant), make_maps((14, 14), torch.float32)
+    compiled = torch.compile(lambda *maps: gated_residual(*branch, *maps), fullgraph=True)
+    y, (code,) = torch._inductor.utils.run_and_get_code(compiled, *maps)
+    assert rel(y, long_way(*branch, *maps)) < 1e-5
+    assert 'extern_kernels.mm(' in code
+    assert 'bmm(' not in code
 
 
 @pytest.mark.parametrize('variant', ['a', 'b', 'c'])

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 
-from .conditions import is_plain_tensor, multiplies_fast
+from .conditions import is_known, is_plain_tensor, is_planar, multiplies_fast
 from .pyramid import weighted_pyramid
 
 __all__ = ['is_affine', 'is_untouched', 'merge_norm', 'pointwise', 'pyramid_through', 'scale_and_shift']
@@ -96,22 +96,24 @@ def pyramid_through(
         sizes: List[int],
         weight: torch.Tensor,
         matrix: torch.Tensor,
-        offset: torch.Tensor,
+        offset: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """Computes the weighted pyramid of a map that was never made: of what an affine step makes of each place.
+    """Computes the weighted pyramid of what an affine step makes of each place, before that step or after it.
 
     Args:
         x: Map, (N, C', H, W).
         sizes: Side lengths, the largest first.
         weight: Factor of each size, of shape (len(sizes),).
         matrix: What multiplies the channels of each place, (C, C').
-        offset: What is added then, (C,).
+        offset: What is added then, (C,); nothing if None.
 
     Returns:
         As `weighted_pyramid`, (N, C, sizes[0], sizes[0]).
     """
+    if is_known(x.shape[2] * x.shape[3] <= sizes[0] ** 2) and matrix.shape[0] < matrix.shape[1]:
+        return weighted_pyramid(pointwise(x, matrix, offset), sizes, weight)
     # the sum of the weights is the factor with which a constant comes through
-    return pointwise(weighted_pyramid(x, sizes, weight), matrix, offset * weight.sum())
+    return pointwise(weighted_pyramid(x, sizes, weight), matrix, None if offset is None else offset * weight.sum())
 
 
 def pointwise(x: torch.Tensor, matrix: torch.Tensor, offset: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -120,15 +122,18 @@ def pointwise(x: torch.Tensor, matrix: torch.Tensor, offset: Optional[torch.Tens
     Args:
         x: Map, (N, C', H, W).
         matrix: Weights, (C, C').
-        offset: Bias, (C,).
+        offset: Bias, (C,), or None.
 
     Returns:
         Map of shape (N, C, H, W).
     """
     if not multiplies_fast(x):
         return F.conv2d(x, matrix[:, :, None, None], None if offset is None else offset.to(matrix.dtype))
-    if not x.is_contiguous():
-        return F.linear(x.permute(0, 2, 3, 1), matrix, offset).permute(0, 3, 1, 2)
+    if not is_planar(x):
+        places = x.permute(0, 2, 3, 1)
+        # flat, since the compiler multiplies row by row where it does not yet see that channels will lie side by side
+        product = F.linear(places.flatten(0, 2), matrix, offset)
+        return product.unflatten(0, places.shape[:3]).permute(0, 3, 1, 2)
     matrices, places = matrix.expand(x.shape[0], -1, -1), x.flatten(2)
     product = torch.bmm(matrices, places) if offset is None else torch.baddbmm(offset[:, None], matrices, places)
     return product.unflatten(2, x.shape[2:])

@@ -50,5 +50,9 @@ def multiplies_fast(x: torch.Tensor) -> bool:
 
 
 def is_planar(x: torch.Tensor) -> bool:
-    """Whether the rows of a map lie one behind the other, and may be multiplied."""
-    return x.is_contiguous() and multiplies_fast(x)
+    """Whether the rows of a map lie one behind the other, and may be multiplied.
+
+    In compiled code they do not, whatever they look like: torch's compiler lets the channels of every map on a CPU lie
+    side by side, if there is a convolution in the code.
+    """
+    return x.is_contiguous() and multiplies_fast(x) and not torch.compiler.is_compiling()

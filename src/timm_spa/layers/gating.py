@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from .conditions import is_known, is_plain_tensor, is_planar
+from .conditions import is_plain_tensor, is_planar
 
 __all__ = ['gate_regions']
 
@@ -39,10 +39,9 @@ def gate_regions(
         compiling = torch.compiler.is_compiling()
         if compiling or _is_plain(x, gate, shortcut) or x.shape[-2] % size or x.shape[-1] % size:
             if compiling and x.is_cpu and not torch.is_grad_enabled() and not _is_plain(x, gate, shortcut):
-                gate = _enlarge_compiled(gate, x)
-            else:
-                gate = F.interpolate(gate, size=x.shape[-2:], mode='nearest')
-            x = x * gate
+                # the compiler would compute it anew for every place, but stores what is seen with other strides
+                gate = torch.as_strided(gate, gate.shape, gate.stride())
+            x = x * F.interpolate(gate, size=x.shape[-2:], mode='nearest')
             return x if shortcut is None else x + shortcut
         if torch.is_grad_enabled():
             return _GateRegions.apply(x, gate, shortcut)
@@ -120,18 +119,6 @@ def _sum_regions(x: torch.Tensor, size: int) -> torch.Tensor:
     return rows.view(batch, channels, size, height // size, size).sum(3)
 
 
-def _enlarge_compiled(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Enlarges a gate, and keeps the compiler from computing it anew for every place that it is enlarged to."""
-    height, width = x.shape[-2:]
-    size = gate.shape[-1]
-    if x.is_contiguous() and is_known(height % size == 0) and is_known(width % size == 0) and is_known(width > size):
-        # loads that follow the rows of a map are faster still
-        return _enlarge_rows(gate, width, 1).expand(-1, -1, -1, height // size, -1).reshape(x.shape)
-    # the compiler stores what is seen with other strides
-    stored = torch.as_strided(gate, gate.shape, gate.stride())
-    return F.interpolate(stored, size=(height, width), mode='nearest')
-
-
 def _enlarge_rows(gate: torch.Tensor, width: int, copies: int) -> torch.Tensor:
     """Repeats the places of each row, and the row that comes of it; a product with zeros and ones is the fastest way.
 
@@ -147,8 +134,7 @@ def _enlarge_rows(gate: torch.Tensor, width: int, copies: int) -> torch.Tensor:
     if not is_planar(gate):
         rows = gate[:, :, :, None, :, None].expand(-1, -1, -1, copies, -1, width // size)
     else:
-        repeats = _repeats.__wrapped__ if torch.compiler.is_compiling() else _repeats
-        rows = gate.view(-1, size) @ repeats(size, width, copies, gate.device, gate.dtype)
+        rows = gate.view(-1, size) @ _repeats(size, width, copies, gate.device, gate.dtype)
     return rows.reshape(*gate.shape[:3], copies, width)
 
 

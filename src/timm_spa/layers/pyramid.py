@@ -1,8 +1,8 @@
 """Pooling of a map to a pyramid.
 
-It is written more than once. The plain form is what the equation says; TorchScript and the exporter get it, and it is
-used for every map that no other form covers. The other forms give the same numbers, up to rounding, with less memory
-traffic: they read a map no more often than they must.
+It is written more than once. The plain form is what the equation says; TorchScript and the exporter get it, torch's
+compiler makes good code of it, and it is used for every map that no other form covers. The other forms give the same
+numbers, up to rounding, with less memory traffic: they read a map no more often than they must.
 """
 import functools
 from typing import List, Optional, Tuple
@@ -10,14 +10,12 @@ from typing import List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .conditions import is_known, is_plain_tensor, is_planar, multiplies_fast
+from .conditions import is_plain_tensor, is_planar
 
 __all__ = ['weighted_pyramid']
 
 # maps of up to so many places are pooled by one matrix product; in larger ones the columns are averaged before
 MAX_PLACES = 256
-# the same for maps whose channels lie side by side, which are pooled well
-MAX_PLACES_OF_CHANNELS = 64
 
 
 def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
@@ -36,17 +34,10 @@ def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) ->
     if torch.jit.is_scripting():
         return _plain_pyramid(x, sizes, weight)
     else:  # noqa: RET505  TorchScript would compile what follows a return
-        if not is_plain_tensor(x):
+        if torch.compiler.is_compiling() or not is_plain_tensor(x):
             return _plain_pyramid(x, sizes, weight)
-        compiling = torch.compiler.is_compiling()
-        places = x.shape[-2] * x.shape[-1]
         # on a CPU, pooling strides through the rows of a map, unless the channels lie side by side
-        if is_planar(x) and (not compiling or is_known(places <= MAX_PLACES)):
-            return _pyramid_by_products(x, tuple(sizes), weight)
-        if compiling:
-            return _plain_pyramid(x, sizes, weight)
-        if places <= MAX_PLACES_OF_CHANNELS and multiplies_fast(x) and x.is_contiguous(
-                memory_format=torch.channels_last):
+        if is_planar(x):
             return _pyramid_by_products(x, tuple(sizes), weight)
         return _pyramid_of_pools(x, sizes, weight)
 
@@ -80,14 +71,11 @@ def _pyramid_of_pools(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -
 def _pyramid_by_products(x: torch.Tensor, sizes: Tuple[int, ...], weight: torch.Tensor) -> torch.Tensor:
     """Pooling, enlarging and adding up are linear: one matrix does them all, for few places at once."""
     batch, channels, height, width = x.shape
-    matrices = _pyramid_matrices.__wrapped__ if torch.compiler.is_compiling() else _pyramid_matrices
-    first, levels = matrices(height, width, sizes, x.device, x.dtype)
+    first, levels = _pyramid_matrices(height, width, sizes, x.device, x.dtype)
     if first is not None:
         x = first @ x
     matrix = (weight.to(x.dtype) @ levels.flatten(1)).view(levels.shape[1:])
-    if x.is_contiguous():
-        return (x.reshape(batch * channels, -1) @ matrix).view(batch, channels, sizes[0], sizes[0])
-    return (matrix.t() @ x.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(1, (sizes[0], sizes[0])).permute(0, 3, 1, 2)
+    return (x.view(batch * channels, -1) @ matrix).view(batch, channels, sizes[0], sizes[0])
 
 
 @functools.lru_cache(maxsize=64)

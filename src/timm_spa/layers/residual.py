@@ -112,8 +112,10 @@ def pools_in_front(conv: nn.Conv2d, hidden: int, size: int, shape: Sequence[int]
     Returns:
         Whether it acts on every place alike, and less time is needed in front of it.
     """
-    wider = conv.out_channels - conv.in_channels
-    saved = shape[0] * wider * (MACS_PER_READ * shape[2] * shape[3] + hidden * size ** 2)
+    places, cells = shape[2] * shape[3], size ** 2
+    # a map that is no larger than the pyramid is multiplied with the weights first, and pooled when it is narrow
+    costs = hidden * places if is_known(places <= cells) else hidden * cells + MACS_PER_READ * places
+    saved = shape[0] * (conv.out_channels - conv.in_channels) * costs
     return (
         conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
         and is_known(saved > hidden * conv.out_channels * conv.in_channels))

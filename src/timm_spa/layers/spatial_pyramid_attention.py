@@ -13,7 +13,7 @@ import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, register_notrace_module
 
 from .affine import is_affine, is_untouched, merge_norm, pointwise, pyramid_through
-from .conditions import is_plain_tensor, multiplies_fast
+from .conditions import is_plain_tensor
 from .gating import gate_regions
 from .pyramid import weighted_pyramid
 
@@ -169,20 +169,26 @@ class SpatialPyramidAttention(nn.Module):
         Returns:
             Gate of shape (N, channels, P, P), P the largest pyramid size, values in (0, 1) for a sigmoid.
         """
-        if torch.jit.is_scripting() or not self._matches_affinely(source):
-            pyramid = weighted_pyramid(self.matcher(source), self.level_sizes, self.pyramid_weight)
-            if torch.jit.is_scripting() or not self._multiplies_fast(pyramid):
-                return self.gate_of_hidden(self.fc1(pyramid))
-            else:  # noqa: RET505
-                return self.gate_of_hidden(pointwise(pyramid, self.fc1.weight.flatten(1)))
-        else:
-            # pooled where the matcher is narrow: its end and the next convolution are one matrix
-            matcher: Any = self.matcher
-            kernel, bias = merge_norm(matcher.fc2, matcher.bn2)
-            fc = self.fc1.weight.flatten(1)
-            return self.gate_of_hidden(pyramid_through(
-                matcher.act(matcher.bn1(matcher.fc1(source))), self.level_sizes, self.pyramid_weight,
-                fc @ kernel.flatten(1), fc @ bias))
+        if torch.jit.is_scripting():
+            return self._plain_gate(source)
+        else:  # noqa: RET505  TorchScript would compile what follows a return
+            if not self.multiplies() or not is_plain_tensor(source):
+                return self._plain_gate(source)
+            matrix, offset = self.fc1.weight.flatten(1), None
+            if self._matches_affinely(source):
+                # pooled where the matcher is narrow: its end and the next convolution are one matrix
+                matcher: Any = self.matcher
+                source = matcher.act(matcher.bn1(matcher.fc1(source)))
+                kernel, bias = merge_norm(matcher.fc2, matcher.bn2)
+                matrix, offset = matrix @ kernel.flatten(1), matrix @ bias
+            else:
+                source = self.matcher(source)
+            return self.gate_of_hidden(
+                pyramid_through(source, self.level_sizes, self.pyramid_weight, matrix, offset))
+
+    def _plain_gate(self, source: torch.Tensor) -> torch.Tensor:
+        pyramid = weighted_pyramid(self.matcher(source), self.level_sizes, self.pyramid_weight)
+        return self.gate_of_hidden(self.fc1(pyramid))
 
     def gate_of_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """Computes the gate from what its first convolution gives out, the rest of equation (2).
@@ -194,9 +200,11 @@ class SpatialPyramidAttention(nn.Module):
             Gate of shape (N, channels, P, P).
         """
         hidden = self.act(self.bn(hidden))
-        if torch.jit.is_scripting() or not self._multiplies_fast(hidden):
+        if torch.jit.is_scripting():
             return self.gate(self.fc2(hidden))
         else:  # noqa: RET505
+            if not self.multiplies() or not is_plain_tensor(hidden):
+                return self.gate(self.fc2(hidden))
             return self.gate(pointwise(hidden, self.fc2.weight.flatten(1)))
 
     @torch.jit.unused
@@ -205,15 +213,10 @@ class SpatialPyramidAttention(nn.Module):
         return all(type(fc) is nn.Conv2d and fc.bias is None and is_untouched(fc) for fc in (self.fc1, self.fc2))
 
     @torch.jit.unused
-    def _multiplies_fast(self, x: torch.Tensor) -> bool:
-        """Whether the convolutions may be computed as matrix products, and better are."""
-        return is_plain_tensor(x) and multiplies_fast(x) and self.multiplies()
-
-    @torch.jit.unused
     def _matches_affinely(self, source: torch.Tensor) -> bool:
         """Whether the end of the matcher may be applied after pooling."""
         return (
-            type(self.matcher) is ChannelMatcher and is_untouched(self.matcher) and self.multiplies()
+            type(self.matcher) is ChannelMatcher and is_untouched(self.matcher)
             and is_affine(self.matcher.fc2, self.matcher.bn2, source))
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
