@@ -3,9 +3,9 @@
     python tests/benchmarks/roofline.py spa_resnet50 --batch-size 8 --threads 2 [--device cuda --dtype bfloat16]
 
 The gate is multiplied where the residual sum is taken, so that it moves no bytes of its own but those of small maps.
-What is left is reading the maps that the pyramids are pooled from, and the two convolutions on every pyramid. The time
-of the first is that of torch's own sum over as many bytes; of the second, that of as many multiply-adds at the rate of
-the plain net's forward pass.
+What is left is reading the maps that the pyramids are pooled from, and the two convolutions on every pyramid, as the
+equations have them. The time of the first is that of torch's own sum over as many bytes; of the second, that of as many
+multiply-adds at the rate of the plain net's forward pass.
 """
 import argparse
 import time

@@ -24,6 +24,8 @@ MODELS = {
 }
 BATCH = {
     ('cpu', 'resnet50'): 8, ('cpu', 'mobilenetv2_100'): 32, ('cuda', 'resnet50'): 256, ('cuda', 'mobilenetv2_100'): 512}
+# all models of a mode share the memory of one device, and what a backward pass needs takes the more of it
+CUDA_TRAIN_SHARE = 4
 
 
 def modes(device: str, train: bool) -> Dict[str, Dict[str, Any]]:
@@ -58,7 +60,9 @@ def markdown(folder: Path) -> List[str]:
                 first, middle, third = statistics.quantiles(ratios, method='inclusive')
                 cells.append(f'{middle:.2f} ({first:.2f}-{third:.2f})')
             lines.append(f'| `{model}` | ' + ' | '.join(cells) + ' |')
-    about = {line for runs in records.values() for run in runs for line in benchmark.notes(run)[2:]}
+    about = {
+        line.replace(run['date'], run['date'][:len('2026-01-01')])
+        for runs in records.values() for run in runs for line in benchmark.notes(run)[2:]}
     return [*lines, '', *sorted(about)]
 
 
@@ -82,8 +86,11 @@ def main() -> None:
         if path.exists():
             continue
         print(f'{name}, {base}, run {run}', file=sys.stderr, flush=True)
+        batch_size = BATCH[args.device, base]
+        if args.device == 'cuda' and args.train:
+            batch_size //= CUDA_TRAIN_SHARE
         settings = benchmark.Settings(
-            **mode, batch_size=BATCH[args.device, base], threads=args.threads, rounds=args.rounds,
+            **mode, batch_size=batch_size, threads=args.threads, rounds=args.rounds,
             min_seconds=args.min_seconds, imports=('straightforward',))
         benchmark.write_record(path, benchmark.measure(models, settings, command=' '.join(sys.argv)))
     print('\n'.join(markdown(args.folder)))
