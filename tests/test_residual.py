@@ -93,6 +93,19 @@ def test_where_the_pyramid_is_pooled(monkeypatch, size, kernel, channels, read, 
     assert seen == [read, pooled, channels[1], 'heard']
 
 
+@pytest.mark.parametrize('variant', ['a', 'c'])
+@pytest.mark.parametrize('part', ['fc1', 'fc2', 'matcher'])
+@torch.no_grad()
+def test_parts_of_the_gate_may_be_wrapped(variant, part):
+    """As adapters and quantizers do, whose modules have no weight, or one of another kind."""
+    attn, conv, norm = make_branch(variant)
+    maps = make_maps((28, 28), torch.float32)
+    expected = long_way(attn, conv, norm, *maps)
+    setattr(attn, part, nn.Sequential(getattr(attn, part)))
+    assert saves_passes(attn, conv, norm, None, maps[0])
+    assert rel(gated_residual(attn, conv, norm, *maps), expected) < 1e-5
+
+
 @pytest.mark.parametrize(('stored', 'autocast', 'tolerance'), [
     (torch.float32, None, 1e-5), (torch.bfloat16, None, 3e-2), (torch.float16, None, 4e-3),
     (torch.float32, torch.bfloat16, 3e-2), (torch.float32, torch.float16, 4e-3)])

@@ -70,9 +70,9 @@ def gated_residual(
         The block's output before its last activation, (N, C, H, W).
     """
     sizes, weight = attn.level_sizes, attn.pyramid_weight
-    reads_product = not attn.reads_block_input and attn.multiplies()
-    fc = attn.fc1.weight.flatten(1)
-    in_front = reads_product and pools_in_front(conv, fc.shape[0], sizes[0], x.shape)
+    # the gate's first convolution as a matrix, if it multiplies what the convolution and the norm layer give out
+    fc: Any = attn.fc1.weight.flatten(1) if not attn.reads_block_input and attn.multiplies() else None
+    in_front = fc is not None and pools_in_front(conv, fc.shape[0], sizes[0], x.shape)
     merges = _is_cheaper_by_weights(conv, x)
     hidden = None
     if in_front or merges:
@@ -84,7 +84,7 @@ def gated_residual(
         y = F.conv2d(x, kernel, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     else:
         y = conv(x)
-        if reads_product and not in_front and torch.compiler.is_compiling():
+        if fc is not None and not in_front and torch.compiler.is_compiling():
             # if only the residual sum reads the norm layer's output, the compiler need not store it
             scale, shift = scale_and_shift(norm)
             hidden = pyramid_through(y, sizes, weight, (fc * scale).to(fc.dtype), fc @ shift.to(fc.dtype))
