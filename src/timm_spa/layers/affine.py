@@ -12,7 +12,7 @@ from timm.layers import BatchNormAct2d
 from .conditions import is_known, is_plain_tensor, is_planar, multiplies_fast
 from .pyramid import weighted_pyramid
 
-__all__ = ['is_affine', 'is_untouched', 'merge_norm', 'pointwise', 'pyramid_through', 'scale_and_shift']
+__all__ = ['is_affine', 'is_product', 'is_untouched', 'merge_norm', 'pointwise', 'pyramid_through', 'scale_and_shift']
 
 
 def is_affine(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
@@ -30,6 +30,19 @@ def is_affine(conv: nn.Module, norm: nn.Module, x: torch.Tensor) -> bool:
     return (
         not torch.is_grad_enabled() and is_plain_tensor(x) and type(conv) is nn.Conv2d and _is_stored_norm(norm)
         and is_untouched(conv) and is_untouched(norm))
+
+
+def is_product(conv: nn.Module, x: torch.Tensor) -> bool:
+    """Tells whether a convolution of kernel 1 is no more than a product with its weights.
+
+    Args:
+        conv: What stands in the place of the convolution.
+        x: Its input, or what that is made of.
+
+    Returns:
+        Whether it has no bias, and does nothing but what its type and its weights say.
+    """
+    return type(conv) is nn.Conv2d and conv.bias is None and is_untouched(conv) and is_plain_tensor(x)
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -55,12 +68,11 @@ def _is_stored_norm(norm: Any) -> bool:
     return known and not norm.training and norm.running_mean is not None
 
 
-def scale_and_shift(norm: Any, conv: Any = None) -> Tuple[torch.Tensor, torch.Tensor]:
+def scale_and_shift(norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     """Computes what a norm layer with stored statistics multiplies with, and adds.
 
     Args:
         norm: Norm layer of C channels for which `is_affine` holds.
-        conv: Convolution in front of it whose bias, if it has one, is to be part of what is added.
 
     Returns:
         Two tensors of shape (C,), in float32 at least.
@@ -72,8 +84,6 @@ def scale_and_shift(norm: Any, conv: Any = None) -> Tuple[torch.Tensor, torch.Te
     shift = -norm.running_mean * scale
     if norm.bias is not None:
         shift = norm.bias + shift
-    if conv is not None and conv.bias is not None:
-        shift = shift + conv.bias * scale
     return scale, shift
 
 
@@ -87,7 +97,9 @@ def merge_norm(conv: Any, norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Two tensors, of the shape of the convolution's weight and (C,), in its dtype.
     """
-    scale, shift = scale_and_shift(norm, conv)
+    scale, shift = scale_and_shift(norm)
+    if conv.bias is not None:
+        shift = shift + conv.bias * scale
     return (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype), shift.to(conv.weight.dtype)
 
 

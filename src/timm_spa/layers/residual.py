@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .affine import is_affine, is_untouched, merge_norm, pyramid_through, scale_and_shift
+from .affine import is_affine, is_product, is_untouched, merge_norm, pyramid_through, scale_and_shift
 from .conditions import is_known, multiplies_fast
 from .gating import gate_regions
 from .spatial_pyramid_attention import SpatialPyramidAttention
@@ -71,7 +71,7 @@ def gated_residual(
     """
     sizes, weight = attn.level_sizes, attn.pyramid_weight
     # the gate's first convolution as a matrix, if it multiplies what the convolution and the norm layer give out
-    fc: Any = attn.fc1.weight.flatten(1) if not attn.reads_block_input and attn.multiplies() else None
+    fc: Any = attn.fc1.weight.flatten(1) if not attn.reads_block_input and is_product(attn.fc1, x) else None
     in_front = fc is not None and pools_in_front(conv, fc.shape[0], sizes[0], x.shape)
     merges = _is_cheaper_by_weights(conv, x)
     hidden = None

@@ -12,8 +12,7 @@ import torch
 import torch.nn as nn
 from timm.layers import LayerType, create_act_layer, register_notrace_module
 
-from .affine import is_affine, is_untouched, merge_norm, pointwise, pyramid_through
-from .conditions import is_plain_tensor
+from .affine import is_affine, is_product, is_untouched, merge_norm, pointwise, pyramid_through
 from .gating import gate_regions
 from .pyramid import weighted_pyramid
 
@@ -172,7 +171,7 @@ class SpatialPyramidAttention(nn.Module):
         if torch.jit.is_scripting():
             return self._plain_gate(source)
         else:  # noqa: RET505  TorchScript would compile what follows a return
-            if not self.multiplies() or not is_plain_tensor(source):
+            if not is_product(self.fc1, source):
                 return self._plain_gate(source)
             matrix, offset = self.fc1.weight.flatten(1), None
             if self._matches_affinely(source):
@@ -203,14 +202,9 @@ class SpatialPyramidAttention(nn.Module):
         if torch.jit.is_scripting():
             return self.gate(self.fc2(hidden))
         else:  # noqa: RET505
-            if not self.multiplies() or not is_plain_tensor(hidden):
+            if not is_product(self.fc2, hidden):
                 return self.gate(self.fc2(hidden))
             return self.gate(pointwise(hidden, self.fc2.weight.flatten(1)))
-
-    @torch.jit.unused
-    def multiplies(self) -> bool:
-        """Tells whether the convolutions are no more than products with their weights."""
-        return all(type(fc) is nn.Conv2d and fc.bias is None and is_untouched(fc) for fc in (self.fc1, self.fc2))
 
     @torch.jit.unused
     def _matches_affinely(self, source: torch.Tensor) -> bool:
