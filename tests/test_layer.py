@@ -5,10 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import spatial_pyramid_attention
+from oracle import average_pool, spatial_pyramid_attention
 
 from timm_spa import SpatialPyramidAttention
-from timm_spa.layers import GATES, SqueezeExcite, create_gate, gating, pyramid
+from timm_spa.layers import GATES, SqueezeExcite, create_gate, spatial_pyramid_attn
+from timm_spa.layers.spatial_pyramid_attn import apply_gate
 
 VARIANTS = ('a', 'b', 'c')
 
@@ -101,144 +102,64 @@ def test_backward_is_the_gradient_of_the_equation(case):
 @pytest.mark.parametrize('size', [(7, 7), (14, 14), (56, 28), (21, 35), (13, 9), (4, 4), (17, 28)])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('pyramid_sizes', [(1, 4, 7), (1, 2, 4), (7,), (1,), (2, 3)])
-@pytest.mark.parametrize('inplace', [False, True])
-def test_every_form_is_the_equation(size, memory_format, pyramid_sizes, inplace):
-    """With and without a gradient, which choose how a map is pooled and gated; in place only without."""
-    layer = make_layer(24, 24, 'a', pyramid_sizes, inplace=inplace).double().eval()
+def test_layouts_and_modes(size, memory_format, pyramid_sizes):
+    """The same bits with and without a gradient, in the memory format of the map, which stays as it is."""
+    layer = make_layer(24, 24, 'a', pyramid_sizes).double().eval()
     x, _ = make_inputs(3, 24, 24, size, size)
     x = x.to(memory_format=memory_format)
     before, expected = x.clone(), oracle(layer, x, x)
-    assert rel(layer(x), expected) < 1e-12
-    assert torch.equal(x, before), 'a gradient may be wanted'
-    with torch.no_grad():
-        y = layer(x)
+    y = layer(x)
     assert rel(y, expected) < 1e-12
-    assert y.is_contiguous(memory_format=memory_format)
-    if not inplace:
-        assert torch.equal(x, before)
-    elif not any(side % max(pyramid_sizes) for side in size):
-        assert y.data_ptr() == x.data_ptr()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            again = layer(x)
+        assert torch.equal(again, y)
+        assert again.is_contiguous(memory_format=memory_format)
+        assert again.data_ptr() != x.data_ptr()
+    assert torch.equal(x, before)
 
 
-PYRAMIDS = ('_plain_pyramid', '_pyramid_of_pools', '_pyramid_by_products')
-
-
-@pytest.mark.parametrize(('form', 'size', 'memory_format', 'compiling', 'dtype'), [
-    ('_plain_pyramid', (28, 28), torch.contiguous_format, True, torch.float32),
-    ('_plain_pyramid', (7, 7), torch.channels_last, True, torch.float32),
-    ('_plain_pyramid', (14, 14), torch.contiguous_format, True, torch.float32),
-    ('_pyramid_of_pools', (28, 28), torch.channels_last, False, torch.float32),
-    ('_pyramid_of_pools', (14, 14), torch.contiguous_format, False, torch.bfloat16),
-    ('_pyramid_by_products', (28, 28), torch.contiguous_format, False, torch.float32),
-    ('_pyramid_by_products', (14, 14), torch.contiguous_format, False, torch.float64),
-])
-@pytest.mark.parametrize('grad', [False, True])
-def test_each_form_is_taken(monkeypatch, form, size, memory_format, compiling, dtype, grad):
-    """The form that is meant for a map is the one that pools it."""
-    taken = []
-    for name in PYRAMIDS:
-        original = getattr(pyramid, name)
-        monkeypatch.setattr(
-            pyramid, name, lambda *args, name=name, original=original: (taken.append(name), original(*args))[1])
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: compiling)
-    layer = make_layer(8, 8, 'a', (1, 4, 7)).to(dtype).eval()
-    x = torch.randn(2, 8, *size, dtype=dtype).to(memory_format=memory_format)
-    with torch.set_grad_enabled(grad):
-        assert rel(layer(x), oracle(layer, x, x)) < (1e-5 if dtype is not torch.bfloat16 else 3e-2)
-    assert taken == [form]
-
-
-@pytest.mark.parametrize('size', [(7, 7), (14, 14), (28, 21), (9, 8)])
+@pytest.mark.parametrize('cells', [1, 2, 3, 7])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('adds', [False, True])
-def test_gradients_of_a_gated_map(size, memory_format, adds):
-    """First and second derivatives against differences, forward mode against reverse."""
-    generator = torch.Generator().manual_seed(0)
-    x, gate, shortcut = (
-        torch.randn(1, 2, *s, generator=generator, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
-        for s in (size, (7, 7), size))
-    inputs = (x, gate, shortcut) if adds else (x, gate)
-    assert torch.autograd.gradcheck(gating.gate_regions, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(gating.gate_regions, inputs, fast_mode=True)
-    assert torch.autograd.gradcheck(gating.gate_regions, inputs, fast_mode=True, check_forward_ad=True)
+def test_gate_formulas_give_equal_bits(cells, memory_format):
+    """At every factor between gate and map, with which torch's own resizing rounds some indices down."""
+    for factor in [*range(1, 50), 55, 61, 82, 94]:
+        x = torch.randn(1, 2, cells * factor, 3 * cells).to(memory_format=memory_format)
+        gate = torch.rand(1, 2, cells, cells).to(memory_format=memory_format)
+        with torch.no_grad():
+            fast, added = apply_gate(x, gate), apply_gate(x, gate, x)
+        assert torch.equal(fast, apply_gate(x, gate.requires_grad_())), factor
+        assert torch.equal(added, apply_gate(x, gate, x)), factor
 
 
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_training_keeps_one_map(memory_format):
-    """For the gradient of the gating: the map, and no enlarged gate. Its result may be written in place."""
-    layer = make_layer(32, 32, 'a', (1, 4, 7))
-    x = torch.randn(2, 32, 56, 56).to(memory_format=memory_format).requires_grad_()
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-            lambda v: (kept.__setitem__(v.untyped_storage().data_ptr(), v.numel()), v)[1], lambda v: v):
-        y = layer(x * 1)
-        y += 1
-    assert sum(n >= x.numel() for n in kept.values()) == 1
-    y.sum().backward()
-
-
-@pytest.mark.parametrize('strict', [False, True])
-def test_exported_and_recorded_maps_take_the_plain_form(monkeypatch, strict):
-    """A graph for all shapes must not hold what suits one."""
-    taken = []
-    original = pyramid._plain_pyramid
-    monkeypatch.setattr(pyramid, '_plain_pyramid', lambda *args: (taken.append(1), original(*args))[1])
-    layer, x = make_layer(8, 8, 'a', (1, 4, 7)).eval(), torch.randn(2, 8, 14, 14)
-    sides = {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)}
-    exported = torch.export.export(layer, (x,), dynamic_shapes=dict(x=sides), strict=strict).module()
-    assert strict or taken  # a strict export reads the code, and does not call what stands in for it
-    kinds = {str(node.target) for node in exported.graph.nodes if node.op == 'call_function'}
-    assert {'aten.adaptive_avg_pool2d.default', 'aten.conv2d.default'} <= kinds
-    assert not {kind for kind in kinds if 'mm' in kind or 'matmul' in kind or 'linear' in kind}
-    for size in ((14, 14), (28, 21), (9, 40)):
-        other = torch.randn(3, 8, *size)
-        torch.testing.assert_close(exported(other), layer(other))
-    taken.clear()
-    torch.jit.trace(layer, x, check_trace=False)
-    assert taken
-
-
-@pytest.mark.parametrize('part', ['fc1', 'fc2', 'bn', 'matcher', 'matcher.fc1', 'matcher.fc2', 'matcher.bn2'])
-@torch.no_grad()
-def test_every_part_can_be_listened_to(part):
-    """A hook on any of them is called, once for a call of the layer."""
-    layer, heard = make_layer(8, 6, 'c', (1, 4, 7)).eval(), []
-    layer.get_submodule(part).register_forward_hook(lambda module, inputs, output: heard.append(output * 0))
-    layer(*make_inputs(2, 8, 6, (14, 14), (14, 14), dtype=torch.float32))
-    assert len(heard) == 1
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('size', [(7, 7), (14, 28), (9, 8), (3, 17), (1, 1)])
+def test_pooling_of_exporters(dtype, size):
+    """As a product with matrices, for any size, against the sums of the oracle."""
+    x = make_inputs(2, 3, 3, size, size, dtype=dtype)[0]
+    for cells in (1, 2, 4, 7):
+        rows, columns = (spatial_pyramid_attn._averages(n, cells, x) for n in size)
+        assert rel(rows @ x @ columns.T, average_pool(x.double(), cells)) < (1e-12 if dtype.itemsize == 8 else 2e-2)
 
 
 @torch.no_grad()
-def test_fused_norm_layers():
-    """What torch makes of a convolution and its norm layer has a bias, which ours has not."""
-    layer = make_layer(8, 6, 'c', (1, 4, 7), rd_ratio=1.0).eval()
-    inputs = make_inputs(2, 8, 6, (14, 14), (14, 14), dtype=torch.float32)
-    expected = oracle(layer, *inputs)
-    for module, conv, norm in ((layer, 'fc1', 'bn'), (layer.matcher, 'fc2', 'bn2')):
-        fused = torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
-        setattr(module, conv, fused)
-        setattr(module, norm, torch.nn.Identity())
-        assert rel(layer(*inputs), expected) < 1e-5
-
-
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('size', [7, 14, 28])
-@torch.no_grad()
-def test_autocast_does_not_round_means(memory_format, size):
-    """A mean stays in the precision of its map, as torch's pooling layers have it."""
-    x, weight = torch.randn(2, 8, size, size).to(memory_format=memory_format), torch.rand(3)
-    expected = pyramid._plain_pyramid(x, [7, 4, 1], weight)
+def test_autocast_does_not_round_means():
+    """A mean keeps the precision of its map, as in torch's pooling layers."""
+    x, weight = torch.randn(2, 8, 14, 14), torch.rand(3)
+    expected = spatial_pyramid_attn.weighted_pyramid(x, [7, 4, 1], weight)
     with torch.autocast('cpu', torch.bfloat16):
-        torch.testing.assert_close(pyramid.weighted_pyramid(x, [7, 4, 1], weight), expected)
+        assert torch.equal(spatial_pyramid_attn.weighted_pyramid(x, [7, 4, 1], weight), expected)
 
 
+@torch.no_grad()
 def test_functional_transforms():
-    """torch.func sees no map written in place, and gives for each what the layer gives."""
-    layer = make_layer(8, 8, 'a', (1, 4, 7), inplace=True).eval()
+    """vmap over maps, and over the parameters of several layers."""
+    layers = [make_layer(8, 8, 'a', (1, 4, 7), seed).eval() for seed in (0, 1)]
     x = torch.randn(3, 2, 8, 14, 14)
-    with torch.no_grad():
-        expected = torch.stack([layer(v.clone()) for v in x])
-        torch.testing.assert_close(torch.func.vmap(layer)(x), expected)
+    torch.testing.assert_close(torch.func.vmap(layers[0])(x), torch.stack([layers[0](v) for v in x]))
+    state = torch.func.stack_module_state(layers)
+    y = torch.func.vmap(lambda p, b: torch.func.functional_call(layers[0], (p, b), (x[0],)))(*state)
+    torch.testing.assert_close(y, torch.stack([layer(x[0]) for layer in layers]))
 
 
 @pytest.mark.parametrize('strided', [
@@ -248,16 +169,6 @@ def test_maps_that_are_not_dense(strided):
     x = strided(make_inputs(3, 6, 6, (28, 28), (28, 28))[0])
     with torch.no_grad():
         assert rel(layer(x), oracle(layer, x, x)) < 1e-12
-
-
-def test_constants_of_inference_serve_training():
-    """What is kept between calls was made without a gradient in mind, and is used with one."""
-    layer = SpatialPyramidAttention(8)
-    x = torch.randn(2, 8, 19, 19)
-    with torch.inference_mode():
-        layer(x)
-    layer(x.requires_grad_()).sum().backward()
-    assert x.grad is not None
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -384,17 +295,16 @@ def test_parameters_are_the_authors():
 
 
 @pytest.mark.parametrize(('kwargs', 'message'), [
-    (dict(pyramid_sizes=()), r'pyramid_sizes must name at least one size, got \(\)'),
-    (dict(pyramid_sizes=(1, 0)), r'pyramid_sizes must be whole numbers of at least 1, got 0 in \(1, 0\)'),
-    (dict(pyramid_sizes=(1, 2.5)), r'pyramid_sizes must be whole numbers of at least 1, got 2\.5'),
-    (dict(pyramid_sizes=(4, 1, 4)), r'pyramid_sizes must differ from each other, got \(4, 1, 4\)'),
-    (dict(pyramid_sizes=7), r'pyramid_sizes must be a sequence of whole numbers, got 7'),
-    (dict(pyramid_sizes='147'), r"pyramid_sizes must be a sequence of whole numbers, got '147'"),
+    *(
+        (dict(pyramid_sizes=sizes), f'pyramid_sizes must be different whole numbers of at least 1, got {shown}')
+        for sizes, shown in (
+            ((), r'\(\)'), ((1, 0), r'\(1, 0\)'), ((1, 2.5), r'\(1, 2\.5\)'), ((4, 1, 4), r'\(4, 1, 4\)'),
+            ((True, 4), r'\(True, 4\)'), (7, '7'), ('147', "'147'"))),
     (dict(channels=0), r'channels must be at least 1, got 0'),
     (dict(in_channels=-2, variant='b'), r'in_channels must be at least 1, got -2'),
     (dict(rd_channels=0), r'rd_channels must be at least 1, got 0'),
     (dict(variant='d'), r"variant must be one of 'a', 'b', 'c', got 'd'"),
-    (dict(in_channels=4), r'variant a gates the map that it reads: in_channels must be channels \(8\), got 4'),
+    (dict(in_channels=4), r'in_channels must be channels in variant a, 8, got 4'),
 ])
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
@@ -406,3 +316,19 @@ def test_missing_block_input_is_named(variant):
     layer = SpatialPyramidAttention(8, variant=variant)
     with pytest.raises(ValueError, match='need block_input, got None'):
         layer(torch.randn(2, 8, 7, 7))
+
+
+@pytest.mark.parametrize(('shape', 'input_shape', 'wanted'), [
+    ((8, 7, 7), (2, 6, 7, 7), r'x must have the shape \(N, 8, H, W\), got \[8, 7, 7\]'),
+    ((2, 4, 7, 7), (2, 6, 7, 7), r'x must have the shape \(N, 8, H, W\), got \[2, 4, 7, 7\]'),
+    ((2, 8, 7, 7), (2, 8, 7, 7), r'block_input must have the shape \(N, 6, H, W\), got \[2, 8, 7, 7\]'),
+    ((2, 8, 7, 7), (6, 7, 7), r'block_input must have the shape \(N, 6, H, W\), got \[6, 7, 7\]'),
+])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_maps_of_another_shape_are_named(shape, input_shape, wanted, variant):
+    layer = make_layer(8, 6, variant, (1, 4, 7))
+    if variant == 'a' and 'block_input' in wanted:
+        layer(torch.randn(shape), torch.randn(input_shape))  # it does not read the block's input
+    else:
+        with pytest.raises(ValueError, match=wanted):
+            layer(torch.randn(shape), torch.randn(input_shape))

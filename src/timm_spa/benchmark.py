@@ -25,6 +25,7 @@ __all__ = [
     'BenchmarkError', 'Settings', 'Worker', 'compare', 'measure', 'notes', 'read_record', 'table_rows', 'write_record']
 
 KIND = 'timm-spa bench 1'
+AS_BUILT = ' as built'  # behind the name of the base that is also measured without --reparam
 # of the surroundings, what changes how fast a machine computes
 VARIABLES = ('CUDA_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_')
 
@@ -137,9 +138,12 @@ def measure(
     labels = [m + (f' #{models[:i].count(m) + 1}' if m in models[:i] else '') for i, m in enumerate(models)]
 
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
-    entries: List[Dict[str, Any]] = [dict(model=label, rounds=[]) for label in labels]
+    jobs = [(label, model, settings) for label, model in zip(labels, models, strict=True)]
+    if settings.reparam:
+        jobs.append((f'{base}{AS_BUILT}', base, dataclasses.replace(settings, reparam=False)))
+    entries: List[Dict[str, Any]] = [dict(model=label, rounds=[]) for label, _, _ in jobs]
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(contextlib.closing(Worker(model, settings))) for model in models]
+        workers = [stack.enter_context(contextlib.closing(Worker(model, how))) for _, model, how in jobs]
         for worker in workers:
             worker.ask('load')
         for worker, entry in zip(workers, entries, strict=True):
@@ -171,7 +175,10 @@ def _summarise(entries: Sequence[Dict[str, Any]], base: int, batch_size: int) ->
     for entry in entries:
         for r, of_base in zip(entry['rounds'], entries[base]['rounds'], strict=True):
             r['ratio'] = r['images_per_second'] / of_base['images_per_second']
-        for key in ('images_per_second', 'ratio'):
+        if entries[-1]['model'].endswith(AS_BUILT):
+            for r, as_built in zip(entry['rounds'], entries[-1]['rounds'], strict=True):
+                r['ratio_as_built'] = r['images_per_second'] / as_built['images_per_second']
+        for key in [key for key in ('images_per_second', 'ratio', 'ratio_as_built') if key in entry['rounds'][0]]:
             values = [r[key] for r in entry['rounds']]
             quartiles = statistics.quantiles(values, method='inclusive') if len(values) > 1 else values * 3
             entry[key] = dict(median=quartiles[1], first_quartile=quartiles[0], third_quartile=quartiles[2])
@@ -186,14 +193,16 @@ def table_rows(record: Dict[str, Any]) -> List[List[str]]:
     Returns:
         Rows of text, a header first.
     """
+    ratios = [key for key in ('ratio', 'ratio_as_built') if key in record['models'][0]]
+    titles = {'ratio': f'to {record["base"]}', 'ratio_as_built': f'to {record["base"]}{AS_BUILT}'}
     rows = [[
-        'model', 'input', 'img/s', '(quartiles)', f'to {record["base"]}', '(quartiles)', 'peak MiB', 'parameters (M)',
-        'construction (s)']]
+        'model', 'input', 'img/s', '(quartiles)', *(t for key in ratios for t in (titles[key], '(quartiles)')),
+        'peak MiB', 'parameters (M)', 'construction (s)']]
     for entry in record['models']:
         memory = entry['peak_memory']
         rows.append([
             entry['model'], 'x'.join(map(str, entry['input'])), *_figures(entry['images_per_second'], '.1f'),
-            *_figures(entry['ratio'], '.3f'), '-' if memory is None else f'{memory / 2 ** 20:.0f}',
+            *(figure for key in ratios for figure in _figures(entry[key], '.3f')), '-' if memory is None else f'{memory / 2 ** 20:.0f}',
             f'{entry["parameters"] / 1e6:.3f}', f'{entry["construction_seconds"]:.2f}'])
     return rows
 
@@ -232,7 +241,8 @@ def _setting_text(settings: Dict[str, Any]) -> str:
     compiled = f'compiled by {settings["compile"]}' if settings['compile'] else 'eager'
     layout = 'channels_last' if settings['channels_last'] else 'NCHW'
     dtype = ('autocast ' if settings['amp'] else '') + settings['dtype']
-    return f'{settings["mode"]}, {compiled}, {dtype}, {layout}, batch {settings["batch_size"]}, {settings["device"]}'
+    form = ' (reparameterized)' if settings.get('reparam') else ''
+    return f'{settings["mode"]}{form}, {compiled}, {dtype}, {layout}, batch {settings["batch_size"]}, {settings["device"]}'
 
 
 def write_record(path: Union[str, Path], record: Dict[str, Any]) -> None:

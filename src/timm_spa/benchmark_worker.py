@@ -14,16 +14,18 @@ import shlex
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Callable, Dict, Optional, Sequence, TextIO, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, TextIO, Tuple
 
 import timm
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from timm.utils import ParseKwargs
+from timm.utils import ParseKwargs, reparameterize_model
 
 from .environment import environment
+from .layers.fused_branch import CONVS, NORMS, merge_norms
 
-__all__ = ['Settings', 'Workload', 'parse_model', 'serve']
+__all__ = ['Settings', 'Workload', 'parse_model', 'reparameterized', 'serve']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Settings:
         amp: Weights and input stay float32, autocast chooses where to compute in `dtype`.
         channels_last: Memory layout of weights and input.
         compile: Backend of `torch.compile`; None measures the model as it is.
+        reparam: Measure the form for inference that `timm.utils.reparameterize_model` makes. In a net without blocks
+            that have one, the norm layers are merged into the convolutions.
         batch_size: Images at a time.
         img_size: Height and width of the input; those of the model's configuration if None.
         device: 'cpu' or 'cuda'.
@@ -53,6 +57,7 @@ class Settings:
     amp: bool = False
     channels_last: bool = False
     compile: Optional[str] = None
+    reparam: bool = False
     batch_size: int = 32
     img_size: Optional[int] = None
     device: str = 'cpu'
@@ -76,6 +81,8 @@ class Settings:
                 raise ValueError(f'--{name} must be one of {", ".join(values)}, got {getattr(self, name)!r}.')
         if self.amp and self.dtype == 'float32':
             raise ValueError('--amp computes in half precision: use it with --dtype bfloat16 or float16.')
+        if self.reparam and self.mode == 'train':
+            raise ValueError('--reparam makes a form for inference: use it with --mode infer.')
 
 
 def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
@@ -99,6 +106,45 @@ def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
     parsed = argparse.Namespace()
     ParseKwargs([], 'kwargs')(None, parsed, words)
     return name, parsed.kwargs
+
+
+def reparameterized(net: nn.Module, images: torch.Tensor) -> nn.Module:
+    """Brings a net to its form for inference, or merges the norm layers of one whose blocks have none.
+
+    Args:
+        net: Net in eval mode; it is changed.
+        images: Input to find out with which norm layer follows which convolution.
+
+    Returns:
+        The net.
+
+    Raises:
+        RuntimeError: Merging changed what the net computes.
+    """
+    if any(hasattr(m, 'fuse') for m in net.modules()):
+        return reparameterize_model(net, inplace=True)
+    made: Dict[int, Tuple[str, torch.Tensor]] = {}  # with the map, so that no other one gets its id
+    pairs: List[Tuple[str, str]] = []
+
+    def listen(name: str, module: nn.Module) -> Any:
+        if type(module) in CONVS:
+            return module.register_forward_hook(lambda m, args, out: made.update({id(out): (name, out)}))
+        return module.register_forward_hook(
+            lambda m, args, out: pairs.append((made[id(args[0])][0], name)) if id(args[0]) in made else None)
+
+    with torch.inference_mode():
+        handles = [listen(name, m) for name, m in net.named_modules() if type(m) in (*CONVS, *NORMS)]
+        expected = net(images)
+        for handle in handles:
+            handle.remove()
+        for conv, norm in pairs:
+            merged = [*merge_norms([net.get_submodule(conv), net.get_submodule(norm)]), nn.Identity()]
+            for name, module in zip((conv, norm), merged, strict=False):
+                parent, _, child = name.rpartition('.')
+                setattr(net.get_submodule(parent), child, module)
+        if not torch.allclose(net(images), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
+            raise RuntimeError('merging the norm layers changed what it computes.')
+    return net
 
 
 class Workload:
@@ -141,6 +187,8 @@ class Workload:
         else:
             net.eval()
             self._step = self._infer_step
+        if settings.reparam:
+            net = reparameterized(net, self.input[:1])
         self._net: Callable[[torch.Tensor], torch.Tensor] = net
         if settings.compile:
             # the older name of the option, which newer releases of torch know too

@@ -207,7 +207,7 @@ def _bench(args: argparse.Namespace) -> int:
         record = benchmark.measure(
             args.models, benchmark.Settings(**settings), args.base, args.command,
             lambda message: print(message, file=sys.stderr) if sys.stderr.isatty() else None)
-        _print_table(benchmark.table_rows(record), right_aligned=range(2, 9))
+        _print_table(benchmark.table_rows(record), right_aligned=range(2, 11))
         print('\n' + '\n'.join(benchmark.notes(record)))
         if args.json:
             benchmark.write_record(args.json, record)
@@ -301,6 +301,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     compiler.add_argument('--compile-with', dest='compile', metavar='BACKEND', help='with another of its backends')
     verb.add_argument(
         '--dtype', choices=('float32', 'bfloat16', 'float16'), help='default: float32; bfloat16 with --amp')
+    verb.add_argument(
+        '--reparam', action='store_true',
+        help="measure the fused form of blocks that have one, else merge norm layers; adds the base as it is built")
     verb.add_argument('--amp', action='store_true', help='float32 weights under autocast')
     verb.add_argument('--channels-last', action='store_true', help='memory layout of weights and input')
     verb.add_argument('--batch-size', type=int, default=32, help='images at a time (default: %(default)s)')

@@ -1,30 +1,30 @@
-"""Gates to compare with: what the paper holds Spatial Pyramid Attention against, in the same place of the same block.
+"""The gates that the paper compares with SPA, for the same position in a block.
 
-Each takes the map to gate and the block's input, as `SpatialPyramidAttention` does. Where timm has the layer, it is
-timm's; what is left here is what timm lacks.
+Each is called with the map to gate, (N, C, H, W), and the block's input, as `SpatialPyramidAttention` is.
 """
 from typing import Any, Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import LayerType, get_norm_layer
 
-from .spatial_pyramid_attention import ChannelMatcher
+from .spatial_pyramid_attn import channel_matcher
 
 __all__ = ['GatherExcite', 'GatherExciteConv', 'NoGate', 'SelfGate', 'SqueezeExcite']
 
 
 class NoGate(nn.Module):
-    """The plain net's gate: none."""
+    """The gate of the plain net: none."""
     reads_block_input = False
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Returns `x` as it is."""
+        """Returns `x`."""
         return x
 
 
 class SelfGate(nn.Module):
-    """One of timm's attention layers, which read the map that they gate, called as the gates of this package are."""
+    """One of timm's attention layers, which read the map that they gate."""
     reads_block_input = False
 
     def __init__(self, layer: nn.Module):
@@ -36,12 +36,12 @@ class SelfGate(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Gates (N, C, H, W); the block's input is not read."""
+        """Gates `x`."""
         return self.layer(x)
 
 
 class SqueezeExcite(nn.Module):
-    """Squeeze-and-excitation in the three connections of the paper: SE, SE+ and SE++ of table IV.
+    """Squeeze-and-excitation without biases in the three positions of the paper's table IV: SE, SE+ and SE++.
 
     Paper: `Squeeze-and-Excitation Networks`, https://arxiv.org/abs/1709.01507
     """
@@ -54,7 +54,7 @@ class SqueezeExcite(nn.Module):
             rd_ratio: float = 1. / 16,
             rd_channels: Optional[int] = None,
             matcher_rd_channels: Optional[int] = None,
-            norm_layer: Any = nn.BatchNorm2d,
+            norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ):
@@ -74,28 +74,25 @@ class SqueezeExcite(nn.Module):
         in_channels = channels if in_channels is None or variant == 'a' else in_channels
         rd_channels = max(1, int(channels * rd_ratio)) if rd_channels is None else rd_channels
         self.reads_block_input = variant != 'a'
+        self.matcher: nn.Module = nn.Identity()
         if variant == 'c' and in_channels != channels:
-            self.matcher: nn.Module = ChannelMatcher(
+            self.matcher = channel_matcher(
                 in_channels, channels, matcher_rd_channels or rd_channels, norm_layer=norm_layer, **dd)
             in_channels = channels
-        else:
-            self.matcher = nn.Identity()
         self.fc1 = nn.Conv2d(in_channels, rd_channels, kernel_size=1, bias=False, **dd)
         self.act = nn.ReLU(inplace=True)
         self.fc2 = nn.Conv2d(rd_channels, channels, kernel_size=1, bias=False, **dd)
         self.gate = nn.Sigmoid()
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Gates (N, channels, H, W), with one value a channel.
+        """Gates `x`, with one value a channel.
 
         Raises:
             ValueError: Variant b or c was called without `block_input`.
         """
-        source = x
-        if self.reads_block_input:
-            if block_input is None:
-                raise ValueError('Variants b and c of SqueezeExcite need block_input, got None.')
-            source = block_input
+        source = block_input if self.reads_block_input else x
+        if source is None:
+            raise ValueError('Variants b and c of SqueezeExcite need block_input, got None.')
         squeezed = self.matcher(source).mean((2, 3), keepdim=True)
         return x * self.gate(self.fc2(self.act(self.fc1(squeezed))))
 
@@ -104,25 +101,24 @@ class GatherExcite(nn.Module):
     """Gather-excite without parameters, of global extent: every channel is gated by the sigmoid of its own mean.
 
     Paper: `Gather-Excite: Exploiting Feature Context in Convolutional Neural Networks`, https://arxiv.org/abs/1810.12348
-    timm's layer of that name computes the same, and can't be compiled by TorchScript in timm 1.0.28 to 1.0.31.
+    timm's layer of that name computes the same, and cannot be scripted in timm 1.0.28 to 1.0.31.
     """
     reads_block_input = False
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Gates (N, C, H, W), with one value a channel."""
+        """Gates `x`, with one value a channel."""
         return x * x.mean((2, 3), keepdim=True).sigmoid()
 
 
 class GatherExciteConv(nn.Module):
-    """Gather-excite with learned gathering over an extent of 8: depthwise convolutions of stride 2, three of them.
+    """Gather-excite with learned gathering over an extent of 8: three depthwise convolutions of stride 2.
 
-    Paper: `Gather-Excite: Exploiting Feature Context in Convolutional Neural Networks`, https://arxiv.org/abs/1810.12348
-    (GE-theta, E8). With it MobileNetV2 has the parameters of the SPA paper's table III: 33 a channel, 0.050 M in all.
-    timm's `GatherExcite(extra_params=True)` can't be built in timm 1.0.28 to 1.0.31.
+    It has 33 parameters a channel, as the SPA paper's table III counts them. timm's `GatherExcite(extra_params=True)`
+    cannot be built in timm 1.0.28 to 1.0.31.
     """
     reads_block_input = False
 
-    def __init__(self, channels: int, norm_layer: Any = nn.BatchNorm2d, device=None, dtype=None):
+    def __init__(self, channels: int, norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None):
         """
         Args:
             channels: Channels of the gated map.
@@ -131,16 +127,15 @@ class GatherExciteConv(nn.Module):
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__()
         layers = []
-        for i in range(3):
+        for _ in range(3):
             layers += [
                 nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False, **dd),
-                norm_layer(channels, **dd),
+                get_norm_layer(norm_layer)(channels, **dd),
+                nn.ReLU(inplace=True),
             ]
-            if i < 2:
-                layers.append(nn.ReLU(inplace=True))
-        self.gather = nn.Sequential(*layers)
+        self.gather = nn.Sequential(*layers[:-1])
         self.gate = nn.Sigmoid()
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Gates (N, channels, H, W); the gathered map is enlarged to it (nearest)."""
+        """Gates `x` by the gathered map, which is resized to it (nearest)."""
         return x * self.gate(F.interpolate(self.gather(x), size=x.shape[-2:], mode='nearest'))

@@ -5,22 +5,9 @@ import timm
 import torch.nn as nn
 from timm.models import model_entrypoint, register_model
 
-__all__ = ['GATE_PREFIXES', 'list_models', 'register_gated', 'split_gate']
+from ..layers import GATES
 
-# prefix of a model name -> gate of `timm_spa.layers.create_gate`, and what it is called; the longest prefix counts
-GATE_PREFIXES: Dict[str, Tuple[str, str]] = {
-    'spa_b_': ('spa_b', "SPA-B (the gate reads the block's input)"),
-    'spa_c_': ('spa_c', "SPA-C (the gate reads the block's input, channels matched)"),
-    'spa_': ('spa', 'SPA-A (the gate reads the map that it gates)'),
-    'se_b_': ('se_b', "SE+, squeeze-and-excitation of the block's input"),
-    'se_c_': ('se_c', "SE++, squeeze-and-excitation of the block's input, channels matched"),
-    'se_': ('se', 'squeeze-and-excitation'),
-    'ge_': ('ge', 'parameter-free gather-excite of global extent'),
-    'cbam_': ('cbam', 'the convolutional block attention module'),
-    'gc_': ('gc', 'global context'),
-    '': ('none', 'no attention'),
-}
-
+__all__ = ['list_models', 'register_gated', 'split_gate']
 
 def split_gate(name: str) -> Tuple[str, str, str]:
     """Splits a model's name into its base, its gate, and a description of the gate.
@@ -31,8 +18,8 @@ def split_gate(name: str) -> Tuple[str, str, str]:
     Returns:
         Base name ('preresnet18_cifar'), gate ('se_b') and description.
     """
-    prefix = next(p for p in GATE_PREFIXES if name.startswith(p))
-    return (name[len(prefix):], *GATE_PREFIXES[prefix])
+    gate = max((gate for gate in GATES if name.startswith(f'{gate}_')), key=len, default='none')
+    return name.removeprefix(f'{gate}_'), gate, GATES[gate].description
 
 
 def register_gated(
@@ -45,7 +32,7 @@ def register_gated(
 
     Args:
         module: Namespace of the module, its `globals()`. `default_cfgs` must be in it.
-        names: Names of models, base names with a prefix of `GATE_PREFIXES`.
+        names: Names of models: base names, with the name of a gate and an underscore in front.
         create: Called as `create(name, pretrained, base=base, gate=gate, **kwargs)`.
         base_doc: Describes a base name, e.g. 'preresnet18_cifar' as 'Pre-activation ResNet-18 for 32x32 images'.
     """

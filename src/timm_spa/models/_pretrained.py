@@ -1,17 +1,19 @@
 """Pretrained configurations and the loading of weights, for every model of the package."""
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Type
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Type
 
 import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 
+from ..layers import create_gate
 from ._hub_file import HubWeightsError, locate_weights
 from ._warm_start import checkpoint_filter_fn
 
-__all__ = ['PAPER_ID', 'build_model', 'cifar_cfg', 'reset_parameters', 'shipped_cfg', 'untrained_cfg', 'warm_cfg']
+__all__ = ['PAPER_ID', 'build_model', 'cifar_cfg', 'shipped_cfg', 'untrained_cfg', 'warm_cfg']
 
 PAPER_ID = 'doi:10.1109/TMM.2021.3068576'
 WEIGHTS_FILENAME = 'model.safetensors'
@@ -102,18 +104,6 @@ def shipped_cfg(name: str, **kwargs: Any) -> PretrainedCfg:
     return PretrainedCfg(**dict(fields, file=str(folder / f'{name}.safetensors'), **kwargs))
 
 
-def reset_parameters(model: nn.Module) -> None:
-    """Resets what the families' `init_weights` leave out: all but the weights of convolutions.
-
-    A model made on the meta device has no values at all after `to_empty`, also not in its buffers.
-    """
-    module: Any
-    for module in model.modules():
-        weights_only = isinstance(module, nn.Conv2d) and module.bias is None
-        if hasattr(module, 'reset_parameters') and not weights_only:
-            module.reset_parameters()
-
-
 def build_model(
         model_cls: Type[nn.Module],
         variant: str,
@@ -122,9 +112,15 @@ def build_model(
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Any = None,
         plain_filter: Optional[Callable[[Dict[str, Any]], Dict[str, Any]]] = None,
+        gate: str = 'spa',
+        pyramid_sizes: Sequence[int] = (1, 4, 7),
+        rd_ratio: float = 1. / 16,
         **kwargs: Any,
 ) -> Any:
     """Builds a model through timm's builder, with its weights already found if they are on the Hub.
+
+    The class gets `make_gate` in place of the three arguments that describe the gates of a net: a function of the
+    gated channels, the channels of the block's input, norm layer, device and dtype.
 
     Args:
         model_cls: Class of the model.
@@ -134,6 +130,9 @@ def build_model(
         pretrained_cfg_overlay: Fields of the configuration to replace.
         cache_dir: Cache of the Hub to use.
         plain_filter: Brings weights of the plain model to timm's names, if they may have others.
+        gate: Name of the gate, a key of `timm_spa.layers.GATES`.
+        pyramid_sizes: Side lengths of SPA's averages, in cells.
+        rd_ratio: Reduced width of the gates over their channels.
         **kwargs: Arguments of timm's builder and of the model.
 
     Returns:
@@ -171,6 +170,7 @@ def build_model(
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         cache_dir=cache_dir,
         pretrained_filter_fn=filter_fn,
+        make_gate=partial(create_gate, gate, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio),
         **kwargs,
     )
     if located:

@@ -9,16 +9,16 @@ channels that come into the layer, as they are. Transitions have none. The reduc
 authors as in the ImageNet nets here, for which there is no precedent.
 """
 import re
-from typing import Any, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, List, Mapping
 
 import torch
 import torch.nn as nn
 from timm.models import generate_default_cfgs
 from timm.models.densenet import DenseBlock, DenseLayer, DenseNet
 
-from ..layers import create_gate
 from ._entrypoints import register_gated
-from ._pretrained import build_model, cifar_cfg, reset_parameters, warm_cfg
+from ._gated_net import GatedNet, adopt, divide_reduction
+from ._pretrained import build_model, cifar_cfg, warm_cfg
 
 __all__ = ['GatedDenseLayer', 'GatedDenseNet']
 
@@ -33,8 +33,7 @@ class GatedDenseLayer(DenseLayer):
             layer: The layer as timm's block made it; its parts are taken over.
             attn: Gate, called with the new channels and with all that come into the layer.
         """
-        nn.Module.__init__(self)
-        self.__dict__.update(layer.__dict__)
+        adopt(self, layer)
         self.attn = attn
         self.reads_block_input = bool(attn.reads_block_input)  # TorchScript sees no attribute of another class
 
@@ -58,51 +57,47 @@ class GatedDenseLayer(DenseLayer):
         return new
 
 
-class GatedDenseNet(DenseNet):
+class GatedDenseNet(GatedNet, DenseNet):
     """timm's DenseNet with a gate in every dense layer."""
 
     def __init__(
             self,
-            gate: str = 'spa',
-            pyramid_sizes: Sequence[int] = (1, 4, 7),
-            rd_ratio: float = 1. / 3,
+            *,
+            make_gate: Callable[..., nn.Module],
             cifar: bool = False,
             in_chans: int = 3,
+            norm_layer: Any = 'batchnorm2d',
             device=None,
             dtype=None,
             **kwargs: Any,
     ):
         """
         Args:
-            gate: Name of the gate, see `timm_spa.layers.create_gate`.
-            pyramid_sizes: Side lengths of the gate's pooled maps, in cells.
-            rd_ratio: Reduced width of the gates over the channels that they read.
+            make_gate: Makes the gate of a layer, see `build_model`.
             cifar: The shape of net for 32x32 images: a stem of one 3x3 convolution that keeps the resolution.
             in_chans: Channels of the images.
+            norm_layer: Norm layer, of the gates too.
             **kwargs: Arguments of timm's DenseNet.
         """
         dd: Any = {'device': device, 'dtype': dtype}
-        super().__init__(in_chans=in_chans, **kwargs, **dd)
+        super().__init__(in_chans=in_chans, norm_layer=norm_layer, **kwargs, **dd)
         if cifar:
             self.features.conv0 = nn.Conv2d(
                 in_chans, self.features.conv0.out_channels, 3, padding=1, bias=False, **dd)
             self.features.norm0 = nn.Identity()
             self.features.pool0 = nn.Identity()
-            for i, info in enumerate(self.feature_info):
-                info['reduction'] //= 4 if i else 2  # timm counts a stem of stride 2 and a pooling of stride 2
+            divide_reduction(self.feature_info, 2, 4)
         for block in self.features.children():
             if isinstance(block, DenseBlock):
                 for name, layer in list(block.items()):
-                    attn = create_gate(
-                        gate, layer.conv2.out_channels, layer.conv1.in_channels, pyramid_sizes, rd_ratio,
-                        reduce_source=True, **dd)
+                    attn = make_gate(
+                        layer.conv2.out_channels, layer.conv1.in_channels, reduce_source=True, norm_layer=norm_layer,
+                        **dd)
                     block[name] = GatedDenseLayer(layer, attn)
         self.init_weights()
 
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`."""
-        reset_parameters(self)
+    def init_convs(self) -> None:
+        """Initializes convolutions as timm does."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -132,7 +127,7 @@ def _create_densenet(variant: str, pretrained: bool, base: str, **kwargs: Any) -
         pretrained,
         feature_cfg=dict(flatten_sequential=True),
         plain_filter=rename_torchvision,
-        **dict(_BASES[base], **kwargs),
+        **dict(dict(rd_ratio=1. / 3, **_BASES[base]), **kwargs),
     )
 
 

@@ -9,11 +9,11 @@ gates the projected channels: after the norm layer of the linear projection, bef
 The blocks here are timm's with that one step more, and keep the names of timm's parameters.
 """
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional
 
 import torch
 import torch.nn as nn
-from timm.layers import get_act_layer
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models import generate_default_cfgs
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from timm.models._efficientnet_builder import (
@@ -24,9 +24,10 @@ from timm.models._efficientnet_builder import (
 )
 from timm.models.efficientnet import EfficientNet
 
-from ..layers import create_gate, gated_residual, saves_passes
+from ..layers import fuse_branch
 from ._entrypoints import register_gated
-from ._pretrained import build_model, cifar_cfg, reset_parameters, shipped_cfg, untrained_cfg, warm_cfg
+from ._gated_net import GatedNet, adopt, divide_reduction
+from ._pretrained import build_model, cifar_cfg, shipped_cfg, untrained_cfg, warm_cfg
 
 __all__ = ['GatedDepthwiseSeparableConv', 'GatedEfficientNet', 'GatedInvertedResidual']
 
@@ -45,8 +46,7 @@ class GatedDepthwiseSeparableConv(DepthwiseSeparableConv):
             block: The block as timm's builder made it; its parts are taken over.
             attn: Gate, called with the projected map and the block's input.
         """
-        nn.Module.__init__(self)
-        self.__dict__.update(block.__dict__)
+        adopt(self, block)
         self.attn = attn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,16 +54,17 @@ class GatedDepthwiseSeparableConv(DepthwiseSeparableConv):
         block_input = x
         x = self.bn1(self.conv_dw(x))
         x = self.se(self.aa(x))
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands after an `and`
-            if saves_passes(self.attn, self.conv_pw, self.bn2, self.drop_path, x):
-                shortcut = block_input if self.has_skip else None
-                return gated_residual(self.attn, self.conv_pw, self.bn2, x, block_input, shortcut)
-
         x = self.bn2(self.conv_pw(x))
         x = self.attn(x, block_input)
         if self.has_skip:
             x = self.drop_path(x) + block_input
         return x
+
+    def fuse(self) -> nn.Module:
+        """Returns the form for inference, see `timm_spa.layers.FusedBranch`."""
+        return fuse_branch(
+            self, body=[self.conv_dw, self.bn1, self.aa, self.se], last=[self.conv_pw, self.bn2],
+            shortcut=() if self.has_skip else None, act=nn.Identity())
 
 
 class GatedInvertedResidual(InvertedResidual):
@@ -79,8 +80,7 @@ class GatedInvertedResidual(InvertedResidual):
             shortcut: Brings the block's input to the shape of its output, for a block that changes the channels and
                 still has a residual sum.
         """
-        nn.Module.__init__(self)
-        self.__dict__.update(block.__dict__)
+        adopt(self, block)
         self.attn = attn
         self.has_skip = self.has_skip or shortcut is not None
         self.shortcut = nn.Identity() if shortcut is None else shortcut
@@ -91,27 +91,27 @@ class GatedInvertedResidual(InvertedResidual):
         x = self.bn1(self.conv_pw(x))
         x = self.bn2(self.conv_dw(x))
         x = self.se(self.aa(x))
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands after an `and`
-            if saves_passes(self.attn, self.conv_pwl, self.bn3, self.drop_path, x):
-                shortcut = self.shortcut(block_input) if self.has_skip else None
-                return gated_residual(self.attn, self.conv_pwl, self.bn3, x, block_input, shortcut)
-
         x = self.bn3(self.conv_pwl(x))
         x = self.attn(x, block_input)
         if self.has_skip:
             x = self.drop_path(x) + self.shortcut(block_input)
         return x
 
+    def fuse(self) -> nn.Module:
+        """Returns the form for inference, see `timm_spa.layers.FusedBranch`."""
+        return fuse_branch(
+            self, body=[self.conv_pw, self.bn1, self.conv_dw, self.bn2, self.aa, self.se],
+            last=[self.conv_pwl, self.bn3], shortcut=[self.shortcut] if self.has_skip else None, act=nn.Identity())
 
-class GatedEfficientNet(EfficientNet):
+
+class GatedEfficientNet(GatedNet, EfficientNet):
     """timm's EfficientNet of depthwise-separable and inverted residual blocks, each with a gate."""
 
     def __init__(
             self,
             block_args: List[List[Dict[str, Any]]],
-            gate: str = 'spa',
-            pyramid_sizes: Sequence[int] = (1, 4, 7),
-            rd_ratio: float = 1. / 8,
+            *,
+            make_gate: Callable[..., nn.Module],
             cifar: bool = False,
             output_stride: int = 32,
             **kwargs: Any,
@@ -119,9 +119,7 @@ class GatedEfficientNet(EfficientNet):
         """
         Args:
             block_args: Stages of block arguments, as timm's `decode_arch_def` makes them.
-            gate: Name of the gate, see `timm_spa.layers.create_gate`.
-            pyramid_sizes: Side lengths of the gate's pooled maps, in cells.
-            rd_ratio: Reduced width of the gates over their channels.
+            make_gate: Makes the gate of a block, see `build_model`.
             cifar: The shape of net for 32x32 images: the stem keeps the resolution, and blocks of stride 1 that change
                 the channels have a projected shortcut.
             output_stride: Resolution of the input over that of the last feature map, limited by dilation.
@@ -132,13 +130,11 @@ class GatedEfficientNet(EfficientNet):
         super().__init__(block_args, output_stride=output_stride * (2 if cifar else 1), **kwargs)
         if cifar:
             self.conv_stem.stride = (1, 1)
-            for info in self.feature_info:
-                info['reduction'] //= 2
+            divide_reduction(self.feature_info, 2, 2)
 
         dd: Any = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
-        norm_layer = kwargs.get('norm_layer') or nn.BatchNorm2d
-        make_gate = partial(
-            create_gate, gate, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio, norm_layer=norm_layer, **dd)
+        norm_layer = get_norm_layer(kwargs.get('norm_layer')) or nn.BatchNorm2d
+        make_gate = partial(make_gate, norm_layer=norm_layer, **dd)
         stage: Any
         block: Any
         for stage, strides in zip(self.blocks, block_strides, strict=True):
@@ -149,16 +145,14 @@ class GatedEfficientNet(EfficientNet):
                     if cifar and stride == 1 and in_chs != out_chs:
                         shortcut = nn.Sequential(
                             nn.Conv2d(in_chs, out_chs, kernel_size=1, bias=False, **dd), norm_layer(out_chs, **dd))
-                    stage[i] = GatedInvertedResidual(block, make_gate(channels=out_chs, in_channels=in_chs), shortcut)
+                    stage[i] = GatedInvertedResidual(block, make_gate(out_chs, in_chs), shortcut)
                 else:
                     in_chs, out_chs = block.conv_dw.in_channels, block.conv_pw.out_channels
-                    stage[i] = GatedDepthwiseSeparableConv(block, make_gate(channels=out_chs, in_channels=in_chs))
+                    stage[i] = GatedDepthwiseSeparableConv(block, make_gate(out_chs, in_chs))
         self.init_weights()
 
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`."""
-        reset_parameters(self)
+    def init_convs(self) -> None:
+        """Initializes convolutions and linear layers as timm does."""
         efficientnet_init_weights(self)
 
 
@@ -193,7 +187,7 @@ def _create_mobilenetv2(variant: str, pretrained: bool, base: str, gate: str, **
         act_layer=get_act_layer(kwargs.pop('act_layer', 'relu' if cifar else 'relu6')),
         cifar=cifar,
         # timm's default feature extractor for this family is a class of its own, without gates
-        feature_cfg=dict(feature_cls='getter', out_indices=(0, 1, 2, 3) if cifar else (0, 1, 2, 3, 4)),
+        feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3) if cifar else (0, 1, 2, 3, 4)),
     )
     return build_model(GatedEfficientNet, variant, pretrained, **dict(model_args, **kwargs))
 

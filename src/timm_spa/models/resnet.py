@@ -8,16 +8,17 @@ The gate sits after the last norm layer of the branch, before the residual sum, 
 slot. The blocks here differ from timm's only in that the gate may read the block's input too, as variants B and C of
 the paper do, and keep the names of timm's parameters.
 """
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Optional
 
 import torch
 import torch.nn as nn
 from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..layers import create_gate, gated_residual, saves_passes
+from ..layers import fuse_branch
 from ._entrypoints import register_gated, split_gate
-from ._pretrained import build_model, reset_parameters, untrained_cfg, warm_cfg
+from ._gated_net import GatedNet
+from ._pretrained import build_model, untrained_cfg, warm_cfg
 
 __all__ = ['GatedBasicBlock', 'GatedBottleneck', 'GatedResNet']
 
@@ -26,17 +27,17 @@ class GatedBasicBlock(BasicBlock):
     """timm's basic block with a gate on its residual branch."""
     gated_parameters = ('bn2.weight', 'bn2.bias')
 
-    def __init__(self, inplanes: int, planes: int, *args: Any, gate_args: Dict[str, Any], **kwargs: Any):
+    def __init__(self, inplanes: int, planes: int, *args: Any, make_gate: Callable[..., nn.Module], **kwargs: Any):
         """
         Args:
             inplanes: Channels of the input.
             planes: Channels of the branch, those of the output over `expansion`.
             *args: Positional arguments of timm's block.
-            gate_args: Arguments of `timm_spa.layers.create_gate` that do not depend on the block.
+            make_gate: Makes the gate, see `build_model`.
             **kwargs: Arguments of timm's block.
         """
         super().__init__(inplanes, planes, *args, **kwargs)
-        self.attn = _block_gate(inplanes, planes * self.expansion, gate_args, kwargs)
+        self.attn = make_gate(planes * self.expansion, inplanes, **_shared(kwargs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, inplanes, H, W) to (N, planes * expansion, H / stride, W / stride)."""
@@ -45,10 +46,6 @@ class GatedBasicBlock(BasicBlock):
         x = self.bn1(self.conv1(x))
         x = self.aa(self.act1(self.drop_block(x)))
         shortcut = block_input if self.downsample is None else self.downsample(block_input)
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands after an `and`
-            if saves_passes(self.attn, self.conv2, self.bn2, self.drop_path, x):
-                return self.act2(gated_residual(self.attn, self.conv2, self.bn2, x, block_input, shortcut))
-
         x = self.bn2(self.conv2(x))
         x = self.attn(x, block_input)
         if self.drop_path is not None:
@@ -56,22 +53,28 @@ class GatedBasicBlock(BasicBlock):
         x += shortcut
         return self.act2(x)
 
+    def fuse(self) -> nn.Module:
+        """Returns the form for inference, see `timm_spa.layers.FusedBranch`."""
+        return fuse_branch(
+            self, body=[self.conv1, self.bn1, self.drop_block, self.act1, self.aa], last=[self.conv2, self.bn2],
+            shortcut=self.downsample or (), act=self.act2)
+
 
 class GatedBottleneck(Bottleneck):
     """timm's bottleneck block with a gate on its residual branch."""
     gated_parameters = ('bn3.weight', 'bn3.bias')
 
-    def __init__(self, inplanes: int, planes: int, *args: Any, gate_args: Dict[str, Any], **kwargs: Any):
+    def __init__(self, inplanes: int, planes: int, *args: Any, make_gate: Callable[..., nn.Module], **kwargs: Any):
         """
         Args:
             inplanes: Channels of the input.
             planes: Channels of the branch, those of the output over `expansion`.
             *args: Positional arguments of timm's block.
-            gate_args: Arguments of `timm_spa.layers.create_gate` that do not depend on the block.
+            make_gate: Makes the gate, see `build_model`.
             **kwargs: Arguments of timm's block.
         """
         super().__init__(inplanes, planes, *args, **kwargs)
-        self.attn = _block_gate(inplanes, planes * self.expansion, gate_args, kwargs)
+        self.attn = make_gate(planes * self.expansion, inplanes, **_shared(kwargs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, inplanes, H, W) to (N, planes * expansion, H / stride, W / stride)."""
@@ -81,10 +84,6 @@ class GatedBottleneck(Bottleneck):
         x = self.bn2(self.conv2(x))
         x = self.aa(self.act2(self.drop_block(x)))
         shortcut = block_input if self.downsample is None else self.downsample(block_input)
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript compiles what stands after an `and`
-            if saves_passes(self.attn, self.conv3, self.bn3, self.drop_path, x):
-                return self.act3(gated_residual(self.attn, self.conv3, self.bn3, x, block_input, shortcut))
-
         x = self.bn3(self.conv3(x))
         x = self.attn(x, block_input)
         if self.drop_path is not None:
@@ -92,45 +91,43 @@ class GatedBottleneck(Bottleneck):
         x += shortcut
         return self.act3(x)
 
+    def fuse(self) -> nn.Module:
+        """Returns the form for inference, see `timm_spa.layers.FusedBranch`."""
+        body = [self.conv1, self.bn1, self.act1, self.conv2, self.bn2, self.drop_block, self.act2, self.aa]
+        return fuse_branch(
+            self, body=body, last=[self.conv3, self.bn3], shortcut=self.downsample or (), act=self.act3)
 
-def _block_gate(in_channels: int, channels: int, gate_args: Dict[str, Any], block_args: Dict[str, Any]) -> nn.Module:
-    shared = {k: block_args[k] for k in ('norm_layer', 'device', 'dtype') if k in block_args}
-    return create_gate(channels=channels, in_channels=in_channels, **gate_args, **shared)
+
+def _shared(block_args: Dict[str, Any]) -> Dict[str, Any]:
+    return {k: block_args[k] for k in ('norm_layer', 'device', 'dtype') if k in block_args}
 
 
-class GatedResNet(ResNet):
+class GatedResNet(GatedNet, ResNet):
     """timm's ResNet with a gate in every block."""
 
     def __init__(
             self,
             *args: Any,
-            gate: str = 'spa',
-            pyramid_sizes: Sequence[int] = (1, 4, 7),
-            rd_ratio: float = 1. / 16,
+            make_gate: Callable[..., nn.Module],
             block_args: Optional[Dict[str, Any]] = None,
             **kwargs: Any,
     ):
         """
         Args:
             *args: Positional arguments of timm's ResNet.
-            gate: Name of the gate, see `timm_spa.layers.create_gate`.
-            pyramid_sizes: Side lengths of the gate's pooled maps, in cells.
-            rd_ratio: Reduced width of the gates over their channels.
+            make_gate: Makes the gate of a block, see `build_model`.
             block_args: Further arguments of every block.
             **kwargs: Arguments of timm's ResNet.
         """
-        gate_args = dict(gate=gate, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio)
-        super().__init__(*args, block_args=dict(block_args or {}, gate_args=gate_args), **kwargs)
+        super().__init__(*args, block_args=dict(block_args or {}, make_gate=make_gate), **kwargs)
 
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`.
+    def init_convs(self, zero_init_last: bool = True) -> None:
+        """Initializes convolutions as timm does.
 
         Args:
             zero_init_last: Start every residual branch from zero, by its last norm layer.
         """
-        reset_parameters(self)
-        super().init_weights(zero_init_last=zero_init_last)
+        ResNet.init_weights(self, zero_init_last=zero_init_last)
 
 
 _DEPTHS: Dict[str, Any] = {

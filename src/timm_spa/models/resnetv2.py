@@ -11,19 +11,18 @@ shortcut reads that norm layer's activated output; no norm layer stands before t
 All else is timm's ResNet. `feature_info` gives the reduction against the image: 1 for the stem and the first stage,
 then 2, 4 and 8.
 """
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models import generate_default_cfgs
 
-from ..layers import create_gate
 from ._entrypoints import register_gated
+from ._gated_net import divide_reduction
 from ._pretrained import build_model, cifar_cfg
 from .resnet import GatedResNet
 
 __all__ = ['GatedPreActBasicBlock', 'GatedPreActBottleneck', 'GatedPreActResNet']
-
 
 
 class _GatedPreActBlock(nn.Module):
@@ -51,9 +50,10 @@ class _GatedPreActBlock(nn.Module):
             act_layer: Any = nn.ReLU,
             norm_layer: Any = nn.BatchNorm2d,
             drop_path: Optional[nn.Module] = None,
-            gate_args: Optional[Dict[str, Any]] = None,
             device=None,
             dtype=None,
+            *,
+            make_gate: Callable[..., nn.Module],
             **kwargs: Any,
     ):
         """
@@ -67,7 +67,7 @@ class _GatedPreActBlock(nn.Module):
             act_layer: Activation.
             norm_layer: Norm layer.
             drop_path: Stochastic depth of the branch.
-            gate_args: Arguments of `timm_spa.layers.create_gate` that do not depend on the block.
+            make_gate: Makes the gate, see `build_model`.
             **kwargs: Arguments of timm's blocks that have no counterpart here, at their defaults.
 
         Raises:
@@ -89,8 +89,7 @@ class _GatedPreActBlock(nn.Module):
                 channels, out_channels, kernel_size, stride=conv_stride, padding=conv_dilation * (kernel_size // 2),
                 dilation=conv_dilation, bias=False, **dd))
             channels = out_channels
-        self.attn = create_gate(
-            channels=channels, in_channels=inplanes, norm_layer=norm_layer, **(gate_args or {}), **dd)
+        self.attn = make_gate(channels, inplanes, norm_layer=norm_layer, **dd)
         self.downsample = None if downsample is None else downsample[0]
         self.drop_path = nn.Identity() if drop_path is None else drop_path
 
@@ -158,8 +157,7 @@ class GatedPreActResNet(GatedResNet):
         self.bn1 = nn.Identity()
         self.act1 = nn.Identity()
         self.maxpool = nn.Identity()
-        for i, info in enumerate(self.feature_info):
-            info['reduction'] //= 4 if i else 2  # timm counts a stem of stride 2 and a pooling of stride 2
+        divide_reduction(self.feature_info, 2, 4)
 
 
 _DEPTHS: Dict[str, Any] = {

@@ -9,17 +9,17 @@ linear layer. Table I also has SPA-B and SPA-C on VGG16, of which the authors pu
 equations (4) and (5), with the input of the unit's convolution as the block's input. The first unit reads the image's 3
 channels; reduced widths are those of its output.
 """
-from typing import Any, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 import torch.nn as nn
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, get_norm_layer
 from timm.models import generate_default_cfgs
 from timm.models.vgg import VGG
 
-from ..layers import create_gate
 from ._entrypoints import register_gated
-from ._pretrained import build_model, cifar_cfg, reset_parameters, warm_cfg
+from ._gated_net import GatedNet
+from ._pretrained import build_model, cifar_cfg, warm_cfg
 
 __all__ = ['CifarVGG', 'GatedConvUnit', 'GatedVGG']
 
@@ -40,43 +40,44 @@ class _GatedActivation(nn.Module):
         return self.attn(self.act(x))
 
 
-class GatedVGG(VGG):
+class GatedVGG(GatedNet, VGG):
     """timm's VGG with norm layers and a gate after every unit. The gate reads the map that it gates."""
 
     def __init__(
             self,
             cfg: Sequence[Any] = VGG16,
-            gate: str = 'spa',
-            pyramid_sizes: Sequence[int] = (1, 4, 7),
-            rd_ratio: float = 1. / 16,
+            *,
+            make_gate: Callable[..., nn.Module],
+            norm_layer: Any = None,
             **kwargs: Any,
     ):
         """
         Args:
             cfg: Channels of each unit, and 'M' for a max pooling.
-            gate: Name of a gate that reads the map that it gates, see `timm_spa.layers.create_gate`.
-            pyramid_sizes: Side lengths of the gate's pooled maps, in cells.
-            rd_ratio: Reduced width of the gates over their channels.
+            make_gate: Makes the gate of a unit, see `build_model`; the gate has to read the map that it gates.
+            norm_layer: Norm layer, of the gates too; batch norm if None.
             **kwargs: Arguments of timm's VGG.
 
         Raises:
             ValueError: The gate reads the block's input.
         """
-        super().__init__(list(cfg), norm_layer=kwargs.pop('norm_layer', None) or nn.BatchNorm2d, **kwargs)
+        norm_layer = get_norm_layer(norm_layer) or nn.BatchNorm2d
+        super().__init__(list(cfg), norm_layer=norm_layer, **kwargs)
         dd: Any = {'device': kwargs.get('device'), 'dtype': kwargs.get('dtype')}
         for i, layer in enumerate(self.features):
             if isinstance(layer, nn.Conv2d):
-                attn = create_gate(gate, layer.out_channels, layer.out_channels, pyramid_sizes, rd_ratio, **dd)
+                attn = make_gate(layer.out_channels, layer.out_channels, norm_layer=norm_layer, **dd)
                 if attn.reads_block_input:
-                    raise ValueError(f'gate must read the map that it gates in GatedVGG, got {gate!r}.')
+                    raise ValueError(
+                        'gate must read the map that it gates in GatedVGG; SPA-B, SPA-C, SE+ and SE++ read the '
+                        "block's input.")
                 # conv, norm, activation: the gate goes with the third, so that timm's names stay
                 self.features[i + 2] = _GatedActivation(self.features[i + 2], attn, f'features.{i + 1}')
-                _init_weights(attn)
+                _init_convs(attn)
 
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`."""
-        _init_weights(self)
+    def init_convs(self) -> None:
+        """Initializes convolutions and linear layers as timm does."""
+        _init_convs(self)
 
 
 class GatedConvUnit(nn.Module):
@@ -90,29 +91,29 @@ class GatedConvUnit(nn.Module):
             norm_layer: Any = nn.BatchNorm2d,
             device=None,
             dtype=None,
-            **gate_args: Any,
+            *,
+            make_gate: Callable[..., nn.Module],
     ):
         """
         Args:
             in_channels: Channels of the input.
             channels: Channels of the output.
             norm_layer: Norm layer.
-            **gate_args: Arguments of `timm_spa.layers.create_gate` that do not depend on the unit.
+            make_gate: Makes the gate, see `build_model`.
         """
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__()
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1, **dd)
         self.bn = norm_layer(channels, **dd)
         self.act = nn.ReLU(inplace=True)
-        self.attn = create_gate(
-            channels=channels, in_channels=in_channels, norm_layer=norm_layer, **gate_args, **dd)
+        self.attn = make_gate(channels, in_channels, norm_layer=norm_layer, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, in_channels, H, W) to (N, channels, H, W)."""
         return self.attn(self.act(self.bn(self.conv(x))), x)
 
 
-class CifarVGG(VGG):
+class CifarVGG(GatedNet, VGG):
     """VGG16 for 32x32 images, with a gate after every unit and one linear layer as its head."""
 
     def __init__(
@@ -122,12 +123,11 @@ class CifarVGG(VGG):
             in_chans: int = 3,
             global_pool: str = 'avg',
             drop_rate: float = 0.,
-            gate: str = 'spa',
-            pyramid_sizes: Sequence[int] = (1, 2, 4),
-            rd_ratio: float = 1. / 16,
             norm_layer: Any = nn.BatchNorm2d,
             device=None,
             dtype=None,
+            *,
+            make_gate: Callable[..., nn.Module],
     ):
         """
         Args:
@@ -136,11 +136,10 @@ class CifarVGG(VGG):
             in_chans: Channels of the images.
             global_pool: Kind of global pooling.
             drop_rate: Dropout before the linear layer.
-            gate: Name of the gate, see `timm_spa.layers.create_gate`.
-            pyramid_sizes: Side lengths of the gate's pooled maps, in cells.
-            rd_ratio: Reduced width of the gates over their channels.
-            norm_layer: Norm layer.
+            norm_layer: Norm layer, of the gates too.
+            make_gate: Makes the gate of a unit, see `build_model`.
         """
+        norm_layer = get_norm_layer(norm_layer)
         dd: Any = {'device': device, 'dtype': dtype}
         # timm's methods are wanted, its layers are not: the smallest ones are made, and replaced
         super().__init__([1], num_classes=num_classes, in_chans=in_chans, mlp_ratio=1 / 4096, **dd)
@@ -154,8 +153,7 @@ class CifarVGG(VGG):
                 layers.append(nn.MaxPool2d(2, 2))
                 reduction *= 2
             else:
-                layers.append(GatedConvUnit(
-                    channels, v, norm_layer, gate=gate, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio, **dd))
+                layers.append(GatedConvUnit(channels, v, norm_layer, make_gate=make_gate, **dd))
                 channels = v
         self._add_feature(channels, reduction, len(layers) - 1)
         self.features = nn.Sequential(*layers)
@@ -168,14 +166,12 @@ class CifarVGG(VGG):
         self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f'features.{index}'))
         self.feature_ends.append(index)
 
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`."""
-        _init_weights(self)
+    def init_convs(self) -> None:
+        """Initializes convolutions and linear layers as timm does."""
+        _init_convs(self)
 
 
-def _init_weights(model: nn.Module) -> None:
-    reset_parameters(model)
+def _init_convs(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
@@ -187,12 +183,14 @@ def _init_weights(model: nn.Module) -> None:
 
 
 def _create_vgg(variant: str, pretrained: bool, base: str, **kwargs: Any) -> VGG:
+    cifar = base == 'vgg16_cifar'
     return build_model(
-        CifarVGG if base == 'vgg16_cifar' else GatedVGG,
+        CifarVGG if cifar else GatedVGG,
         variant,
         pretrained,
-        feature_cfg=dict(flatten_sequential=True),
-        **kwargs,
+        # timm's VGG ends with a sixth map, behind the last pooling
+        feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3, 4, 5)),
+        **dict(dict(pyramid_sizes=(1, 2, 4) if cifar else (1, 4, 7)), **kwargs),
     )
 
 

@@ -1,0 +1,103 @@
+"""The table of gates: name, label and layer of each. The prefixes of model names and all choices are derived from it."""
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, NamedTuple, Sequence
+
+import torch.nn as nn
+from timm.layers import GlobalContext, LayerType, SEModule
+from timm.layers.cbam import CbamModule
+
+from .comparison_gates import GatherExcite, GatherExciteConv, NoGate, SelfGate, SqueezeExcite
+from .spatial_pyramid_attn import SpatialPyramidAttention
+
+__all__ = ['GATES', 'Gate', 'create_gate']
+
+
+class Gate(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        label: Short name for tables and plots.
+        description: What it is, to be read after 'ResNet-50 with'.
+        create: Makes the layer from the arguments that `create_gate` works out.
+    """
+    label: str
+    description: str
+    create: Callable[[SimpleNamespace], nn.Module]
+
+
+def _spa(variant: str) -> Callable[[SimpleNamespace], nn.Module]:
+    return lambda a: SpatialPyramidAttention(
+        a.channels, a.in_channels, variant, a.pyramid_sizes, rd_channels=a.rd_channels,
+        matcher_rd_channels=a.matcher_rd_channels, norm_layer=a.norm_layer, **a.dd)
+
+
+def _se(variant: str) -> Callable[[SimpleNamespace], nn.Module]:
+    return lambda a: SqueezeExcite(
+        a.channels, a.in_channels, variant, rd_channels=a.rd_channels, matcher_rd_channels=a.matcher_rd_channels,
+        norm_layer=a.norm_layer, **a.dd)
+
+
+# A name and an underscore are the prefix of the models with that gate, the plain nets have none.
+GATES: Dict[str, Gate] = {
+    'none': Gate('none', 'no attention', lambda a: NoGate()),
+    'se': Gate('SE', 'squeeze-and-excitation', _se('a')),
+    'se_b': Gate('SE+', "SE+, squeeze-and-excitation of the block's input", _se('b')),
+    'se_c': Gate('SE++', "SE++, squeeze-and-excitation of the block's input, channels matched", _se('c')),
+    'se_bias': Gate(
+        'SE', 'squeeze-and-excitation with biases, as in table III',
+        lambda a: SelfGate(SEModule(a.channels, rd_channels=a.rd_channels, **a.dd))),
+    'ge': Gate('GE', 'parameter-free gather-excite of global extent', lambda a: GatherExcite()),
+    'ge_conv': Gate(
+        'GE', 'gather-excite by depthwise convolutions, as in table III',
+        lambda a: GatherExciteConv(a.channels, a.norm_layer, **a.dd)),
+    'cbam': Gate(
+        'CBAM', 'the convolutional block attention module',
+        lambda a: SelfGate(CbamModule(a.channels, rd_channels=a.rd_channels, mlp_bias=True, **a.dd))),
+    'gc': Gate(
+        'GC', 'global context', lambda a: SelfGate(GlobalContext(a.channels, rd_channels=a.rd_channels, **a.dd))),
+    'spa': Gate('SPA-A', 'SPA-A (the gate reads the map that it gates)', _spa('a')),
+    'spa_b': Gate('SPA-B', "SPA-B (the gate reads the block's input)", _spa('b')),
+    'spa_c': Gate('SPA-C', "SPA-C (the gate reads the block's input, channels matched)", _spa('c')),
+}
+
+
+def create_gate(
+        gate: str,
+        channels: int,
+        in_channels: int,
+        pyramid_sizes: Sequence[int] = (1, 4, 7),
+        rd_ratio: float = 1. / 16,
+        reduce_source: bool = False,
+        norm_layer: LayerType = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+) -> nn.Module:
+    """Creates the gate of one block.
+
+    Args:
+        gate: Name of the gate, a key of `GATES`.
+        channels: Channels of the map to gate.
+        in_channels: Channels of the block's input.
+        pyramid_sizes: Side lengths of SPA's averages, in cells.
+        rd_ratio: Reduced width over `channels`, rounded down, at least 1.
+        reduce_source: Take the ratio of the channels that are read instead, for the reduced width of variant b and
+            that of the channel matcher of c, as the authors' DenseNet does.
+        norm_layer: Norm layer of the gate, if it has any.
+
+    Returns:
+        A module that takes the map to gate and the block's input, and returns the gated map.
+
+    Raises:
+        ValueError: The gate is unknown.
+    """
+    if gate not in GATES:
+        raise ValueError(f'gate must be one of {", ".join(map(repr, GATES))}, got {gate!r}.')
+    variant = gate[-1] if gate.endswith(('_b', '_c')) else 'a'
+    in_channels = channels if variant == 'a' else in_channels
+    rd_channels = max(1, int(channels * rd_ratio))
+    source_rd_channels = max(1, int(in_channels * rd_ratio)) if reduce_source else rd_channels
+    dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
+    return GATES[gate].create(SimpleNamespace(
+        channels=channels, in_channels=in_channels, pyramid_sizes=pyramid_sizes,
+        rd_channels=source_rd_channels if variant == 'b' else rd_channels, matcher_rd_channels=source_rd_channels,
+        norm_layer=norm_layer, dd=dd))
