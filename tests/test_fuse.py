@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_models import MODELS, small_images
+from test_models import ALSO_SLOW, MODELS, small_images
 from test_one_form import gates, make_model, rel
 from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
@@ -15,17 +15,15 @@ from timm.utils import reparameterize_model
 from timm_spa.layers import FusedBranch, SqueezeExcite, create_gate
 from timm_spa.layers.comparison_gates import SelfGate
 
-FUSED_FAMILIES = ('resnet', 'mobilenetv2')
 FUSED = [
     name for name in MODELS
-    if any(family in name for family in FUSED_FAMILIES) and 'preresnet' not in name
-    and name.split('_')[0] in ('spa', 'se')]
+    if ('_resnet' in name or 'mobilenetv2' in name) and name.split('_')[0] in ('spa', 'se')]
 # one of each block, variant and place of the pooling
 KINDS = (
     'spa_resnet18', 'spa_c_resnet18', 'spa_resnet50', 'spa_b_resnet50', 'spa_c_resnet50', 'spa_mobilenetv2_050',
     'spa_c_mobilenetv2', 'se_mobilenetv2', 'spa_mobilenetv2_cifar', 'se_mobilenetv2_cifar')
 
-@pytest.mark.parametrize('name', FUSED)
+@pytest.mark.parametrize('name', [n for n in ALSO_SLOW if getattr(n, 'values', [n])[0] in FUSED])
 @torch.no_grad()
 def test_fused_model_is_the_model(name):
     """In double precision, at two sizes, one odd; every block is fused, and no norm layer of a branch is left."""
@@ -38,7 +36,9 @@ def test_fused_model_is_the_model(name):
     for x in (images, images[:, :, :-7, 3:]):
         assert rel(other(x), model(x)) < 1e-10
 
-@pytest.mark.parametrize('name', [n for n in MODELS if n not in FUSED])
+@pytest.mark.parametrize('name', [
+    'ge_resnet50', 'cbam_mobilenetv2', 'mobilenetv2_cifar', 'spa_b_preresnet18_cifar', 'spa_densenet_cifar',
+    'spa_vgg16_cifar'])
 @torch.no_grad()
 def test_other_models_stay_as_they_are(name, caplog):
     model, images = make_model(name), small_images(name)
@@ -61,7 +61,8 @@ def test_same_in_every_mode(name):
         with context():
             assert torch.equal(model(images), expected)
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', [
+    pytest.param(n, marks=() if n in ('spa_resnet18', 'spa_mobilenetv2_050') else pytest.mark.slow) for n in KINDS])
 @torch.no_grad()
 def test_works_with_tools(name, tmp_path):
     """Saves and loads, copies, changes dtype and layout, scripts, compiles and exports."""
@@ -92,7 +93,8 @@ def test_features(name):
     for a, b in zip(reparameterize_model(model)(images), model(images), strict=True):
         assert rel(a, b) < 1e-4
     plain = make_model(name)
-    for a, b in zip(reparameterize_model(plain).forward_intermediates(images)[1], plain.forward_intermediates(images)[1], strict=True):
+    maps = (m.forward_intermediates(images, intermediates_only=True) for m in (reparameterize_model(plain), plain))
+    for a, b in zip(*maps, strict=True):
         assert rel(a, b) < 1e-4
 
 

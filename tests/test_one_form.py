@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_models import KINDS, MODELS, image_size, small_images
+from test_models import ALSO_SLOW, KINDS, MODELS, image_size, small_images
 from timm.models import FeatureListNet
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,7 +53,9 @@ def record(model, images):
 
 
 @pytest.mark.parametrize(('name', 'memory_format'), [
-    *((name, torch.contiguous_format) for name in MODELS), *((name, torch.channels_last) for name in KINDS)])
+    *(pytest.param(*getattr(name, 'values', [name]), torch.contiguous_format, marks=getattr(name, 'marks', ()))
+      for name in ALSO_SLOW),
+    *((name, torch.channels_last) for name in KINDS)])
 def test_same_in_every_mode(name, memory_format):
     """The same bits by the same modules at the same cost, which also grows with the batch and nothing else."""
     model = make_model(name).to(memory_format=memory_format)
@@ -76,7 +78,7 @@ def test_same_in_every_mode(name, memory_format):
 @pytest.mark.parametrize('mode', MODES)
 def test_maps_that_somebody_keeps(name, mode):
     """A gate writes to none of its inputs, and the same layers' outputs are overwritten in every mode."""
-    model, kept = make_model(name), {}
+    model, images, kept = make_model(name), small_images(name), {}
     for key, module in model.named_modules():
         module.register_forward_hook(
             lambda m, args, out, key=key: kept.setdefault(key, (out, out.detach().clone())) and None)
@@ -91,7 +93,7 @@ def test_maps_that_somebody_keeps(name, mode):
     for other in {mode, 'grad'}:
         kept.clear()
         with MODES[other]():
-            model(small_images(name))
+            model(images)
         overwritten[other] = {key for key, (out, before) in kept.items() if not torch.equal(out, before)}
     assert all(ratios)
     assert len(ratios) == len(gates(model)) * len(overwritten)
@@ -99,7 +101,7 @@ def test_maps_that_somebody_keeps(name, mode):
     assert not {key for key in overwritten[mode] if '.bn3' in key and 'mobilenetv2' in name}
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', ALSO_SLOW)
 def test_a_batch_of_none(name):
     model = timm.create_model(name, num_classes=7).eval()
     for context in MODES.values():
@@ -124,7 +126,7 @@ def test_backward_hooks_of_every_leaf(name):
 
 
 # timm's CBAM has a norm layer of its own, which cannot be chosen
-@pytest.mark.parametrize('name', [n for n in MODELS if 'cbam' not in n])
+@pytest.mark.parametrize('name', [n for n in ALSO_SLOW if 'cbam' not in n])
 def test_norm_layer_goes_everywhere(name):
     model = timm.create_model(name, norm_layer='groupnorm1', num_classes=5)
     assert not [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]

@@ -16,13 +16,10 @@ from typing import Dict, List, Optional
 
 from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results
 from timm_spa.hub.run_record import Run, RunError
+from timm_spa.layers import GATES
 from timm_spa.models._entrypoints import split_gate
 from timm_spa.profile import count_cost
 from timm_spa.training_log import SummaryError
-
-GATE_LABELS = {
-    'none': 'none', 'se': 'SE', 'se_b': 'SE+', 'se_c': 'SE++', 'ge': 'GE', 'cbam': 'CBAM', 'gc': 'GC',
-    'spa': 'SPA-A', 'spa_b': 'SPA-B', 'spa_c': 'SPA-C'}
 
 
 def read_runs(folder: Path) -> List[Run]:
@@ -61,7 +58,7 @@ def make_table(runs: List[Run]) -> str:
             '| attention | parameters (M) | runs | top-1 (%), last epoch | against none | top-1 (%), best epoch '
             '| top-5 (%), last epoch | training loss | validation loss |',
             '|---|---|---|---|---|---|---|---|---|']
-        for gate in (gate for gate in GATE_LABELS if gate in gates):
+        for gate in (gate for gate in GATES if gate in gates):
             group = gates[gate]
             last = [run.summary[-1] for run in group]
             top1 = [row['eval_top1'] for row in last]
@@ -69,7 +66,7 @@ def make_table(runs: List[Run]) -> str:
             cost = count_cost(args['model'], num_classes=args['num_classes'], **args.get('model_kwargs') or {})
             difference = '' if gate == 'none' or not base else f'{statistics.mean(top1) - statistics.mean(base):+.2f}'
             lines.append('| ' + ' | '.join([
-                GATE_LABELS[gate], f'{cost.parameters / 1e6:.3f}', str(len(group)), mean_and_spread(top1), difference,
+                GATES[gate].label, f'{cost.parameters / 1e6:.3f}', str(len(group)), mean_and_spread(top1), difference,
                 mean_and_spread([max(row['eval_top1'] for row in run.summary) for run in group]),
                 *(mean_and_spread([row[key] for row in last]) for key in ('eval_top5', 'train_loss', 'eval_loss')),
             ]) + ' |')
@@ -92,17 +89,17 @@ def draw_losses(runs: List[Run], path: Path) -> None:
     names = {id(run): split_gate(run.args['model'])[:2] for run in runs}
     backbones = sorted({backbone for backbone, _ in names.values()})
     figure, axes = pyplot.subplots(2, len(backbones), figsize=(5 * len(backbones), 7), squeeze=False, sharex=True)
-    colours = dict(zip(GATE_LABELS, pyplot.rcParams['axes.prop_cycle'].by_key()['color'], strict=True))
+    colours = dict(zip(GATES, pyplot.rcParams['axes.prop_cycle'].by_key()['color'], strict=False))
     for column, backbone in enumerate(backbones):
         for row, (key, label) in enumerate((('train_loss', 'training loss'), ('eval_loss', 'validation loss'))):
             axis = axes[row][column]
-            for gate in GATE_LABELS:
+            for gate in GATES:
                 curves = [
                     [epoch[key] for epoch in run.summary] for run in runs if names[id(run)] == (backbone, gate)]
                 if curves:
                     means = [statistics.mean(values) for values in zip(*curves, strict=True)]
                     axis.plot(
-                        range(1, len(means) + 1), means, label=GATE_LABELS[gate], color=colours[gate], linewidth=1.2)
+                        range(1, len(means) + 1), means, label=GATES[gate].label, color=colours[gate], linewidth=1.2)
             axis.set(ylabel=label, title=backbone if row == 0 else None, xlabel='epoch' if row else None)
             axis.xaxis.get_major_locator().set_params(integer=True)
             axis.grid(alpha=0.3)

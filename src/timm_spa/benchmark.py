@@ -202,7 +202,8 @@ def table_rows(record: Dict[str, Any]) -> List[List[str]]:
         memory = entry['peak_memory']
         rows.append([
             entry['model'], 'x'.join(map(str, entry['input'])), *_figures(entry['images_per_second'], '.1f'),
-            *(figure for key in ratios for figure in _figures(entry[key], '.3f')), '-' if memory is None else f'{memory / 2 ** 20:.0f}',
+            *(figure for key in ratios for figure in _figures(entry[key], '.3f')),
+            '-' if memory is None else f'{memory / 2 ** 20:.0f}',
             f'{entry["parameters"] / 1e6:.3f}', f'{entry["construction_seconds"]:.2f}'])
     return rows
 
@@ -241,8 +242,8 @@ def _setting_text(settings: Dict[str, Any]) -> str:
     compiled = f'compiled by {settings["compile"]}' if settings['compile'] else 'eager'
     layout = 'channels_last' if settings['channels_last'] else 'NCHW'
     dtype = ('autocast ' if settings['amp'] else '') + settings['dtype']
-    form = ' (reparameterized)' if settings.get('reparam') else ''
-    return f'{settings["mode"]}{form}, {compiled}, {dtype}, {layout}, batch {settings["batch_size"]}, {settings["device"]}'
+    mode = settings['mode'] + (' reparameterized' if settings.get('reparam') else '')
+    return f'{mode}, {compiled}, {dtype}, {layout}, batch {settings["batch_size"]}, {settings["device"]}'
 
 
 def write_record(path: Union[str, Path], record: Dict[str, Any]) -> None:

@@ -8,8 +8,9 @@ import torch
 import torch.nn as nn
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.utils import reparameterize_model
 
-__all__ = ['Prediction', 'class_names', 'load_model', 'predict']
+__all__ = ['Prediction', 'class_names', 'for_inference', 'load_model', 'predict']
 
 
 @dataclasses.dataclass
@@ -46,7 +47,23 @@ def load_model(
     """
     model = timm.create_model(
         name, pretrained=checkpoint is None, checkpoint_path=checkpoint or '', num_classes=num_classes)
-    return model.eval().to(device)
+    return for_inference(model, device)
+
+
+def for_inference(model: nn.Module, device: str = 'cpu') -> nn.Module:
+    """Moves a model to a device, on a CPU in the form that is fastest there: fused blocks, channels_last.
+
+    Args:
+        model: A timm model, which is changed.
+        device: Device to run on.
+
+    Returns:
+        The model, in eval mode.
+    """
+    model = model.eval().to(device)
+    if torch.device(device).type != 'cpu':
+        return model
+    return reparameterize_model(model, inplace=True).to(memory_format=torch.channels_last)
 
 
 def class_names(model: nn.Module) -> List[Dict[str, Optional[str]]]:

@@ -1,6 +1,7 @@
-"""The speed table of the README: every mode that users run, each by the measurement of `timm-spa bench`.
+"""The tables of speed.md: every mode that users run, each by the measurement of `timm-spa bench`.
 
-    python tests/benchmarks/speed.py FOLDER --device cpu --threads 2       # about half an hour for each run
+    python tests/benchmarks/speed.py FOLDER --device cpu --threads 2       # about an hour for each run
+    python tests/benchmarks/speed.py FOLDER --modes '*eager*'              # some of the modes
     python tests/benchmarks/speed.py FOLDER --table                        # of the files in FOLDER, measures nothing
 
 A process that is started anew may be some percent faster or slower than the last, all its life, by where its memory
@@ -9,6 +10,7 @@ Each run of a mode leaves a JSON file in FOLDER with every round; what has a fil
 measures training steps in place of inference.
 """
 import argparse
+import fnmatch
 import itertools
 import statistics
 import sys
@@ -31,18 +33,20 @@ CUDA_TRAIN_SHARE = 4
 def modes(device: str, train: bool) -> Dict[str, Dict[str, Any]]:
     """Settings of every mode by the name of its file."""
     found: Dict[str, Dict[str, Any]] = {}
-    for compiler in (None, 'inductor'):
-        for channels_last in ((False, True) if device == 'cpu' else (True,)):
-            kind = 'train' if train else 'infer'
-            name = f'{device}-{kind}-{"compiled" if compiler else "eager"}-{"nhwc" if channels_last else "nchw"}'
-            found[name] = dict(
-                mode=kind, compile=compiler, channels_last=channels_last, device=device,
-                dtype='float32' if device == 'cpu' else 'bfloat16', amp=device == 'cuda' and train)
+    kind = 'train' if train else 'infer'
+    for compiler, channels_last, reparam in itertools.product((None, 'inductor'), (True, False), (False, True)):
+        if (reparam and train) or (device != 'cpu' and not channels_last):
+            continue
+        form = 'fused' if reparam else 'built'
+        name = f'{device}-{kind}-{"compiled" if compiler else "eager"}-{"nhwc" if channels_last else "nchw"}-{form}'
+        found[name] = dict(
+            mode=kind, compile=compiler, channels_last=channels_last, reparam=reparam, device=device,
+            dtype='float32' if device == 'cpu' else 'bfloat16', amp=device == 'cuda' and train)
     return found
 
 
 def markdown(folder: Path) -> List[str]:
-    """A line for each model, a column for each mode: ratios to the base over all rounds, quartiles in brackets."""
+    """A line for each model, a column for each mode: ratios to the base as it is built, quartiles in brackets."""
     records: Dict[str, List[Dict[str, Any]]] = {}
     for path in sorted(folder.glob('*.json')):
         records.setdefault(path.name.partition('.')[0], []).append(benchmark.read_record(path))
@@ -51,14 +55,14 @@ def markdown(folder: Path) -> List[str]:
         columns = {name[:-len(base) - 1]: runs for name, runs in records.items() if runs[0]['base'] == base}
         lines += ['', '| | ' + ' | '.join(f'{name}, {len(runs)} runs' for name, runs in columns.items()) + ' |']
         lines.append('|---|' + '---|' * len(columns))
-        for model in models[1:]:
+        for model in models:
             cells = []
             for runs in columns.values():
                 ratios = [
-                    r['ratio'] for run in runs for entry in run['models'] if entry['model'] == model
-                    for r in entry['rounds']]
-                first, middle, third = statistics.quantiles(ratios, method='inclusive')
-                cells.append(f'{middle:.2f} ({first:.2f}-{third:.2f})')
+                    r.get('ratio_as_built', r['ratio']) for run in runs for entry in run['models']
+                    if entry['model'] == model for r in entry['rounds']]
+                first, middle, third = statistics.quantiles(ratios, method='inclusive') if ratios else (0, 0, 0)
+                cells.append(f'{middle:.2f} ({first:.2f}-{third:.2f})' if ratios else '')
             lines.append(f'| `{model}` | ' + ' | '.join(cells) + ' |')
     about = {
         line.replace(run['date'], run['date'][:len('2026-01-01')])
@@ -76,6 +80,7 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=21)
     parser.add_argument('--min-seconds', type=float, default=0.3)
     parser.add_argument('--train', action='store_true')
+    parser.add_argument('--modes', default='*', help='wildcard')
     parser.add_argument('--table', action='store_true', help='measure nothing')
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -83,12 +88,14 @@ def main() -> None:
     for run, (name, mode), (base, models) in itertools.product(
             range(1, args.runs + 1), wanted.items(), MODELS.items()):
         path = args.folder / f'{name}-{base}.{run}.json'
-        if path.exists():
+        if path.exists() or not fnmatch.fnmatch(path.stem, args.modes):
             continue
         print(f'{name}, {base}, run {run}', file=sys.stderr, flush=True)
         batch_size = BATCH[args.device, base]
         if args.device == 'cuda' and args.train:
             batch_size //= CUDA_TRAIN_SHARE
+        # a fused straightforward form would be SPA's own
+        models = [m for m in models if not (mode['reparam'] and m.startswith('straightforward'))]
         settings = benchmark.Settings(
             **mode, batch_size=batch_size, threads=args.threads, rounds=args.rounds,
             min_seconds=args.min_seconds, imports=('straightforward',))

@@ -300,7 +300,7 @@ def _stored(
 
 
 def _notes(kind: str, model: nn.Module) -> List[str]:
-    sizes = {m.pyramid_sizes for m in model.modules() if isinstance(m, SpatialPyramidAttention)}
+    sizes = {tuple(m.pyramid_sizes) for m in model.modules() if isinstance(m, SpatialPyramidAttention)}
     if kind != 'authors' or not sizes:
         return []
     said = ' and '.join(str(s) for s in sorted(sizes))

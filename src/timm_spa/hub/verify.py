@@ -17,6 +17,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy
 
 from ..models._pretrained import WEIGHTS_FILENAME, misfits, shortened
+from ..predict import for_inference
 from .checkpoint import CheckpointError, read_weights
 
 __all__ = ['Report', 'verify']
@@ -74,7 +75,7 @@ def verify(
     if model is not None and _check_weights(folder, model, report):
         _check_forward(model, report)
         if images is not None:
-            _measure(model.to(device), Path(images), split, batch_size, device, report)
+            _measure(for_inference(model, device), Path(images), split, batch_size, device, report)
     return report
 
 

@@ -28,10 +28,6 @@ class SelfGate(nn.Module):
     reads_block_input = False
 
     def __init__(self, layer: nn.Module):
-        """
-        Args:
-            layer: A layer that maps (N, C, H, W) to the same shape.
-        """
         super().__init__()
         self.layer = layer
 
@@ -58,22 +54,12 @@ class SqueezeExcite(nn.Module):
             device=None,
             dtype=None,
     ):
-        """
-        Args:
-            channels: Channels of the gated map.
-            in_channels: Channels of the block's input, for variants b and c; `channels` if None.
-            variant: What is squeezed: 'a' the gated map (SE), 'b' the block's input (SE+), 'c' the block's input with
-                its channels matched (SE++).
-            rd_ratio: Reduced width over `channels`, rounded down, at least 1.
-            rd_channels: That width itself, overrides `rd_ratio`.
-            matcher_rd_channels: Width inside the channel matcher; that between the two convolutions if None.
-            norm_layer: Norm layer of the channel matcher.
-        """
+        """See `SpatialPyramidAttention` for the arguments."""
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__()
         in_channels = channels if in_channels is None or variant == 'a' else in_channels
         rd_channels = max(1, int(channels * rd_ratio)) if rd_channels is None else rd_channels
-        self.reads_block_input = variant != 'a'
+        self.variant, self.reads_block_input = variant, variant != 'a'
         self.matcher: nn.Module = nn.Identity()
         if variant == 'c' and in_channels != channels:
             self.matcher = channel_matcher(
@@ -85,11 +71,7 @@ class SqueezeExcite(nn.Module):
         self.gate = nn.Sigmoid()
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Gates `x`, with one value a channel.
-
-        Raises:
-            ValueError: Variant b or c was called without `block_input`.
-        """
+        """Gates `x` with one value a channel; variants b and c raise a ValueError without the block's input."""
         source = block_input if self.reads_block_input else x
         if source is None:
             raise ValueError('Variants b and c of SqueezeExcite need block_input, got None.')
@@ -106,7 +88,7 @@ class GatherExcite(nn.Module):
     reads_block_input = False
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Gates `x`, with one value a channel."""
+        """Gates `x` with one value a channel."""
         return x * x.mean((2, 3), keepdim=True).sigmoid()
 
 
@@ -119,11 +101,7 @@ class GatherExciteConv(nn.Module):
     reads_block_input = False
 
     def __init__(self, channels: int, norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None):
-        """
-        Args:
-            channels: Channels of the gated map.
-            norm_layer: Norm layer after each convolution.
-        """
+        """See `SpatialPyramidAttention` for the arguments."""
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__()
         layers = []

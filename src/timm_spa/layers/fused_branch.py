@@ -21,18 +21,16 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, FrozenBatchNormAct2d)
 
 
 def merge_norms(modules: Iterable[nn.Module]) -> nn.Sequential:
-    """Merges each norm layer into the convolution in front of it.
+    """Returns the layers that are left when each norm layer is merged into the convolution in front of it.
 
     Args:
         modules: Layers in the order of their calls; an `nn.Sequential` stands for its layers.
-
-    Returns:
-        The layers that are left.
 
     Raises:
         ValueError: A norm layer has no stored statistics, or no convolution in front of it.
     """
     merged: List[Any] = []
+    module: Any
     for module in nn.Sequential(*modules).children():
         if type(module) is nn.Sequential:
             merged.extend(merge_norms(module))
@@ -89,12 +87,12 @@ class FusedBranch(nn.Module):
             weight, fc1 = torch.ones_like(gate.fc1.weight[0, 0, 0]), _only_conv([gate.fc1])
         else:
             raise ValueError(f'{type(gate).__name__} has no fused form')
-        pointwise = None
+        conv, pointwise = self.last, None
+        widens = conv.out_channels > conv.in_channels and conv.groups == 1
         if len(self.matcher):
             pointwise = self.matcher.pop(-1)
-        elif self.reads == 'output' and self.last.kernel_size == (1, 1) and self.last.stride == (1, 1) and (
-                self.last.groups == 1 and self.last.out_channels > self.last.in_channels):
-            self.reads, pointwise = 'body', self.last
+        elif self.reads == 'output' and widens and conv.kernel_size == conv.stride == (1, 1):
+            self.reads, pointwise = 'body', conv
         self.pyramid_weight = nn.Parameter(weight, requires_grad=False)
         self.fc1 = fc1 if pointwise is None else _merge_pointwise(pointwise, fc1, weight.sum())
         self.act, self.fc2, self.gate = gate.act, gate.fc2, gate.gate
@@ -119,11 +117,11 @@ def _only_conv(modules: Iterable[nn.Module]) -> Any:
 def _merge_pointwise(first: Any, second: Any, total: torch.Tensor) -> nn.Conv2d:
     """Merges two pointwise convolutions, between which averages are summed with weights of the given total."""
     a, b = first.weight.flatten(1), second.weight.flatten(1)
-    conv = nn.Conv2d(a.shape[1], b.shape[0], 1, device=a.device, dtype=a.dtype)
-    bias = 0 if first.bias is None else b @ first.bias * total
+    conv: Any = nn.Conv2d(a.shape[1], b.shape[0], 1, device=a.device, dtype=a.dtype)
+    bias = torch.zeros_like(conv.bias) if first.bias is None else b @ first.bias * total
     with torch.no_grad():
         conv.weight.copy_((b @ a)[:, :, None, None])
-        conv.bias.copy_(bias + (0 if second.bias is None else second.bias))  # type: ignore[union-attr]
+        conv.bias.copy_(bias if second.bias is None else bias + second.bias)
     return conv
 
 

@@ -1,4 +1,4 @@
-"""The table of gates: name, label and layer of each. The prefixes of model names and all choices are derived from it."""
+"""The table of gates, from which prefixes of model names, labels and choices are derived."""
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, NamedTuple, Sequence
 
@@ -13,13 +13,7 @@ __all__ = ['GATES', 'Gate', 'create_gate']
 
 
 class Gate(NamedTuple):
-    """A row of the table.
-
-    Attributes:
-        label: Short name for tables and plots.
-        description: What it is, to be read after 'ResNet-50 with'.
-        create: Makes the layer from the arguments that `create_gate` works out.
-    """
+    """A row of the table: a label for tables and plots, a description, and what makes the layer of `create_gate`'s."""
     label: str
     description: str
     create: Callable[[SimpleNamespace], nn.Module]
@@ -37,27 +31,26 @@ def _se(variant: str) -> Callable[[SimpleNamespace], nn.Module]:
         norm_layer=a.norm_layer, **a.dd)
 
 
+def _timm(layer: Callable[..., nn.Module], **kwargs: Any) -> Callable[[SimpleNamespace], nn.Module]:
+    return lambda a: SelfGate(layer(a.channels, rd_channels=a.rd_channels, **kwargs, **a.dd))
+
+
 # A name and an underscore are the prefix of the models with that gate, the plain nets have none.
 GATES: Dict[str, Gate] = {
     'none': Gate('none', 'no attention', lambda a: NoGate()),
     'se': Gate('SE', 'squeeze-and-excitation', _se('a')),
     'se_b': Gate('SE+', "SE+, squeeze-and-excitation of the block's input", _se('b')),
     'se_c': Gate('SE++', "SE++, squeeze-and-excitation of the block's input, channels matched", _se('c')),
-    'se_bias': Gate(
-        'SE', 'squeeze-and-excitation with biases, as in table III',
-        lambda a: SelfGate(SEModule(a.channels, rd_channels=a.rd_channels, **a.dd))),
     'ge': Gate('GE', 'parameter-free gather-excite of global extent', lambda a: GatherExcite()),
-    'ge_conv': Gate(
-        'GE', 'gather-excite by depthwise convolutions, as in table III',
-        lambda a: GatherExciteConv(a.channels, a.norm_layer, **a.dd)),
-    'cbam': Gate(
-        'CBAM', 'the convolutional block attention module',
-        lambda a: SelfGate(CbamModule(a.channels, rd_channels=a.rd_channels, mlp_bias=True, **a.dd))),
-    'gc': Gate(
-        'GC', 'global context', lambda a: SelfGate(GlobalContext(a.channels, rd_channels=a.rd_channels, **a.dd))),
+    'cbam': Gate('CBAM', 'the convolutional block attention module', _timm(CbamModule, mlp_bias=True)),
+    'gc': Gate('GC', 'global context', _timm(GlobalContext)),
     'spa': Gate('SPA-A', 'SPA-A (the gate reads the map that it gates)', _spa('a')),
     'spa_b': Gate('SPA-B', "SPA-B (the gate reads the block's input)", _spa('b')),
     'spa_c': Gate('SPA-C', "SPA-C (the gate reads the block's input, channels matched)", _spa('c')),
+    # what table III compares with at ImageNet's size
+    'se_bias': Gate('SE', 'squeeze-and-excitation with biases', _timm(SEModule)),
+    'ge_conv': Gate(
+        'GE', 'gather-excite by depthwise convolutions', lambda a: GatherExciteConv(a.channels, a.norm_layer, **a.dd)),
 }
 
 

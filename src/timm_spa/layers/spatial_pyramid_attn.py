@@ -1,7 +1,6 @@
 """Spatial Pyramid Attention (SPA).
 
-Paper: `Spatial Pyramid Attention for Deep Convolutional Neural Networks` (SPANet), IEEE Transactions on Multimedia,
-https://doi.org/10.1109/TMM.2021.3068576; first published at ICME 2020, https://doi.org/10.1109/ICME46284.2020.9102906
+Paper: `Spatial Pyramid Attention for Deep Convolutional Neural Networks` - https://doi.org/10.1109/TMM.2021.3068576
 """
 from collections import OrderedDict
 from typing import List, Optional, Sequence
@@ -13,9 +12,10 @@ from timm.layers import LayerType, create_act_layer, get_norm_layer
 
 __all__ = ['SpatialPyramidAttention', 'apply_gate', 'channel_matcher', 'weighted_pyramid']
 
+
 @torch.fx.wrap
 def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
-    """Sums the averages of a map (N, C, H, W) to every size, each resized to the first (nearest): equation (1).
+    """Sums the averages of a map (N, C, H, W) to every size, each resized to the first (nearest), equation (1).
 
     Args:
         x: The map.
@@ -53,9 +53,13 @@ def _averages(length: int, size: int, like: torch.Tensor) -> torch.Tensor:
 def apply_gate(x: torch.Tensor, gate: torch.Tensor, shortcut: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Multiplies a map (N, C, H, W) by a gate (N, C, P, P) resized to it (nearest), and adds the shortcut, if any."""
     if not torch.jit.is_scripting() and _broadcasts_rows(x, gate):
-        # the same bits with less memory traffic
-        gate = F.interpolate(gate, size=(gate.shape[2], x.shape[3]), mode='nearest').unsqueeze(3)
-        shape = (gate.shape[2], x.shape[2] // gate.shape[2])
+        # the same bits with less memory traffic; in NCHW, torch's resizing is the slower way to repeat columns
+        size = gate.shape[2]
+        if gate.is_contiguous():
+            gate = gate.repeat_interleave(x.shape[3] // size, 3)
+        else:
+            gate = F.interpolate(gate, size=(size, x.shape[3]), mode='nearest')
+        gate, shape = gate.unsqueeze(3), (size, x.shape[2] // size)
         y = x.unflatten(2, shape)
         y = y * gate if shortcut is None else torch.addcmul(shortcut.unflatten(2, shape), y, gate)
         return y.flatten(2, 3)
@@ -70,7 +74,7 @@ def _broadcasts_rows(x: torch.Tensor, gate: torch.Tensor) -> bool:
     if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
         return False  # the gradient of a broadcast is slow in channels_last
     # from a factor of 41 on, torch's nearest resizing rounds some indices down
-    return x.shape[2] % gate.shape[2] == 0 and x.shape[2] <= 40 * gate.shape[2]
+    return all(x.shape[i] % gate.shape[i] == 0 and x.shape[i] <= 40 * gate.shape[i] for i in (2, 3))
 
 
 @torch.fx.wrap
@@ -81,7 +85,7 @@ def _check_shape(name: str, x: torch.Tensor, channels: int) -> None:
 
 def channel_matcher(in_channels: int, channels: int, rd_channels: int, act_layer: LayerType = nn.ReLU,
                     norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None) -> nn.Sequential:
-    """Returns psi of equation (5), (N, in_channels, H, W) to (N, channels, H, W): conv - norm - act - conv - norm."""
+    """Returns psi of equation (5), which maps (N, in_channels, H, W) to (N, channels, H, W)."""
     dd = {'device': device, 'dtype': dtype}
     norm_layer = get_norm_layer(norm_layer)
     return nn.Sequential(OrderedDict(
@@ -97,8 +101,7 @@ class SpatialPyramidAttention(nn.Module):
     """Spatial Pyramid Attention, equations (1) to (5) of the paper.
 
     Variant a learns the gate from the map that it gates, b from the input of the block that made the map, c from that
-    input with its channels matched. Any height and width will do; output and gated map have the same shape, dtype and
-    memory format. timm's models with an attention slot take variant a as `attn_layer`, e.g.
+    input with its channels matched. timm's models with an attention slot take variant a as `attn_layer`, e.g.
     `timm.create_model('resnext50_32x4d', block_args=dict(attn_layer=timm_spa.SpatialPyramidAttention))`.
     """
     pyramid_sizes: List[int]  # TorchScript cannot loop over a tuple
@@ -128,7 +131,7 @@ class SpatialPyramidAttention(nn.Module):
             rd_channels: That width itself, overrides `rd_ratio`.
             matcher_rd_channels: Width inside the channel matcher; that between the two convolutions if None.
             act_layer: Activation between the two convolutions.
-            norm_layer: Norm layer after the first convolution (and in the channel matcher).
+            norm_layer: Norm layer after the first convolution, and in the channel matcher.
             gate_layer: Activation that makes the gate.
 
         Raises:
@@ -139,9 +142,8 @@ class SpatialPyramidAttention(nn.Module):
         in_channels = channels if in_channels is None else in_channels
         rd_channels = max(1, int(channels * rd_ratio)) if rd_channels is None else rd_channels
         matcher_rd_channels = rd_channels if matcher_rd_channels is None else matcher_rd_channels
-        _check_arguments(
-            variant, pyramid_sizes, channels=channels, in_channels=in_channels, rd_channels=rd_channels,
-            matcher_rd_channels=matcher_rd_channels)
+        _check_arguments(variant, pyramid_sizes, channels=channels, in_channels=in_channels, rd_channels=rd_channels,
+                         matcher_rd_channels=matcher_rd_channels)
         self.channels, self.in_channels, self.variant = channels, in_channels, variant
         self.reads_block_input = variant != 'a'
         self.pyramid_sizes = sorted(pyramid_sizes, reverse=True)
@@ -149,7 +151,7 @@ class SpatialPyramidAttention(nn.Module):
         if variant == 'c' and in_channels != channels:
             self.matcher = channel_matcher(in_channels, channels, matcher_rd_channels, act_layer, norm_layer, **dd)
             in_channels = channels
-        # 1-D, as optimizers want it that exempt biases from weight decay
+        # 1-D, as optimizers expect of parameters that are exempt from weight decay
         self.pyramid_weight = nn.Parameter(torch.empty(len(self.pyramid_sizes), **dd))
         self.fc1 = nn.Conv2d(in_channels, rd_channels, kernel_size=1, bias=False, **dd)
         self.bn = get_norm_layer(norm_layer)(rd_channels, **dd)
@@ -163,17 +165,13 @@ class SpatialPyramidAttention(nn.Module):
         nn.init.ones_(self.pyramid_weight)
 
     def forward_gate(self, source: torch.Tensor) -> torch.Tensor:
-        """Computes the gate, (N, channels, P, P) with P the largest size, from (N, in_channels, H, W): equation (2)."""
+        """Computes the gate (N, channels, P, P), P the largest size, from (N, in_channels, H, W), equation (2)."""
         _check_shape('block_input' if self.reads_block_input else 'x', source, self.in_channels)
         pyramid = weighted_pyramid(self.matcher(source), self.pyramid_sizes, self.pyramid_weight)
         return self.gate(self.fc2(self.act(self.bn(self.fc1(pyramid)))))
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Gates a map (N, channels, H, W), equation (3), (4) or (5).
-
-        Args:
-            x: The map to gate.
-            block_input: Input of the block that made `x`, (N, in_channels, H', W'), for variants b and c.
+        """Gates `x`, (N, channels, H, W), equations (3) to (5); variants b and c need the block's input.
 
         Raises:
             ValueError: A map has another shape, or `block_input` is missing.
@@ -186,13 +184,13 @@ class SpatialPyramidAttention(nn.Module):
 
 
 def _check_arguments(variant: str, pyramid_sizes: Sequence[int], **widths: int) -> None:
+    wrong = [f'{name} must be at least 1, got {value}.' for name, value in widths.items() if value < 1]
     if variant not in ('a', 'b', 'c'):
-        raise ValueError(f"variant must be one of 'a', 'b', 'c', got {variant!r}.")
-    for name, value in widths.items():
-        if value < 1:
-            raise ValueError(f'{name} must be at least 1, got {value}.')
+        wrong.append(f"variant must be one of 'a', 'b', 'c', got {variant!r}.")
     if variant == 'a' and widths['in_channels'] != widths['channels']:
-        raise ValueError(f'in_channels must be channels in variant a, {widths["channels"]}, got {widths["in_channels"]}.')
+        wrong.append(f'in_channels must be channels in variant a, {widths["channels"]}, got {widths["in_channels"]}.')
     sizes = pyramid_sizes if isinstance(pyramid_sizes, (tuple, list)) else ()
     if not sizes or any(type(size) is not int or size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
-        raise ValueError(f'pyramid_sizes must be different whole numbers of at least 1, got {pyramid_sizes!r}.')
+        wrong.append(f'pyramid_sizes must be different whole numbers of at least 1, got {pyramid_sizes!r}.')
+    if wrong:
+        raise ValueError(' '.join(wrong))

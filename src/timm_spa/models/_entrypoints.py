@@ -9,6 +9,7 @@ from ..layers import GATES
 
 __all__ = ['list_models', 'register_gated', 'split_gate']
 
+
 def split_gate(name: str) -> Tuple[str, str, str]:
     """Splits a model's name into its base, its gate, and a description of the gate.
 

@@ -7,25 +7,20 @@ import torch.nn as nn
 __all__ = ['GatedNet', 'adopt', 'divide_reduction']
 
 
-class GatedNet(nn.Module):
-    """Initialization of every parameter and buffer. Comes before timm's class among the bases of a model."""
+class GatedNet:
+    """Initialization of every parameter and buffer. Comes before timm's class among the bases of a model.
 
-    def init_convs(self, **kwargs: Any) -> None:
-        """Initializes convolutions and linear layers as the family does.
-
-        Args:
-            **kwargs: Arguments of `init_weights`.
-        """
-        raise NotImplementedError
+    A family has a method `init_convs`, which initializes convolutions and linear layers as timm does.
+    """
+    init_convs: Any
 
     @torch.jit.ignore
-    def init_weights(self, **kwargs: Any) -> None:
+    def init_weights(self: Any, **kwargs: Any) -> None:
         """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`.
 
         Args:
             **kwargs: Arguments of timm's `init_weights` of the family, if it has one.
         """
-        module: Any
         for module in self.modules():
             # the weights of convolutions without bias are left to the family
             if hasattr(module, 'reset_parameters') and not (isinstance(module, nn.Conv2d) and module.bias is None):
