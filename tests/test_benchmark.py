@@ -7,6 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn as nn
 
@@ -121,6 +122,55 @@ def test_one_round_and_a_model_against_itself(fake):
     assert record['models'][1]['ratio'] == dict(median=1, first_quartile=1, third_quartile=1)
 
 
+def test_reparam_has_two_bases(fake, tmp_path, capsys):
+    """The base in the form that the others have, and as it is built, measured in the same rounds."""
+    path = tmp_path / 'record.json'
+    assert bench('resnet18', 'resnet50', '--reparam', '--rounds', 5, '--json', path) == 0
+    record = json.loads(path.read_text())
+    assert [e['model'] for e in record['models']] == ['resnet18', 'resnet50', 'resnet18 as built']
+    assert [model for model, what in fake.asked if what == 'measure'] == ['resnet18', 'resnet50', 'resnet18'] * 5
+    seconds = fake.seconds
+    ratios = [a / b for a, b in zip(seconds['resnet18'], seconds['resnet50'], strict=True)]
+    assert [r['ratio'] for r in record['models'][1]['rounds']] == pytest.approx(ratios)
+    assert [r['ratio_as_built'] for r in record['models'][1]['rounds']] == pytest.approx(ratios)
+    out = capsys.readouterr().out
+    assert 'to resnet18 as built' in out
+    assert 'infer reparameterized, eager' in out
+    assert 'ratio_as_built' not in benchmark.measure(['resnet18'], Settings(rounds=1))['models'][0]
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50d', 'seresnet50', 'mobilenetv2_100', 'tf_efficientnet_lite0'])
+@torch.no_grad()
+def test_a_plain_net_has_its_norm_layers_merged(name):
+    """As the blocks of this package have, so that the two can be compared; the function stays."""
+    torch.manual_seed(0)
+    net = timm.create_model(name).eval().double()
+    for key, value in net.state_dict().items():
+        if value.dtype.is_floating_point and value.ndim == 1:
+            value.uniform_(0.5, 1.5) if 'var' in key or 'weight' in key else value.uniform_(-0.2, 0.2)
+    x = torch.randn(2, 3, 64, 64).double()
+    expected = net(x)
+    merged = benchmark_worker.reparameterized(net, x[:1])
+    assert not [n for n, m in merged.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    torch.testing.assert_close(merged(x), expected)
+
+
+def test_a_net_that_cannot_be_merged_is_not_measured(monkeypatch):
+    class Twice(nn.Module):
+        """Reads the convolution's output beside the norm layer."""
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            nn.init.constant_(self.bn.weight, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.bn(x) + x
+
+    with pytest.raises(RuntimeError, match='merging the norm layers changed what it computes'):
+        benchmark_worker.reparameterized(Twice().eval(), torch.randn(1, 3, 8, 8))
+
+
 def test_compare(fake, tmp_path, capsys):
     files = [tmp_path / 'a.json', tmp_path / 'b.json']
     for file, models, batch_size in ((files[0], ['resnet18', 'resnet34'], 1), (files[1], ['resnet34', 'resnet50'], 2)):
@@ -176,6 +226,7 @@ def test_compare_of_other_files(text, message, tmp_path, capsys):
     (['resnet18', '--batch-size', '-1'], '--batch-size must be at least 1'),
     (['resnet18', '--min-seconds', 'inf'], '--min-seconds must be a number'),
     (['resnet18', '--amp', '--dtype', 'float32'], '--amp computes in half precision'),
+    (['resnet18', '--reparam', '--mode', 'train'], '--reparam makes a form for inference'),
     (['resnet18', '--json', 'missing/folder/out.json'], 'missing/folder/out.json is no file that can be written'),
     (['resnet18', '--json', '.'], '. is no file that can be written'),
 ])

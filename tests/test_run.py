@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 from timm_spa import run
@@ -137,10 +138,26 @@ def test_runs_the_script_as_main_with_our_models(tmp_path, launcher):
         assert (done.returncode == code) or (launcher and done.returncode == 1 and code)
 
 
-@pytest.mark.skipif(not os.environ.get('TIMM_SCRIPTS'), reason="needs timm's scripts: set TIMM_SCRIPTS to a checkout")
-def test_timms_own_scripts_take_our_names(tmp_path):
-    """Two epochs of timm's train.py on a handful of pictures, then its validate.py on the checkpoint."""
+@pytest.mark.parametrize(('name', 'options'), [
+    ('spa_resnet18', []), ('spa_resnet18', ['--reparam']), ('spa_mobilenetv2_cifar', ['--dynamic-size'])])
+def test_onnx_export_of_timm(timm_scripts, name, options, tmp_path):
+    """timm's onnx_export.py at its defaults, with the fused form, and with a free batch and size."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    path = tmp_path / 'model.onnx'
+    subprocess.run(
+        [sys.executable, '-m', 'timm_spa.run', 'onnx_export', '--timm-scripts', str(timm_scripts), str(path),
+         '--model', name, '--check-forward', *options], check=True)
+    session = onnxruntime.InferenceSession(path)
+    shape = [n if isinstance(n, int) else 37 for n in session.get_inputs()[0].shape]
+    logits, = session.run(None, {session.get_inputs()[0].name: np.zeros(shape, 'float32')})
+    assert np.isfinite(logits).all()
+
+
+def test_timms_own_scripts_take_our_names(timm_scripts, tmp_path, monkeypatch):
+    """Two epochs of timm's train.py on a handful of pictures, then its validate.py on the checkpoint, fused too."""
     from PIL import Image
+
+    monkeypatch.setenv('TIMM_SCRIPTS', str(timm_scripts))
 
     for split in ('train', 'validation'):
         for label, colour in (('dark', 40), ('light', 200)):
@@ -157,7 +174,8 @@ def test_timms_own_scripts_take_our_names(tmp_path):
         [*run_script, 'train', *common, '--config', recipe, '--epochs', '2', '--batch-size', '8', '--val-split',
          'validation', '--output', str(tmp_path), '--experiment', 'run'], check=True)
     assert (tmp_path / 'run' / 'summary.csv').read_text().count('\n') == 3
-    done = subprocess.run(
-        [*run_script, 'validate', *common, '--split', 'validation', '--checkpoint',
-         str(tmp_path / 'run' / 'model_best.pth.tar')], check=True, capture_output=True, text=True)
-    assert 'Acc@1' in done.stdout + done.stderr
+    for options in ([], ['--reparam']):
+        done = subprocess.run(
+            [*run_script, 'validate', *common, '--split', 'validation', '--checkpoint',
+             str(tmp_path / 'run' / 'model_best.pth.tar'), *options], check=True, capture_output=True, text=True)
+        assert 'Acc@1' in done.stdout + done.stderr

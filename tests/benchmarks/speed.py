@@ -53,7 +53,10 @@ def markdown(folder: Path) -> List[str]:
     lines: List[str] = []
     for base, models in MODELS.items():
         columns = {name[:-len(base) - 1]: runs for name, runs in records.items() if runs[0]['base'] == base}
-        lines += ['', '| | ' + ' | '.join(f'{name}, {len(runs)} runs' for name, runs in columns.items()) + ' |']
+        if not columns:
+            continue
+        titles = [name.replace('-', ' ').replace('cpu infer ', '') for name in columns]
+        lines += ['', '| | ' + ' | '.join(titles) + ' |']
         lines.append('|---|' + '---|' * len(columns))
         for model in models:
             cells = []
@@ -64,10 +67,12 @@ def markdown(folder: Path) -> List[str]:
                 first, middle, third = statistics.quantiles(ratios, method='inclusive') if ratios else (0, 0, 0)
                 cells.append(f'{middle:.2f} ({first:.2f}-{third:.2f})' if ratios else '')
             lines.append(f'| `{model}` | ' + ' | '.join(cells) + ' |')
+    counts = sorted({len(entry['rounds']) * len(runs) for runs in records.values() for entry in runs[0]['models']})
     about = {
         line.replace(run['date'], run['date'][:len('2026-01-01')])
         for runs in records.values() for run in runs for line in benchmark.notes(run)[2:]}
-    return [*lines, '', *sorted(about)]
+    rounds = f'Medians and quartiles of {" or ".join(map(str, counts))} rounds.'
+    return [*lines, '', rounds, *sorted(about)]
 
 
 def main() -> None:
@@ -96,6 +101,8 @@ def main() -> None:
             batch_size //= CUDA_TRAIN_SHARE
         # a fused straightforward form would be SPA's own
         models = [m for m in models if not (mode['reparam'] and m.startswith('straightforward'))]
+        if mode['compile']:
+            models = models[:3]  # compiling takes minutes
         settings = benchmark.Settings(
             **mode, batch_size=batch_size, threads=args.threads, rounds=args.rounds,
             min_seconds=args.min_seconds, imports=('straightforward',))

@@ -10,7 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from .comparison_gates import SelfGate, SqueezeExcite
 from .spatial_pyramid_attn import SpatialPyramidAttention, apply_gate, weighted_pyramid
 
-__all__ = ['FusedBranch', 'fuse_branch']
+__all__ = ['FusedBranch', 'fuse_branch', 'merge_norms']
 
 _logger = logging.getLogger(__name__)
 torch.fx.wrap('apply_gate')
@@ -79,10 +79,10 @@ class FusedBranch(nn.Module):
         self.reads = 'input' if attn.reads_block_input else 'output'
         self.matcher = merge_norms([getattr(attn, 'matcher', nn.Identity())])
         gate = attn.layer if isinstance(attn, SelfGate) else attn
-        if isinstance(gate, SpatialPyramidAttention):
+        if type(gate) is SpatialPyramidAttention:  # a subclass may compute something else
             self.pyramid_sizes: List[int] = gate.pyramid_sizes
             weight, fc1 = gate.pyramid_weight.detach().clone(), _only_conv([gate.fc1, gate.bn])
-        elif isinstance(gate, (SqueezeExcite, SEModule)) and not getattr(gate, 'add_maxpool', False):
+        elif type(gate) in (SqueezeExcite, SEModule) and not getattr(gate, 'add_maxpool', False):
             self.pyramid_sizes = [1]
             weight, fc1 = torch.ones_like(gate.fc1.weight[0, 0, 0]), _only_conv([gate.fc1])
         else:

@@ -15,16 +15,11 @@ __all__ = ['SpatialPyramidAttention', 'apply_gate', 'channel_matcher', 'weighted
 
 @torch.fx.wrap
 def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
-    """Sums the averages of a map (N, C, H, W) to every size, each resized to the first (nearest), equation (1).
-
-    Args:
-        x: The map.
-        sizes: Side lengths of the averages, the largest first.
-        weight: Weight of each average, (len(sizes),).
-    """
+    """Averages a map (N, C, H, W) to sizes, the largest first, and sums them there with weights, equation (1)."""
     pyramid = _average_pool(x, sizes[0]) * weight[0]
     for i in range(1, len(sizes)):
-        pyramid = pyramid + F.interpolate(_average_pool(x, sizes[i]), size=sizes[0], mode='nearest') * weight[i]
+        level = _average_pool(x, sizes[i]) * weight[i]
+        pyramid = pyramid + (level if sizes[i] == 1 else F.interpolate(level, size=sizes[0], mode='nearest'))
     return pyramid
 
 
@@ -69,9 +64,8 @@ def apply_gate(x: torch.Tensor, gate: torch.Tensor, shortcut: Optional[torch.Ten
 
 @torch.jit.unused
 def _broadcasts_rows(x: torch.Tensor, gate: torch.Tensor) -> bool:
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return False  # what is recorded has to hold for other shapes
-    if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
+    is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()  # which has to hold for other shapes
+    if is_recorded or torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
         return False  # the gradient of a broadcast is slow in channels_last
     # from a factor of 41 on, torch's nearest resizing rounds some indices down
     return all(x.shape[i] % gate.shape[i] == 0 and x.shape[i] <= 40 * gate.shape[i] for i in (2, 3))

@@ -6,7 +6,7 @@ Papers:
 
 The gate acts on the raw output of a layer's last convolution, before it is concatenated; variants B and C read all
 channels that come into the layer, as they are. Transitions have none. The reduction is 3, in the 32x32 nets of the
-authors as in the ImageNet nets here, for which there is no precedent.
+authors as in the ImageNet nets here, for which there is no precedent. There is no fused form for inference.
 """
 import re
 from typing import Any, Callable, Dict, List, Mapping

@@ -9,7 +9,7 @@ output; variants B and C (and SE+, SE++) read the block's raw input, before its 
 shortcut reads that norm layer's activated output; no norm layer stands before the final pooling.
 
 All else is timm's ResNet. `feature_info` gives the reduction against the image: 1 for the stem and the first stage,
-then 2, 4 and 8.
+then 2, 4 and 8. The blocks have no fused form for inference: their norm layers come before the convolutions.
 """
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
 

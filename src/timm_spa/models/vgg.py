@@ -7,7 +7,7 @@ Papers:
 The gate acts on the output of each conv - norm - ReLU unit. For 32x32 images (the paper's table I) the head is a single
 linear layer. Table I also has SPA-B and SPA-C on VGG16, of which the authors published no code: here they follow
 equations (4) and (5), with the input of the unit's convolution as the block's input. The first unit reads the image's 3
-channels; reduced widths are those of its output.
+channels; reduced widths are those of its output. There is no fused form for inference.
 """
 from typing import Any, Callable, Dict, List, Sequence
 
