@@ -221,7 +221,8 @@ def test_channels_last_and_autocast(name):
             assert model.float()(images.float()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=pytest.mark.slow if 'densenet' in name else ()) for name in KINDS])
 def test_export_with_a_dynamic_batch(name):
     # in single precision, a net of random weights may round further than any tolerance that still catches faults
     model = timm.create_model(name).eval().double()

@@ -8,6 +8,8 @@ import threading
 
 import numpy as np
 import pytest
+import timm
+import torch
 
 from timm_spa import run
 
@@ -143,10 +145,11 @@ def test_runs_the_script_as_main_with_our_models(tmp_path, launcher):
 def test_onnx_export_of_timm(timm_scripts, name, options, tmp_path):
     """timm's onnx_export.py at its defaults, with the fused form, and with a free batch and size."""
     onnxruntime = pytest.importorskip('onnxruntime')
-    path = tmp_path / 'model.onnx'
+    path, weights = tmp_path / 'model.onnx', tmp_path / 'weights.pth'
+    torch.save(timm.create_model(name, num_classes=7).state_dict(), weights)
     subprocess.run(
-        [sys.executable, '-m', 'timm_spa.run', 'onnx_export', '--timm-scripts', str(timm_scripts), str(path),
-         '--model', name, '--check-forward', *options], check=True)
+        [sys.executable, '-m', 'timm_spa.run', 'onnx_export', '--timm-scripts', str(timm_scripts), str(path), '--model',
+         name, '--checkpoint', str(weights), '--num-classes', '7', '--check-forward', *options], check=True)
     session = onnxruntime.InferenceSession(path)
     shape = [n if isinstance(n, int) else 37 for n in session.get_inputs()[0].shape]
     logits, = session.run(None, {session.get_inputs()[0].name: np.zeros(shape, 'float32')})

@@ -78,7 +78,7 @@ class FusedBranch(nn.Module):
         self.final_act = act
         self.reads = 'input' if attn.reads_block_input else 'output'
         self.matcher = merge_norms([getattr(attn, 'matcher', nn.Identity())])
-        gate = attn.layer if isinstance(attn, SelfGate) else attn
+        gate: Any = attn.layer if isinstance(attn, SelfGate) else attn
         if type(gate) is SpatialPyramidAttention:  # a subclass may compute something else
             self.pyramid_sizes: List[int] = gate.pyramid_sizes
             weight, fc1 = gate.pyramid_weight.detach().clone(), _only_conv([gate.fc1, gate.bn])
