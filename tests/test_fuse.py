@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from test_models import ALSO_SLOW, MODELS, small_images
-from test_one_form import gates, make_model, rel
+from test_models import ALSO_SLOW, MODELS
+from test_one_form import gates, images_of, make_model, rel
 from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 
@@ -32,7 +32,7 @@ def test_fused_model_is_the_model(name):
     branches = [m for m in other.modules() if isinstance(m, FusedBranch)]
     assert len(branches) == len(gates(model))
     assert not [m for b in branches for m in b.modules() if isinstance(m, nn.BatchNorm2d)]
-    images = small_images(name).double()
+    images = images_of(name).double()
     for x in (images, images[:, :, :-7, 3:]):
         assert rel(other(x), model(x)) < 1e-10
 
@@ -41,7 +41,7 @@ def test_fused_model_is_the_model(name):
     'spa_vgg16_cifar'])
 @torch.no_grad()
 def test_other_models_stay_as_they_are(name, caplog):
-    model, images = make_model(name), small_images(name)
+    model, images = make_model(name), images_of(name)
     other = reparameterize_model(model)
     assert not [m for m in other.modules() if isinstance(m, FusedBranch)]
     assert torch.equal(other(images), model(images))
@@ -51,7 +51,7 @@ def test_other_models_stay_as_they_are(name, caplog):
 @pytest.mark.parametrize('name', KINDS)
 @torch.no_grad()
 def test_same_in_every_mode(name):
-    model, images = reparameterize_model(make_model(name)).requires_grad_(True), small_images(name)
+    model, images = reparameterize_model(make_model(name)).requires_grad_(True), images_of(name)
     with torch.enable_grad():
         expected = model(images)
         expected.sum().backward()
@@ -66,7 +66,7 @@ def test_same_in_every_mode(name):
 @torch.no_grad()
 def test_works_with_tools(name, tmp_path):
     """Saves and loads, copies, changes dtype and layout, scripts, compiles and exports."""
-    model, images = reparameterize_model(make_model(name)), small_images(name)
+    model, images = reparameterize_model(make_model(name)), images_of(name)
     expected = model(images)
     again = reparameterize_model(timm.create_model(name).eval())
     again.load_state_dict(model.state_dict())
@@ -89,7 +89,7 @@ def test_works_with_tools(name, tmp_path):
 @pytest.mark.parametrize('name', ['spa_resnet50', 'spa_mobilenetv2_050'])
 @torch.no_grad()
 def test_features(name):
-    model, images = make_model(name, features_only=True), small_images(name)
+    model, images = make_model(name, features_only=True), images_of(name)
     for a, b in zip(reparameterize_model(model)(images), model(images), strict=True):
         assert rel(a, b) < 1e-4
     plain = make_model(name)
