@@ -7,9 +7,9 @@ import statistics
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn as nn
+from test_one_form import make_model
 
 from timm_spa import benchmark, benchmark_worker, cli
 from timm_spa.benchmark import BenchmarkError, Settings
@@ -139,15 +139,12 @@ def test_reparam_has_two_bases(fake, tmp_path, capsys):
     assert 'ratio_as_built' not in benchmark.measure(['resnet18'], Settings(rounds=1))['models'][0]
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'resnet50d', 'seresnet50', 'mobilenetv2_100', 'tf_efficientnet_lite0'])
+@pytest.mark.parametrize('name', [
+    'resnet18', 'resnet50d', 'seresnet50', 'mobilenetv2_100', 'tf_efficientnet_lite0', 'mobilenetv2_cifar'])
 @torch.no_grad()
 def test_a_plain_net_has_its_norm_layers_merged(name):
     """As the blocks of this package have, so that the two can be compared; the function stays."""
-    torch.manual_seed(0)
-    net = timm.create_model(name).eval().double()
-    for key, value in net.state_dict().items():
-        if value.dtype.is_floating_point and value.ndim == 1:
-            value.uniform_(0.5, 1.5) if 'var' in key or 'weight' in key else value.uniform_(-0.2, 0.2)
+    net = make_model(name).double()
     x = torch.randn(2, 3, 64, 64).double()
     expected = net(x)
     merged = benchmark_worker.reparameterized(net, x[:1])

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from timm.utils import ParseKwargs, reparameterize_model
 
 from .environment import environment
-from .layers.fused_branch import CONVS, NORMS, merge_norms
+from .layers.fused_branch import CONVS, NORMS, FusedBranch, merge_norms
 
 __all__ = ['Settings', 'Workload', 'parse_model', 'reparameterized', 'serve']
 
@@ -109,7 +109,7 @@ def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
 
 
 def reparameterized(net: nn.Module, images: torch.Tensor) -> nn.Module:
-    """Brings a net to its form for inference, or merges the norm layers of one whose blocks have none.
+    """Brings a net to its form for inference, or merges the norm layers of one without fused blocks.
 
     Args:
         net: Net in eval mode; it is changed.
@@ -121,8 +121,9 @@ def reparameterized(net: nn.Module, images: torch.Tensor) -> nn.Module:
     Raises:
         RuntimeError: Merging changed what the net computes.
     """
-    if any(hasattr(m, 'fuse') for m in net.modules()):
-        return reparameterize_model(net, inplace=True)
+    net = reparameterize_model(net, inplace=True)
+    if any(isinstance(m, FusedBranch) for m in net.modules()):
+        return net
     made: Dict[int, Tuple[str, torch.Tensor]] = {}  # with the map, so that no other one gets its id
     pairs: List[Tuple[str, str]] = []
 

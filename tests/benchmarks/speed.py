@@ -99,7 +99,7 @@ def main() -> None:
         batch_size = BATCH[args.device, base]
         if args.device == 'cuda' and args.train:
             batch_size //= CUDA_TRAIN_SHARE
-        # a fused straightforward form would be SPA's own
+        # the straightforward form has no fused blocks
         models = [m for m in models if not (mode['reparam'] and m.startswith('straightforward'))]
         if mode['compile']:
             models = models[:3]  # compiling takes minutes

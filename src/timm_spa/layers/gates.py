@@ -13,7 +13,7 @@ __all__ = ['GATES', 'Gate', 'create_gate']
 
 
 class Gate(NamedTuple):
-    """A row of the table: a label for tables and plots, a description, and what makes the layer of `create_gate`'s."""
+    """A row: a label for tables and plots, a description, and a function of `create_gate`'s arguments for the layer."""
     label: str
     description: str
     create: Callable[[SimpleNamespace], nn.Module]
