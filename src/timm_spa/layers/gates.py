@@ -1,6 +1,6 @@
 """The table of gates, from which prefixes of model names, labels and choices are derived."""
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, NamedTuple, Sequence
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch.nn as nn
 from timm.layers import GlobalContext, LayerType, SEModule
@@ -13,10 +13,20 @@ __all__ = ['GATES', 'Gate', 'create_gate']
 
 
 class Gate(NamedTuple):
-    """A row: a label for tables and plots, a description, and a function of `create_gate`'s arguments for the layer."""
+    """A row of the table.
+
+    Attributes:
+        label: Name in tables and plots.
+        description: What it is, for documentation.
+        create: Makes the layer from the arguments of `create_gate`.
+        zeros: Parameters of the layer with which, once they are zero, the gate has one value everywhere.
+        doublings: How often that value has to be doubled to be 1; None if no parameters make the gate neutral.
+    """
     label: str
     description: str
     create: Callable[[SimpleNamespace], nn.Module]
+    zeros: Tuple[str, ...] = ('fc2.weight',)
+    doublings: Optional[int] = 1
 
 
 def _spa(variant: str) -> Callable[[SimpleNamespace], nn.Module]:
@@ -37,20 +47,26 @@ def _timm(layer: Callable[..., nn.Module], **kwargs: Any) -> Callable[[SimpleNam
 
 # A name and an underscore are the prefix of the models with that gate, the plain nets have none.
 GATES: Dict[str, Gate] = {
-    'none': Gate('none', 'no attention', lambda a: NoGate()),
+    'none': Gate('none', 'no attention', lambda a: NoGate(), (), 0),
     'se': Gate('SE', 'squeeze-and-excitation', _se('a')),
     'se_b': Gate('SE+', "SE+, squeeze-and-excitation of the block's input", _se('b')),
     'se_c': Gate('SE++', "SE++, squeeze-and-excitation of the block's input, channels matched", _se('c')),
-    'ge': Gate('GE', 'parameter-free gather-excite of global extent', lambda a: GatherExcite()),
-    'cbam': Gate('CBAM', 'the convolutional block attention module', _timm(CbamModule, mlp_bias=True)),
-    'gc': Gate('GC', 'global context', _timm(GlobalContext)),
+    'ge': Gate('GE', 'parameter-free gather-excite of global extent', lambda a: GatherExcite(), (), None),
+    'cbam': Gate(
+        'CBAM', 'the convolutional block attention module', _timm(CbamModule, mlp_bias=True),
+        ('layer.channel.fc2.weight', 'layer.channel.fc2.bias', 'layer.spatial.conv.bn.weight',
+         'layer.spatial.conv.bn.bias'), 2),
+    'gc': Gate(
+        'GC', 'global context', _timm(GlobalContext), ('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias')),
     'spa': Gate('SPA-A', 'SPA-A (the gate reads the map that it gates)', _spa('a')),
     'spa_b': Gate('SPA-B', "SPA-B (the gate reads the block's input)", _spa('b')),
     'spa_c': Gate('SPA-C', "SPA-C (the gate reads the block's input, channels matched)", _spa('c')),
     # what table III compares with at ImageNet's size
-    'se_bias': Gate('SE', 'squeeze-and-excitation with biases', _timm(SEModule)),
+    'se_bias': Gate(
+        'SE', 'squeeze-and-excitation with biases', _timm(SEModule), ('layer.fc2.weight', 'layer.fc2.bias')),
     'ge_conv': Gate(
-        'GE', 'gather-excite by depthwise convolutions', lambda a: GatherExciteConv(a.channels, a.norm_layer, **a.dd)),
+        'GE', 'gather-excite by depthwise convolutions', lambda a: GatherExciteConv(a.channels, a.norm_layer, **a.dd),
+        ('gather.7.weight', 'gather.7.bias')),
 }
 
 
@@ -78,7 +94,7 @@ def create_gate(
         norm_layer: Norm layer of the gate, if it has any.
 
     Returns:
-        A module that takes the map to gate and the block's input, and returns the gated map.
+        A module that takes the map to gate and the block's input, and returns the gated map. Its `gate_name` is `gate`.
 
     Raises:
         ValueError: The gate is unknown.
@@ -90,7 +106,9 @@ def create_gate(
     rd_channels = max(1, int(channels * rd_ratio))
     source_rd_channels = max(1, int(in_channels * rd_ratio)) if reduce_source else rd_channels
     dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
-    return GATES[gate].create(SimpleNamespace(
+    layer: Any = GATES[gate].create(SimpleNamespace(
         channels=channels, in_channels=in_channels, pyramid_sizes=pyramid_sizes,
         rd_channels=source_rd_channels if variant == 'b' else rd_channels, matcher_rd_channels=source_rd_channels,
         norm_layer=norm_layer, dd=dd))
+    layer.gate_name = gate
+    return layer

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Type
 
+import timm
 import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
@@ -13,7 +14,7 @@ from ..layers import create_gate
 from ._hub_file import HubWeightsError, locate_weights
 from ._warm_start import checkpoint_filter_fn
 
-__all__ = ['PAPER_ID', 'build_model', 'cifar_cfg', 'shipped_cfg', 'untrained_cfg', 'warm_cfg']
+__all__ = ['PAPER_ID', 'build_model', 'cifar_cfg', 'shipped_cfg', 'untrained_cfg', 'warm_cfg', 'warm_cfgs']
 
 PAPER_ID = 'doi:10.1109/TMM.2021.3068576'
 WEIGHTS_FILENAME = 'model.safetensors'
@@ -37,7 +38,7 @@ def untrained_cfg(source: str, **kwargs: Any) -> PretrainedCfg:
         hf_hub_filename=None,
         architecture=None,
         tag=None,
-        license=plain.license or 'apache-2.0',
+        license=plain.license or 'unknown',
         origin_url=plain.origin_url or 'https://github.com/huggingface/pytorch-image-models',
         paper_ids=(*paper_ids, PAPER_ID),
     )
@@ -63,6 +64,25 @@ def warm_cfg(source: str) -> PretrainedCfg:
             "the model computes what the plain one does, with the plain one's accuracy, until it is fine-tuned.",
         ),
     )
+
+
+def warm_cfgs(name: str, plain: str, default: str = '') -> Dict[str, PretrainedCfg]:
+    """Makes the configurations of the warm starts from every tag that timm has of the plain model.
+
+    Args:
+        name: Name of the gated model.
+        plain: Name of timm's plain model.
+        default: Tag to put first, which makes it the default; timm's own if there is none.
+
+    Returns:
+        Configurations by name and tag. One without weights if timm has none of the plain model.
+    """
+    sources = timm.list_pretrained(f'{plain}.*')
+    if not sources:
+        return {f'{name}.untrained': untrained_cfg(plain)}
+    first = f'{plain}.{default or get_pretrained_cfg(plain).tag}'
+    sources.sort(key=lambda source: source != first)
+    return {f'{name}.warm_{source.partition(".")[2]}': warm_cfg(source) for source in sources}
 
 
 def cifar_cfg(**kwargs: Any) -> PretrainedCfg:

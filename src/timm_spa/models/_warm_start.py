@@ -2,8 +2,8 @@
 
 A gate is sigmoid(conv(...)). With the weights of that conv zero it is 1/2 everywhere. The gated map is linear in a few
 parameters of the block: scale and shift of a norm layer (also with a ReLU behind it, which commutes with doubling), or
-the weights of a convolution without bias. Twice these make the gated model equal to the plain one: doubling and halving
-are exact in binary floating point.
+the weights of a convolution. Twice these make the gated model equal to the plain one: doubling and halving are exact in
+binary floating point.
 """
 import logging
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
@@ -11,17 +11,39 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from ..layers import NoGate, SpatialPyramidAttention, SqueezeExcite
+from ..layers import GATES
 
-__all__ = ['checkpoint_filter_fn', 'warm_start']
+__all__ = ['checkpoint_filter_fn', 'gated_modules', 'neutral_factors', 'warm_start']
 
 _logger = logging.getLogger(__name__)
 
 
-def _gated_blocks(model: nn.Module) -> Iterator[Tuple[str, Any]]:
+def gated_modules(model: nn.Module) -> Iterator[Tuple[str, Any]]:
+    """Yields name and module of everything in a model that has a gate, its child `attn`.
+
+    `gated_parameters` names the tensors in which the gated map is linear, relative to the module or, if it has one, to
+    its `gated_prefix`; `inverse_parameters` those that undo the doubling for what else reads it.
+    """
     for name, module in model.named_modules():
-        if hasattr(module, 'gated_parameters') and not isinstance(module.attn, NoGate):
+        if hasattr(module, 'gated_parameters') and module.attn.gate_name != 'none':
             yield name, module
+
+
+def neutral_factors(model: nn.Module) -> Dict[str, float]:
+    """Returns the tensors that change when the gates of a model become neutral, by name, and what to multiply them by.
+
+    Raises:
+        ValueError: A gate can't be neutral.
+    """
+    factors: Dict[str, float] = {}
+    for name, module in gated_modules(model):
+        gate, prefix = GATES[module.attn.gate_name], getattr(module, 'gated_prefix', name)
+        if gate.doublings is None:
+            raise ValueError(f'No weights make {name}.attn neutral: the gate {module.attn.gate_name!r} has none.')
+        factors.update({f'{prefix}.{key}': 2. ** gate.doublings for key in module.gated_parameters})
+        factors.update({f'{prefix}.{key}': .5 ** gate.doublings for key in getattr(module, 'inverse_parameters', ())})
+        factors.update({f'{name}.attn.{key}': 0. for key in gate.zeros})
+    return factors
 
 
 def warm_start(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -35,21 +57,14 @@ def warm_start(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
         Weights for `model`, with which it computes what the plain model does. The given ones are not changed.
 
     Raises:
-        ValueError: The model's gate can't be neutral.
+        ValueError: A gate can't be neutral.
     """
     warm = dict(state_dict)
-    for name, block in _gated_blocks(model):
-        if not isinstance(block.attn, (SpatialPyramidAttention, SqueezeExcite)):
-            raise ValueError(
-                f'The weights are those of a plain model, and {type(model).__name__} has the gate {name}.attn that no '
-                'weights make neutral. Load weights of the same model, or train from random initialization.')
-        # the gated map is linear in these; where they are no part of the block, the block says of what they are
-        prefix = getattr(block, 'gated_prefix', name)
-        for key in (f'{prefix}.{parameter}' for parameter in block.gated_parameters):
-            if key in warm:  # else load_state_dict reports it
-                warm[key] = warm[key] * 2
-        for key, value in block.attn.state_dict().items():
-            warm[f'{name}.attn.{key}'] = torch.zeros_like(value) if key in ('fc2.weight', 'fc2.bias') else value
+    for name, module in gated_modules(model):
+        warm.update({f'{name}.attn.{key}': value for key, value in module.attn.state_dict().items()})
+    for key, factor in neutral_factors(model).items():
+        if key in warm:  # else load_state_dict reports it
+            warm[key] = warm[key] * factor
     return warm
 
 
@@ -58,7 +73,7 @@ def checkpoint_filter_fn(
         model: nn.Module,
         plain_filter: Optional[Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]] = None,
 ) -> Dict[str, torch.Tensor]:
-    """Prepares a checkpoint for loading: one without gates, for a model with gates, is a plain model's: a warm start.
+    """Prepares a checkpoint for loading: one without the weights of a model's gates is a plain model's: a warm start.
 
     Args:
         state_dict: Weights of the gated or of the plain model, under timm's names.
@@ -68,7 +83,8 @@ def checkpoint_filter_fn(
     Returns:
         Weights for `model`.
     """
-    if any('.attn.' in key for key in state_dict) or next(_gated_blocks(model), None) is None:
+    weights = [f'{name}.attn.{key}' for name, module in gated_modules(model) for key in module.attn.state_dict()]
+    if not weights or any(key in state_dict for key in weights):
         return state_dict
     _logger.warning(
         'The checkpoint holds no attention: it is the plain model. Its weights are loaded so that the model computes '

@@ -18,7 +18,7 @@ from timm.models.densenet import DenseBlock, DenseLayer, DenseNet
 
 from ._entrypoints import register_gated
 from ._gated_net import GatedNet, adopt, divide_reduction
-from ._pretrained import build_model, cifar_cfg, warm_cfg
+from ._pretrained import build_model, cifar_cfg, warm_cfgs
 
 __all__ = ['GatedDenseLayer', 'GatedDenseNet']
 
@@ -139,10 +139,10 @@ NAMES = (
 )
 
 default_cfgs = generate_default_cfgs({
-    'spa_densenet121.warm_ra_in1k': warm_cfg('densenet121.ra_in1k'),
-    'spa_densenet161.warm_tv_in1k': warm_cfg('densenet161.tv_in1k'),
-    'spa_densenet169.warm_tv_in1k': warm_cfg('densenet169.tv_in1k'),
-    'spa_densenet201.warm_tv_in1k': warm_cfg('densenet201.tv_in1k'),
+    **{
+        tag: cfg for name in NAMES if not name.endswith('_cifar')
+        for tag, cfg in warm_cfgs(name, name.removeprefix('spa_')).items()
+    },
     **{
         f'{name}.untrained': cifar_cfg(first_conv='features.conv0', classifier='classifier')
         for name in NAMES if name.endswith('_cifar')

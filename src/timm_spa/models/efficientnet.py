@@ -1,15 +1,17 @@
-"""MobileNetV2 with attention at the end of every block, on timm's EfficientNet.
+"""MobileNetV2 and EfficientNet-Lite with attention at the end of every block, on timm's EfficientNet.
 
 Papers:
   * `Spatial Pyramid Attention for Deep Convolutional Neural Networks` - https://doi.org/10.1109/TMM.2021.3068576
   * `MobileNetV2: Inverted Residuals and Linear Bottlenecks` - https://arxiv.org/abs/1801.04381
+  * `EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks` - https://arxiv.org/abs/1905.11946
 
 timm builds MobileNetV2 from its EfficientNet blocks, whose attention slot sits on the expanded channels. The SPA paper
 gates the projected channels: after the norm layer of the linear projection, before the residual sum, in all 17 blocks.
-The blocks here are timm's with that one step more, and keep the names of timm's parameters.
+The blocks here are timm's with that one step more, and keep the names of timm's parameters. EfficientNet-Lite, which is
+MobileNetV2 with other stages, gets its gates in the same place.
 """
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -25,15 +27,20 @@ from timm.models._efficientnet_builder import (
 from timm.models.efficientnet import EfficientNet
 
 from ..layers import fuse_branch
-from ._entrypoints import register_gated
+from ._entrypoints import register_gated, split_gate
 from ._gated_net import GatedNet, adopt, divide_reduction
-from ._pretrained import build_model, cifar_cfg, shipped_cfg, untrained_cfg, warm_cfg
+from ._pretrained import build_model, cifar_cfg, shipped_cfg, warm_cfgs
 
 __all__ = ['GatedDepthwiseSeparableConv', 'GatedEfficientNet', 'GatedInvertedResidual']
 
-# expansion, channels, blocks, stride of each stage: table 2 of the MobileNetV2 paper
+# expansion, channels, blocks, stride and kernel size of each stage: table 2 of the MobileNetV2 paper
 MOBILENETV2_STAGES = (
-    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 32, 3, 2, 3), (6, 64, 4, 2, 3), (6, 96, 3, 1, 3), (6, 160, 3, 2, 3),
+    (6, 320, 1, 1, 3))
+# table 1 of the EfficientNet paper
+EFFICIENTNET_STAGES = (
+    (1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5), (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3))
 
 
 class GatedDepthwiseSeparableConv(DepthwiseSeparableConv):
@@ -156,35 +163,47 @@ class GatedEfficientNet(GatedNet, EfficientNet):
         efficientnet_init_weights(self)
 
 
-_WIDTHS = {
-    'mobilenetv2': 1.0,
-    'mobilenetv2_050': 0.5,
-    'mobilenetv2_075': 0.75,
-    'mobilenetv2_140': 1.4,
-    'mobilenetv2_cifar': 1.0,
+_BASES: Dict[str, Dict[str, Any]] = {
+    'mobilenetv2': dict(),
+    'mobilenetv2_050': dict(width=0.5),
+    'mobilenetv2_075': dict(width=0.75),
+    'mobilenetv2_140': dict(width=1.4),
+    'mobilenetv2_cifar': dict(cifar=True, act_layer='relu', pyramid_sizes=(1, 2, 4), rd_ratio=1. / 16),
+    'efficientnet_lite0': dict(stages=EFFICIENTNET_STAGES, fix_stem=True),
+    'tf_efficientnet_lite0': dict(stages=EFFICIENTNET_STAGES, fix_stem=True, bn_eps=1e-3, pad_type='same'),
 }
 # what the paper compares with at ImageNet's size has biases (SE) and learned gathering (GE), see table III
 _IMAGENET_GATES = {'se': 'se_bias', 'ge': 'ge_conv'}
 
 
-def _create_mobilenetv2(variant: str, pretrained: bool, base: str, gate: str, **kwargs: Any) -> GatedEfficientNet:
-    cifar = base == 'mobilenetv2_cifar'
-    stages = list(MOBILENETV2_STAGES)
+def _create_efficientnet(
+        variant: str,
+        pretrained: bool,
+        gate: str,
+        stages: Sequence[Tuple[int, int, int, int, int]] = MOBILENETV2_STAGES,
+        width: float = 1.0,
+        cifar: bool = False,
+        act_layer: Any = 'relu6',
+        norm_layer: Any = None,
+        **kwargs: Any,
+) -> GatedEfficientNet:
+    stages = list(stages)
     if cifar:
-        stages[1] = (6, 24, 2, 1)
+        stages[1] = (6, 24, 2, 1, 3)
     arch_def = [
         # timm's block for an expansion of 1 leaves the expanding convolution out, the authors' CIFAR net has it
-        [f'ds_r{n}_k3_s{s}_c{c}' if t == 1 and not cifar else f'ir_r{n}_k3_s{s}_e{t}_c{c}'] for t, c, n, s in stages]
-    round_chs_fn = partial(round_channels, multiplier=_WIDTHS[base])
+        [f'ds_r{n}_k{k}_s{s}_c{c}' if t == 1 and not cifar else f'ir_r{n}_k{k}_s{s}_e{t}_c{c}']
+        for t, c, n, s, k in stages]
+    round_chs_fn = partial(round_channels, multiplier=width)
     model_args = dict(
         block_args=decode_arch_def(arch_def),
         gate=gate if cifar else _IMAGENET_GATES.get(gate, gate),
-        pyramid_sizes=(1, 2, 4) if cifar else (1, 4, 7),
-        rd_ratio=1. / 16 if cifar else 1. / 8,
+        pyramid_sizes=(1, 4, 7),
+        rd_ratio=1. / 8,
         num_features=max(1280, round_chs_fn(1280)),
         round_chs_fn=round_chs_fn,
-        norm_layer=kwargs.pop('norm_layer', None) or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
-        act_layer=get_act_layer(kwargs.pop('act_layer', 'relu' if cifar else 'relu6')),
+        norm_layer=norm_layer or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
+        act_layer=get_act_layer(act_layer),
         cifar=cifar,
         # timm's default feature extractor for this family is a class of its own, without gates
         feature_cfg=dict(flatten_sequential=True, out_indices=(0, 1, 2, 3) if cifar else (0, 1, 2, 3, 4)),
@@ -192,38 +211,39 @@ def _create_mobilenetv2(variant: str, pretrained: bool, base: str, gate: str, **
     return build_model(GatedEfficientNet, variant, pretrained, **dict(model_args, **kwargs))
 
 
+def _create(variant: str, pretrained: bool, base: str, **kwargs: Any) -> GatedEfficientNet:
+    return _create_efficientnet(variant, pretrained, **dict(_BASES[base], **kwargs))
+
+
 NAMES = (
     'spa_mobilenetv2', 'spa_mobilenetv2_050', 'spa_mobilenetv2_075', 'spa_mobilenetv2_140',
     'spa_b_mobilenetv2', 'spa_c_mobilenetv2', 'se_mobilenetv2', 'ge_mobilenetv2', 'cbam_mobilenetv2',
     'mobilenetv2_cifar', 'spa_mobilenetv2_cifar', 'spa_b_mobilenetv2_cifar', 'spa_c_mobilenetv2_cifar',
     'se_mobilenetv2_cifar', 'ge_mobilenetv2_cifar',
+    'spa_efficientnet_lite0', 'spa_b_efficientnet_lite0', 'spa_c_efficientnet_lite0',
+    'spa_tf_efficientnet_lite0', 'spa_b_tf_efficientnet_lite0', 'spa_c_tf_efficientnet_lite0',
+    'se_tf_efficientnet_lite0', 'ge_tf_efficientnet_lite0', 'cbam_tf_efficientnet_lite0',
 )
 
-_cifar_cfg = partial(cifar_cfg, first_conv='conv_stem', classifier='classifier')
 
-default_cfgs = generate_default_cfgs({
-    'spa_mobilenetv2.warm_ra_in1k': warm_cfg('mobilenetv2_100.ra_in1k'),
-    'spa_mobilenetv2_050.warm_lamb_in1k': warm_cfg('mobilenetv2_050.lamb_in1k'),
-    'spa_mobilenetv2_075.untrained': untrained_cfg('mobilenetv2_075.untrained'),
-    'spa_mobilenetv2_140.warm_ra_in1k': warm_cfg('mobilenetv2_140.ra_in1k'),
-    'spa_b_mobilenetv2.warm_ra_in1k': warm_cfg('mobilenetv2_100.ra_in1k'),
-    'spa_c_mobilenetv2.warm_ra_in1k': warm_cfg('mobilenetv2_100.ra_in1k'),
-    'se_mobilenetv2.untrained': untrained_cfg('mobilenetv2_100.ra_in1k'),
-    'ge_mobilenetv2.untrained': untrained_cfg('mobilenetv2_100.ra_in1k'),
-    'cbam_mobilenetv2.untrained': untrained_cfg('mobilenetv2_100.ra_in1k'),
-    'mobilenetv2_cifar.untrained': _cifar_cfg(),
-    'spa_mobilenetv2_cifar.tmm_tin200': shipped_cfg('spa_mobilenetv2_cifar.tmm_tin200'),
-    'spa_b_mobilenetv2_cifar.untrained': _cifar_cfg(),
-    'spa_c_mobilenetv2_cifar.untrained': _cifar_cfg(),
-    'se_mobilenetv2_cifar.untrained': _cifar_cfg(),
-    'ge_mobilenetv2_cifar.untrained': _cifar_cfg(),
-})
+def _cfgs(name: str) -> Dict[str, Any]:
+    if name == 'spa_mobilenetv2_cifar':
+        return {f'{name}.tmm_tin200': shipped_cfg(f'{name}.tmm_tin200')}
+    if name.endswith('_cifar'):
+        return {f'{name}.untrained': cifar_cfg(first_conv='conv_stem', classifier='classifier')}
+    base = split_gate(name)[0]
+    return warm_cfgs(name, 'mobilenetv2_100' if base == 'mobilenetv2' else base)
+
+
+default_cfgs = generate_default_cfgs({tag: cfg for name in NAMES for tag, cfg in _cfgs(name).items()})
 
 
 def _describe(base: str) -> str:
     if base == 'mobilenetv2_cifar':
         return 'MobileNetV2 for 32x32 images, tables I and II of the paper,'
-    return f'MobileNetV2 of width {_WIDTHS[base]}'
+    if base.startswith('mobilenetv2'):
+        return f'MobileNetV2 of width {_BASES[base].get("width", 1.0)}'
+    return 'EfficientNet-Lite0' + (", padded as TensorFlow does," if base.startswith('tf_') else '')
 
 
-register_gated(globals(), NAMES, _create_mobilenetv2, _describe)
+register_gated(globals(), NAMES, _create, _describe)

@@ -18,7 +18,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from ..layers import fuse_branch
 from ._entrypoints import register_gated, split_gate
 from ._gated_net import GatedNet
-from ._pretrained import build_model, untrained_cfg, warm_cfg
+from ._pretrained import build_model, untrained_cfg, warm_cfgs
 
 __all__ = ['GatedBasicBlock', 'GatedBottleneck', 'GatedResNet']
 
@@ -130,36 +130,49 @@ class GatedResNet(GatedNet, ResNet):
         ResNet.init_weights(self, zero_init_last=zero_init_last)
 
 
-_DEPTHS: Dict[str, Any] = {
-    'resnet18': (GatedBasicBlock, (2, 2, 2, 2)),
-    'resnet34': (GatedBasicBlock, (3, 4, 6, 3)),
-    'resnet50': (GatedBottleneck, (3, 4, 6, 3)),
-    'resnet101': (GatedBottleneck, (3, 4, 23, 3)),
-    'resnet152': (GatedBottleneck, (3, 8, 36, 3)),
+_BASES: Dict[str, Dict[str, Any]] = {
+    'resnet18': dict(block=GatedBasicBlock, layers=(2, 2, 2, 2)),
+    'resnet34': dict(block=GatedBasicBlock, layers=(3, 4, 6, 3)),
+    'resnet50': dict(block=GatedBottleneck, layers=(3, 4, 6, 3)),
+    'resnet101': dict(block=GatedBottleneck, layers=(3, 4, 23, 3)),
+    'resnet152': dict(block=GatedBottleneck, layers=(3, 8, 36, 3)),
+    'resnet50d': dict(
+        block=GatedBottleneck, layers=(3, 4, 6, 3), stem_width=32, stem_type='deep', avg_down=True),
+    'resnet101d': dict(
+        block=GatedBottleneck, layers=(3, 4, 23, 3), stem_width=32, stem_type='deep', avg_down=True),
+    'resnext50_32x4d': dict(block=GatedBottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4),
+    'resnext101_32x8d': dict(block=GatedBottleneck, layers=(3, 4, 23, 3), cardinality=32, base_width=8),
+    'wide_resnet50_2': dict(block=GatedBottleneck, layers=(3, 4, 6, 3), base_width=128),
 }
 
 
 def _create_resnet(variant: str, pretrained: bool, base: str, **kwargs: Any) -> GatedResNet:
-    block, layers = _DEPTHS[base]
-    return build_model(GatedResNet, variant, pretrained, **dict(dict(block=block, layers=layers), **kwargs))
+    return build_model(GatedResNet, variant, pretrained, **dict(_BASES[base], **kwargs))
 
 
+# tables III and VI compare with the last three; timm has the plain nets and seresnet50
 NAMES = (
-    'spa_resnet18', 'spa_resnet34', 'spa_resnet50', 'spa_resnet101', 'spa_resnet152',
-    'spa_b_resnet18', 'spa_b_resnet34', 'spa_b_resnet50', 'spa_b_resnet101', 'spa_b_resnet152',
-    'spa_c_resnet18', 'spa_c_resnet34', 'spa_c_resnet50', 'spa_c_resnet101', 'spa_c_resnet152',
-    # tables III and VI compare with these; timm has the plain nets and seresnet50
+    *(f'{gate}_{base}' for base in _BASES for gate in ('spa', 'spa_b', 'spa_c')),
     'ge_resnet50', 'cbam_resnet50', 'gc_resnet50',
 )
+_DEFAULTS = {base: 'a1_in1k' for base in ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')}
 
-default_cfgs = generate_default_cfgs({
-    **{
-        f'{name}.warm_a1_in1k': warm_cfg(f'{split_gate(name)[0]}.a1_in1k')
-        for name in NAMES if split_gate(name)[1].startswith('spa')
-    },
-    'ge_resnet50.untrained': untrained_cfg('resnet50.a1_in1k'),
-    'cbam_resnet50.untrained': untrained_cfg('resnet50.a1_in1k'),
-    'gc_resnet50.untrained': untrained_cfg('resnet50.a1_in1k'),
-})
 
-register_gated(globals(), NAMES, _create_resnet, lambda base: f'ResNet-{base[len("resnet"):]}')
+def _cfgs(name: str) -> Dict[str, Any]:
+    base, gate, _ = split_gate(name)
+    if gate == 'ge':  # has no weights that make it neutral
+        return {f'{name}.untrained': untrained_cfg(f'{base}.a1_in1k')}
+    return warm_cfgs(name, base, _DEFAULTS.get(base, ''))
+
+
+default_cfgs = generate_default_cfgs({tag: cfg for name in NAMES for tag, cfg in _cfgs(name).items()})
+
+
+def _describe(base: str) -> str:
+    for prefix, title in (('resnet', 'ResNet'), ('resnext', 'ResNeXt'), ('wide_resnet', 'Wide ResNet')):
+        if base.startswith(prefix):
+            return f'{title}-{base.removeprefix(prefix).upper() if prefix == "resnet" else base.removeprefix(prefix)}'
+    raise ValueError(base)
+
+
+register_gated(globals(), NAMES, _create_resnet, _describe)

@@ -19,7 +19,7 @@ from timm.models.vgg import VGG
 
 from ._entrypoints import register_gated
 from ._gated_net import GatedNet
-from ._pretrained import build_model, cifar_cfg, warm_cfg
+from ._pretrained import build_model, cifar_cfg, warm_cfgs
 
 __all__ = ['CifarVGG', 'GatedConvUnit', 'GatedVGG']
 
@@ -200,7 +200,7 @@ NAMES = (
 )
 
 default_cfgs = generate_default_cfgs({
-    'spa_vgg16_bn.warm_tv_in1k': warm_cfg('vgg16_bn.tv_in1k'),
+    **warm_cfgs('spa_vgg16_bn', 'vgg16_bn'),
     **{
         f'{name}.untrained': cifar_cfg(pool_size=(1, 1), first_conv='features.0.conv', classifier='head.fc')
         for name in NAMES if name.endswith('_cifar')
