@@ -14,7 +14,7 @@ from ..layers import create_gate
 from ._hub_file import HubWeightsError, locate_weights
 from ._warm_start import checkpoint_filter_fn
 
-__all__ = ['PAPER_ID', 'build_model', 'cifar_cfg', 'shipped_cfg', 'untrained_cfg', 'warm_cfg', 'warm_cfgs']
+__all__ = ['PAPER_ID', 'build_model', 'check_fit', 'cifar_cfg', 'locate', 'shipped_cfg', 'untrained_cfg', 'warm_cfg', 'warm_cfgs']
 
 PAPER_ID = 'doi:10.1109/TMM.2021.3068576'
 WEIGHTS_FILENAME = 'model.safetensors'
@@ -165,21 +165,15 @@ def build_model(
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
         source, weights = cfg.source, cfg.file or weights
-        if cfg.hf_hub_id and (cfg.source == 'hf-hub' or not (cfg.file or cfg.state_dict or cfg.source)):
-            repo_id, _, revision = cfg.hf_hub_id.partition('@')
-            filename = cfg.hf_hub_filename or WEIGHTS_FILENAME
-            located = locate_weights(repo_id, filename, revision or None, cache_dir)
-            weights = f'{filename} of {cfg.hf_hub_id} ({located})'
+        located = locate(cfg, cache_dir)
+        if located:
+            weights = f'{cfg.hf_hub_filename or WEIGHTS_FILENAME} of {cfg.hf_hub_id} ({located})'
             pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=located, source='')
 
     def filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
         # timm itself loads what it can once the number of classes differs, and leaves the rest random
         state_dict = checkpoint_filter_fn(state_dict, model, plain_filter)
-        misfit = misfits(_fixed_tensors(state_dict, model), _fixed_tensors(model.state_dict(), model))
-        if misfit:
-            raise (HubWeightsError if located else RuntimeError)(
-                f'{weights} does not fit {variant}; tensors {misfit}. Create the model that they are of, with the '
-                'arguments that it was trained with.')
+        check_fit(state_dict, model, weights, variant, HubWeightsError if located else RuntimeError)
         return state_dict
 
     model = build_model_with_cfg(
@@ -197,6 +191,48 @@ def build_model(
         model.pretrained_cfg.pop('file', None)  # the weights come from the Hub; where they lay is no part of the model
         model.pretrained_cfg['source'] = source
     return model
+
+
+def locate(cfg: PretrainedCfg, cache_dir: Any = None) -> Optional[str]:
+    """Finds the weights of a configuration on the Hub.
+
+    Args:
+        cfg: Configuration of a model.
+        cache_dir: Cache of the Hub to use.
+
+    Returns:
+        Path of the file; None if the configuration names other weights, or none.
+
+    Raises:
+        HubWeightsError: They could not be had, or are damaged.
+    """
+    if not cfg.hf_hub_id or (cfg.source != 'hf-hub' and (cfg.file or cfg.state_dict or cfg.source)):
+        return None
+    repo_id, _, revision = cfg.hf_hub_id.partition('@')
+    return locate_weights(repo_id, cfg.hf_hub_filename or WEIGHTS_FILENAME, revision or None, cache_dir)
+
+
+def check_fit(
+        tensors: Mapping[str, torch.Tensor],
+        model: nn.Module,
+        weights: str,
+        variant: str,
+        error: Type[Exception] = RuntimeError,
+) -> None:
+    """Raises an error of the given type if tensors do not fit a model, but for what timm adapts.
+
+    Args:
+        tensors: Tensors by name.
+        model: Model as timm builds it.
+        weights: What holds the tensors, for the message.
+        variant: Name of the model, for the message.
+        error: Type of the error.
+    """
+    misfit = misfits(_fixed_tensors(tensors, model), _fixed_tensors(model.state_dict(), model))
+    if misfit:
+        raise error(
+            f'{weights} does not fit {variant}; tensors {misfit}. Create the model that they are of, with the '
+            'arguments that it was trained with.')
 
 
 def _fixed_tensors(tensors: Mapping[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:

@@ -1,0 +1,353 @@
+"""Attention for any CNN of timm, with its pretrained weights kept: `add_attention`, and the model `gated`.
+
+A gate stands behind the last norm layer or convolution of a residual branch: before the residual sum, before layer
+scale, stochastic depth and the activation. timm's layers of norm and activation have a place between the two, `drop`,
+where the gate goes; a bare norm layer becomes one of these, with an activation that does nothing. They keep what is
+there when timm converts them to synchronized or frozen ones. A convolution becomes a subclass of its class. timm's
+names of parameters stay as they are, and those of a gate have `.attn.` in them, e.g. 'layer1.0.bn3.drop.attn.fc1.weight'.
+"""
+import difflib
+import os
+import re
+from collections import Counter
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import (
+    BatchNormAct2d,
+    Conv2dSame,
+    FrozenBatchNormAct2d,
+    GroupNorm,
+    GroupNormAct,
+    LayerNorm2d,
+    LayerNormAct2d,
+    SyncBatchNormAct,
+)
+from timm.models import (
+    generate_default_cfgs,
+    load_pretrained,
+    load_state_dict,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models.byobnet import RepVggBlock
+from timm.models.ghostnet import GhostModule
+
+from ..layers import GATES, create_gate
+from ._block_types import BLOCK_TYPES, default_places, place_in_block
+from ._entrypoints import list_models
+from ._gated_net import adopt
+from ._pretrained import WEIGHTS_FILENAME, check_fit, locate, warm_cfg
+from ._warm_start import gated_modules, neutral_factors
+
+__all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'gated']
+
+
+class GateSlot(nn.Module):
+    """A gate between the norm layer and the activation of one of timm's layers of both."""
+
+    def __init__(self, attn: nn.Module, norm_name: str, parameters: Tuple[str, ...], drop: nn.Module):
+        """
+        Args:
+            attn: Gate.
+            norm_name: Name of the norm layer in the model.
+            parameters: Names of its affine parameters.
+            drop: What stood in the place before.
+        """
+        super().__init__()
+        self.gated_prefix, self.gated_parameters = norm_name, parameters
+        self.drop = drop
+        self.attn = attn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Gates the normalized map (N, C, H, W)."""
+        return self.attn(self.drop(x))
+
+
+class _Gated(nn.Module):
+    """Adds a gate to the output of a class of timm or torch."""
+    ungated: Callable[..., torch.Tensor]
+
+    def __init__(self, original: nn.Module, attn: nn.Module, parameters: Tuple[str, ...]):
+        adopt(self, original)
+        self.gated_parameters = parameters
+        self.attn = attn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attn(self.ungated(x))
+
+
+class GatedConv2d(_Gated, nn.Conv2d):
+    """A convolution with a gate on its output."""
+    ungated = nn.Conv2d.forward
+
+
+class GatedConv2dSame(_Gated, Conv2dSame):
+    """A convolution padded as TensorFlow does, with a gate on its output."""
+    ungated = Conv2dSame.forward
+
+
+class GatedGhostModule(_Gated, GhostModule):
+    """GhostNet's two convolutions, the second of the first's output, with a gate on both maps."""
+    ungated = GhostModule.forward
+    inverse_parameters = ('cheap_operation.0.weight',)  # reads the first map
+
+
+CONVS: Dict[type, Any] = {nn.Conv2d: GatedConv2d, Conv2dSame: GatedConv2dSame}
+# norm layers of maps (N, C, H, W), and the layer of norm and activation that each becomes
+NORMS: Dict[type, Callable[[Any], nn.Module]] = {
+    nn.BatchNorm2d: lambda norm: BatchNormAct2d(norm.num_features, apply_act=False),
+    nn.SyncBatchNorm: lambda norm: SyncBatchNormAct(norm.num_features),
+    nn.GroupNorm: lambda norm: GroupNormAct(norm.num_channels, norm.num_groups, apply_act=False),
+    GroupNorm: lambda norm: GroupNormAct(norm.num_channels, norm.num_groups, apply_act=False),
+    LayerNorm2d: lambda norm: LayerNormAct2d(norm.normalized_shape[0], apply_act=False),
+}
+NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct2d)
+
+
+def add_attention(
+        model: nn.Module,
+        gate: str = 'spa',
+        where: Union[None, str, re.Pattern, Sequence[Union[str, re.Pattern]]] = None,
+        pyramid_sizes: Sequence[int] = (1, 4, 7),
+        rd_ratio: float = 1. / 16,
+        neutral: bool = True,
+) -> nn.Module:
+    """Adds a gate at the end of every residual branch of a CNN, and leaves its outputs as they are until it is trained.
+
+    Every gate is made neutral: the weights of its last layer are zero, it is 1/2 everywhere, and the parameters in
+    which the gated map is linear are doubled. Does the same to a feature extractor that `features_only=True` makes of
+    timm's own modules; one made by torch.fx has no blocks any more.
+
+    Args:
+        model: CNN of timm, with its weights loaded. It is changed in place.
+        gate: Name of the gate, a key of `timm_spa.layers.GATES` that reads the map it gates.
+        where: Names of blocks, norm layers or convolutions, as they are, with wildcards or as regular expressions;
+            every block of a type that is known if None.
+        pyramid_sizes: Side lengths of SPA's averages, in cells.
+        rd_ratio: Reduced width of the gates over their channels.
+        neutral: Keep the outputs; gates as they are initialized if False, to train from scratch.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The gate is unknown, reads the block's input or can't be neutral; the model has no block of a type
+            that is known, or has gates; or a module named can't be gated. The model is as it was then.
+    """
+    _check_gate(gate, neutral)
+    if gate == 'none':
+        return model
+    modules = dict(model.named_modules())
+    names = list(default_places(model)) if where is None else _named_places(modules, where)
+    if next(gated_modules(model), None) is not None:
+        raise ValueError(f'{type(model).__name__} has gates already. Add attention to the plain network.')
+    if not names:
+        files = [module.rpartition('.')[2].lstrip('_') for module in BLOCK_TYPES]
+        raise ValueError(
+            f'{type(model).__name__} has no block of a type that is known here. Name norm layers or convolutions with '
+            f'where=[...], or take a network with the blocks of one of these files of timm: {", ".join(files)}.')
+    _check_places(model, modules, names, neutral)
+    for name in names:
+        module: Any = modules[name]
+        tensor = next(module.parameters(), next(module.buffers(), torch.empty(0)))
+        channels = _channels(module)
+        attn = create_gate(
+            gate, channels, channels, pyramid_sizes, rd_ratio, device=tensor.device, dtype=tensor.dtype)
+        attn.train(module.training)
+        modules[name] = _attach(name, module, attn)
+        if name:
+            model.set_submodule(name, modules[name])
+    if neutral:
+        tensors = model.state_dict()
+        with torch.no_grad():
+            for key, factor in neutral_factors(model).items():
+                tensors[key].mul_(factor)
+    return model
+
+
+def _check_gate(gate: str, neutral: bool) -> None:
+    if gate not in GATES:
+        raise ValueError(f'gate must be one of {", ".join(map(repr, GATES))}, got {gate!r}.')
+    if gate.endswith(('_b', '_c')):
+        raise ValueError(
+            f"The gate {gate!r} reads the block's input, which timm's blocks do not hand on. The models that have it: "
+            f'{", ".join(list_models(f"{gate}_*"))}.')
+    if neutral and GATES[gate].doublings is None:
+        raise ValueError(f'No weights make the gate {gate!r} neutral: it has none. Use neutral=False.')
+
+
+def _named_places(modules: Dict[str, nn.Module], where: Any) -> List[str]:
+    names: List[str] = []
+    for pattern in (where,) if isinstance(where, (str, re.Pattern)) else where:
+        found = [
+            name for name in modules
+            if (fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.fullmatch(name))]
+        if not found:
+            text = pattern if isinstance(pattern, str) else pattern.pattern
+            near = difflib.get_close_matches(text, modules, n=3, cutoff=0.4)
+            raise ValueError(f'The model has no module {text!r}. Nearest: {", ".join(near) or "none"}.')
+        names += [place_in_block(name, modules[name]) or name for name in found]
+    return list(dict.fromkeys(names))
+
+
+def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[str], neutral: bool) -> None:
+    """Raises a ValueError that names the first module that can't be gated."""
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    tensors = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name in names:
+        module, kind = modules[name], type(modules[name]).__name__
+        if type(module) not in (*NORMS, *NORM_ACTS, *CONVS, GhostModule, RepVggBlock):
+            raise ValueError(
+                f'{name} is a {kind}, which can not be gated: it is no norm layer of maps (N, C, H, W), no convolution '
+                'whose output is linear in its weights, and no block of a known type.')
+        if isinstance(module, RepVggBlock) and (module.reparam_conv is not None or type(module.attn) is not nn.Identity):
+            raise ValueError(f'{name} is a {kind} that is fused already or has an attention of its own.')
+        if uses[id(module)] > 1 or any(tensors[id(p)] > 1 for p in module.parameters(recurse=False)):
+            raise ValueError(f'{name} is used in more than one place of the model, or shares its weights.')
+        if neutral and not _linear_parameters(module):
+            raise ValueError(f'{name} is a {kind} without affine parameters: its gate can not be neutral.')
+
+
+def _linear_parameters(module: Any) -> Tuple[str, ...]:
+    """Returns the names of the tensors in which a module's output is linear, all together."""
+    if isinstance(module, GhostModule):
+        names = [f'{conv}.1.{key}' for conv in ('primary_conv', 'cheap_operation') for key in ('weight', 'bias')]
+        return tuple(names)
+    if isinstance(module, RepVggBlock):
+        branches = ['conv_kxk.bn', 'conv_1x1.bn', *(['identity'] if module.identity is not None else [])]
+        return tuple(f'{branch}.{key}' for branch in branches for key in ('weight', 'bias'))
+    return tuple(key for key in ('weight', 'bias') if getattr(module, key, None) is not None)
+
+
+def _channels(module: Any) -> int:
+    if isinstance(module, RepVggBlock):
+        return module.conv_kxk.bn.num_features
+    if isinstance(module, GhostModule):
+        return module.out_chs
+    for key in ('out_channels', 'num_features', 'num_channels'):
+        if hasattr(module, key):
+            return getattr(module, key)
+    return len(module.weight) if module.weight is not None else module.normalized_shape[0]
+
+
+def _attach(name: str, module: Any, attn: nn.Module) -> nn.Module:
+    """Returns what takes the place of a module, with the gate in it."""
+    parameters = _linear_parameters(module)
+    if type(module) in CONVS:
+        return CONVS[type(module)](module, attn, parameters)
+    if isinstance(module, GhostModule):
+        return GatedGhostModule(module, attn, parameters)
+    if isinstance(module, RepVggBlock):
+        module.attn = attn  # timm's own place for it, behind the sum of the branches, which fusing keeps
+        module.gated_parameters = parameters
+        return module
+    if type(module) in NORMS:
+        norm = NORMS[type(module)](module)
+        norm.__dict__.update({k: v for k, v in module.__dict__.items() if k != '_modules'})
+        module = norm
+    module.drop = GateSlot(attn, name, parameters, module.drop)
+    return module
+
+
+default_cfgs = generate_default_cfgs({'gated.warm_a1_in1k': warm_cfg('resnet50.a1_in1k')})
+
+
+@register_model
+def gated(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        cache_dir: Any = None,
+        *,
+        base: str = 'resnet50.a1_in1k',
+        gate: str = 'spa',
+        where: Union[None, str, Sequence[str]] = None,
+        pyramid_sizes: Sequence[int] = (1, 4, 7),
+        rd_ratio: float = 1. / 16,
+        neutral: Optional[bool] = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """Any CNN of timm with `add_attention`, by data alone, for timm's scripts and the Hub.
+
+    Args:
+        pretrained: Load weights: those that are given, of this model or of the plain one, or else timm's of `base`.
+        pretrained_cfg: Configuration, as timm passes it.
+        pretrained_cfg_overlay: Fields of the configuration to replace, e.g. `file`.
+        cache_dir: Cache of the Hub to use.
+        base: Name of timm's model, with the tag of its weights if it is not the default.
+        gate: Name of the gate, see `add_attention`.
+        where: Modules to gate, see `add_attention`.
+        pyramid_sizes: Side lengths of SPA's averages, in cells.
+        rd_ratio: Reduced width of the gates over their channels.
+        neutral: Keep the function of the plain net, see `add_attention`; if None, where its weights are loaded.
+        **kwargs: Arguments of `base`.
+
+    Returns:
+        The model, or its feature extractor for `features_only=True`.
+
+    Raises:
+        RuntimeError: `base` is no model of timm, or weights do not fit.
+        ValueError: See `add_attention`.
+    """
+    name, _, tag = base.partition('.')
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise RuntimeError(f'Unknown model ({name}), the base of gated. Nearest: {", ".join(near) or "none"}.')
+    if isinstance(pretrained_cfg, str) and f'warm_{tag}' != pretrained_cfg:
+        raise ValueError(f"The tag {pretrained_cfg!r} is of base='resnet50.a1_in1k'. Give the tag with base instead.")
+    kwargs.pop('pretrained_model_args', None)  # those of the repository that the weights are of: the ones given here
+    # timm's scripts may pass the registered configuration of this name, which knows nothing of base
+    own = pretrained_cfg if _source(pretrained_cfg) else None
+    cfg = resolve_pretrained_cfg(name, own or tag or None, pretrained_cfg_overlay)
+    if own:
+        kwargs = dict(dict(num_classes=cfg.num_classes, in_chans=cfg.input_size[0]), **kwargs)
+    attach = partial(add_attention, gate=gate, where=where, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio)
+    create = partial(timm.create_model, base, cache_dir=cache_dir, **kwargs)
+    located = locate(cfg, cache_dir) if pretrained and not cfg.custom_load else None
+    source = located or cfg.file or cfg.state_dict
+    if not pretrained or not source:
+        model = attach(create(pretrained=pretrained), neutral=pretrained if neutral is None else neutral)
+    else:
+        model = attach(create(), neutral=False)
+        path = os.path.join(cfg.file, WEIGHTS_FILENAME) if cfg.source == 'local-dir' else source
+        state = source if isinstance(source, dict) else load_state_dict(path)
+        if _has_gates(state, model):
+            weights = str(located or cfg.file or 'The given state dict')
+            _load(model, state, cfg, weights, kwargs.get('features_only', False), kwargs.get('in_chans', 3))
+        else:
+            overlay = dict(pretrained_cfg_overlay or {}, state_dict=state, file='', source='')
+            model = create(pretrained=True, pretrained_cfg_overlay=overlay)
+            attach(model, neutral=True if neutral is None else neutral)
+    model.pretrained_cfg = {**model.pretrained_cfg, **(cfg.to_dict() if own else {}), 'architecture': 'gated'}
+    model.pretrained_cfg.pop('state_dict', None)
+    model.default_cfg = model.pretrained_cfg
+    return model
+
+
+def _source(cfg: Any) -> Any:
+    return cfg.get('source') if isinstance(cfg, dict) else getattr(cfg, 'source', None)
+
+
+def _flat(name: str) -> str:
+    return name.replace('.', '_')  # as timm renames the modules of a feature extractor
+
+
+def _has_gates(state: Dict[str, torch.Tensor], model: nn.Module) -> bool:
+    keys = {_flat(f'{name}.attn.{key}') for name, module in gated_modules(model) for key in module.attn.state_dict()}
+    return not keys or any(_flat(key) in keys for key in state)
+
+
+def _load(
+        model: Any, state: Dict[str, torch.Tensor], cfg: Any, weights: str, features_only: bool, in_chans: int) -> None:
+    """Loads a checkpoint of the same gated model, strictly but for the layers that timm adapts."""
+    own = {_flat(key): key for key in model.state_dict()}
+    named = {own.get(_flat(key), key): value for key, value in state.items() if not features_only or _flat(key) in own}
+    check_fit(named, model, weights, 'gated')
+    load_pretrained(
+        model, dict(cfg.to_dict(), state_dict=named, source='', file=''),
+        num_classes=0 if features_only else model.num_classes, in_chans=in_chans, strict=not features_only)
