@@ -1,8 +1,8 @@
 """Spatial Pyramid Attention for timm: importing this package registers its models with timm."""
 from . import models
 from .layers import SpatialPyramidAttention
-from .models import list_models
+from .models import add_attention, list_models
 
-__all__ = ['SpatialPyramidAttention', '__version__', 'list_models', 'models']
+__all__ = ['SpatialPyramidAttention', '__version__', 'add_attention', 'list_models', 'models']
 
 __version__ = '0.1.0'

@@ -45,20 +45,24 @@ def _list(args: argparse.Namespace) -> int:
     from .profile import count_cost
 
     rows = [('model', 'parameters (M)', 'GMACs', 'input', 'weights')]
+    tagged_rows = [('name for create_model', 'weights')]
     for name in timm_spa.list_models(args.filter):
         cost = count_cost(name)
         cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
-        weights = []
-        for tagged in timm.list_pretrained(name):
-            source = timm.get_pretrained_cfg(tagged)
-            tag = tagged.partition('.')[2]
-            weights.append(f'{tag} (with the package)' if source.file else f'{tag} (Hub: {source.hf_hub_id})')
+        tagged = timm.list_pretrained(f'{name}.*')
+        for full_name in tagged:
+            source = timm.get_pretrained_cfg(full_name)
+            tagged_rows.append((full_name, 'with the package' if source.file else f'Hub: {source.hf_hub_id}'))
+        first = f'{cfg.tag}, {len(tagged) - 1} more' if len(tagged) > 1 else cfg.tag
         rows.append((
             name, f'{cost.parameters / 1e6:.3f}', f'{cost.macs / 1e9:.3f}', 'x'.join(map(str, cfg.input_size[1:])),
-            ', '.join(weights) or '-'))
+            first if tagged else '-'))
     if len(rows) == 1:
         print(f'timm-spa: no model of this package is called {args.filter!r}.', file=sys.stderr)
         return 1
+    if args.tags:
+        _print_table(tagged_rows)
+        return 0
     _print_table(rows, right_aligned=(1, 2))
     print('\nGMACs: multiply-adds of convolutions and linear layers, 1e9, for one image of the input size.')
     return 0
@@ -231,6 +235,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     verb = verbs.add_parser('list', help='models, their size and cost, and their weights')
     verb.add_argument('filter', nargs='?', default='*', help='wildcard, e.g. "spa_b_*" (default: all)')
+    verb.add_argument('--tags', action='store_true', help='every tag of weights, and where they are, instead')
     verb.add_argument('--tables', action='store_true', help="the size and cost columns of the paper's tables instead")
     verb.set_defaults(run=_list)
 

@@ -3,6 +3,7 @@ from ._entrypoints import list_models as list_models
 from .densenet import *
 from .efficientnet import *
 from .gated import *
+from .mobilenetv3 import *
 from .resnet import *
 from .resnetv2 import *
 from .vgg import *

@@ -10,8 +10,8 @@ from timm.models.vgg import VGG
 
 __all__ = ['BLOCK_TYPES', 'default_places', 'place_in_block']
 
-# Module of timm, class: the branch's last norm layer or convolution, or what ends with it, the first that the block has.
-# An empty path is the block itself, whose branches are summed in it (RepVGG) or which has none (VGG).
+# File of timm, class: the branch's last norm layer or convolution, or what ends with it; the first that the block has.
+# An empty path is the block itself, which sums its branches (RepVGG) or has none (VGG).
 BLOCK_TYPES: Dict[str, Dict[str, Tuple[str, ...]]] = {
     'timm.models.resnet': {'BasicBlock': ('bn2',), 'Bottleneck': ('bn3',)},  # also of HRNet
     'timm.models.resnetv2': {'PreActBasic': ('conv2',), 'PreActBottleneck': ('conv3',), 'Bottleneck': ('norm3',)},

@@ -1,4 +1,5 @@
 """Entry points of models that differ only in their gate."""
+from fnmatch import fnmatchcase
 from typing import Any, Callable, Dict, Iterable, List, Tuple
 
 import timm
@@ -49,14 +50,18 @@ def register_gated(
         module[name] = register_model(entrypoint)
 
 
-def list_models(filter: str = '*') -> List[str]:
+def list_models(filter: str = '*', pretrained: bool = False) -> List[str]:
     """Lists the models of this package.
 
     Args:
-        filter: Wildcard on the names.
+        filter: Wildcard on the names; with `pretrained` on names and tags.
+        pretrained: Names and tags that have weights, instead of names.
 
     Returns:
-        Names without tags, in timm's order.
+        Names, in timm's order.
     """
     package = __name__.partition('.')[0]
-    return [name for name in timm.list_models(filter) if model_entrypoint(name).__module__.partition('.')[0] == package]
+    names = [name for name in timm.list_models() if model_entrypoint(name).__module__.partition('.')[0] == package]
+    if not pretrained:
+        return [name for name in names if fnmatchcase(name, filter)]
+    return [tagged for tagged in timm.list_pretrained(filter) if tagged.partition('.')[0] in set(names)]

@@ -14,7 +14,9 @@ from ..layers import create_gate
 from ._hub_file import HubWeightsError, locate_weights
 from ._warm_start import checkpoint_filter_fn
 
-__all__ = ['PAPER_ID', 'build_model', 'check_fit', 'cifar_cfg', 'locate', 'shipped_cfg', 'untrained_cfg', 'warm_cfg', 'warm_cfgs']
+__all__ = [
+    'PAPER_ID', 'build_model', 'check_fit', 'cifar_cfg', 'locate', 'shipped_cfg', 'untrained_cfg', 'warm_cfg',
+    'warm_cfgs']
 
 PAPER_ID = 'doi:10.1109/TMM.2021.3068576'
 WEIGHTS_FILENAME = 'model.safetensors'

@@ -3,8 +3,8 @@
 A gate stands behind the last norm layer or convolution of a residual branch: before the residual sum, before layer
 scale, stochastic depth and the activation. timm's layers of norm and activation have a place between the two, `drop`,
 where the gate goes; a bare norm layer becomes one of these, with an activation that does nothing. They keep what is
-there when timm converts them to synchronized or frozen ones. A convolution becomes a subclass of its class. timm's
-names of parameters stay as they are, and those of a gate have `.attn.` in them, e.g. 'layer1.0.bn3.drop.attn.fc1.weight'.
+there when timm converts them to synchronized or frozen ones. A convolution becomes one of the same class with a gate.
+timm's names of parameters stay. Those of a gate have `.attn.` in them, as 'layer1.0.bn3.drop.attn.fc1.weight'.
 """
 import difflib
 import os
@@ -44,7 +44,7 @@ from ._gated_net import adopt
 from ._pretrained import WEIGHTS_FILENAME, check_fit, locate, warm_cfg
 from ._warm_start import gated_modules, neutral_factors
 
-__all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'gated']
+__all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'create_gated', 'gated']
 
 
 class GateSlot(nn.Module):
@@ -205,7 +205,7 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
             raise ValueError(
                 f'{name} is a {kind}, which can not be gated: it is no norm layer of maps (N, C, H, W), no convolution '
                 'whose output is linear in its weights, and no block of a known type.')
-        if isinstance(module, RepVggBlock) and (module.reparam_conv is not None or type(module.attn) is not nn.Identity):
+        if isinstance(module, RepVggBlock) and not (module.reparam_conv is None and type(module.attn) is nn.Identity):
             raise ValueError(f'{name} is a {kind} that is fused already or has an attention of its own.')
         if uses[id(module)] > 1 or any(tensors[id(p)] > 1 for p in module.parameters(recurse=False)):
             raise ValueError(f'{name} is used in more than one place of the model, or shares its weights.')
@@ -258,13 +258,19 @@ default_cfgs = generate_default_cfgs({'gated.warm_a1_in1k': warm_cfg('resnet50.a
 
 
 @register_model
-def gated(
+def gated(pretrained: bool = False, base: str = 'resnet50.a1_in1k', **kwargs: Any) -> nn.Module:
+    """Any CNN of timm with `add_attention`, by data alone, for timm's scripts and the Hub; see `create_gated`."""
+    return create_gated('gated', pretrained, base=base, **kwargs)
+
+
+def create_gated(
+        variant: str,
         pretrained: bool = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         cache_dir: Any = None,
         *,
-        base: str = 'resnet50.a1_in1k',
+        base: str,
         gate: str = 'spa',
         where: Union[None, str, Sequence[str]] = None,
         pyramid_sizes: Sequence[int] = (1, 4, 7),
@@ -272,11 +278,12 @@ def gated(
         neutral: Optional[bool] = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """Any CNN of timm with `add_attention`, by data alone, for timm's scripts and the Hub.
+    """Creates a model of timm and adds attention to it.
 
     Args:
+        variant: Name of the model with attention.
         pretrained: Load weights: those that are given, of this model or of the plain one, or else timm's of `base`.
-        pretrained_cfg: Configuration, as timm passes it.
+        pretrained_cfg: Configuration or tag, as timm passes it.
         pretrained_cfg_overlay: Fields of the configuration to replace, e.g. `file`.
         cache_dir: Cache of the Hub to use.
         base: Name of timm's model, with the tag of its weights if it is not the default.
@@ -291,15 +298,19 @@ def gated(
         The model, or its feature extractor for `features_only=True`.
 
     Raises:
+        HubWeightsError: The weights are on the Hub, and could not be had, or are damaged.
         RuntimeError: `base` is no model of timm, or weights do not fit.
         ValueError: See `add_attention`.
     """
     name, _, tag = base.partition('.')
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise RuntimeError(f'Unknown model ({name}), the base of gated. Nearest: {", ".join(near) or "none"}.')
-    if isinstance(pretrained_cfg, str) and f'warm_{tag}' != pretrained_cfg:
-        raise ValueError(f"The tag {pretrained_cfg!r} is of base='resnet50.a1_in1k'. Give the tag with base instead.")
+        raise RuntimeError(f'Unknown model ({name}), the base of {variant}. Nearest: {", ".join(near) or "none"}.')
+    if isinstance(pretrained_cfg, str):
+        wanted = pretrained_cfg.removeprefix('warm_')
+        if wanted != (tag or wanted):
+            raise ValueError(f'{variant}.{pretrained_cfg} is not of base={base!r}. Give the tag with base.')
+        base, tag = f'{name}.{wanted}', wanted
     kwargs.pop('pretrained_model_args', None)  # those of the repository that the weights are of: the ones given here
     # timm's scripts may pass the registered configuration of this name, which knows nothing of base
     own = pretrained_cfg if _source(pretrained_cfg) else None
@@ -310,6 +321,7 @@ def gated(
     create = partial(timm.create_model, base, cache_dir=cache_dir, **kwargs)
     located = locate(cfg, cache_dir) if pretrained and not cfg.custom_load else None
     source = located or cfg.file or cfg.state_dict
+    model: Any
     if not pretrained or not source:
         model = attach(create(pretrained=pretrained), neutral=pretrained if neutral is None else neutral)
     else:
@@ -318,12 +330,12 @@ def gated(
         state = source if isinstance(source, dict) else load_state_dict(path)
         if _has_gates(state, model):
             weights = str(located or cfg.file or 'The given state dict')
-            _load(model, state, cfg, weights, kwargs.get('features_only', False), kwargs.get('in_chans', 3))
+            _load(model, variant, state, cfg, weights, kwargs.get('features_only', False), kwargs.get('in_chans', 3))
         else:
             overlay = dict(pretrained_cfg_overlay or {}, state_dict=state, file='', source='')
             model = create(pretrained=True, pretrained_cfg_overlay=overlay)
             attach(model, neutral=True if neutral is None else neutral)
-    model.pretrained_cfg = {**model.pretrained_cfg, **(cfg.to_dict() if own else {}), 'architecture': 'gated'}
+    model.pretrained_cfg = {**model.pretrained_cfg, **(cfg.to_dict() if own else {}), 'architecture': variant}
     model.pretrained_cfg.pop('state_dict', None)
     model.default_cfg = model.pretrained_cfg
     return model
@@ -343,11 +355,18 @@ def _has_gates(state: Dict[str, torch.Tensor], model: nn.Module) -> bool:
 
 
 def _load(
-        model: Any, state: Dict[str, torch.Tensor], cfg: Any, weights: str, features_only: bool, in_chans: int) -> None:
+        model: Any,
+        variant: str,
+        state: Dict[str, torch.Tensor],
+        cfg: Any,
+        weights: str,
+        features_only: bool,
+        in_chans: int,
+) -> None:
     """Loads a checkpoint of the same gated model, strictly but for the layers that timm adapts."""
     own = {_flat(key): key for key in model.state_dict()}
     named = {own.get(_flat(key), key): value for key, value in state.items() if not features_only or _flat(key) in own}
-    check_fit(named, model, weights, 'gated')
+    check_fit(named, model, weights, variant)
     load_pretrained(
         model, dict(cfg.to_dict(), state_dict=named, source='', file=''),
         num_classes=0 if features_only else model.num_classes, in_chans=in_chans, strict=not features_only)
