@@ -290,7 +290,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     verb.add_argument('--dtype', default='float32', help='float32, float16 or bfloat16 (default: %(default)s)')
     verb.add_argument(
         '--from', dest='kind', metavar='KIND',
-        help='what the source is of: same, plain, torchvision, authors, authors-plain, variant (default: found out)')
+        help='what the source is of: same, plain, torchvision, efficientnet-pytorch, authors, authors-plain, variant '
+             '(default: found out)')
     verb.add_argument('--from-model', metavar='NAME', help='model of the source, if the file does not say it')
     verb.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='e.g. pyramid_sizes=1,2,4')
     verb.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')

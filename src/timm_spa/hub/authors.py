@@ -15,7 +15,7 @@ from ..models import CifarVGG, GatedDenseNet, GatedEfficientNet, GatedPreActResN
 from ..models._pretrained import misfits
 from .checkpoint import CheckpointError, read_checkpoint
 
-__all__ = ['ConversionError', 'convert_state_dict', 'rename_authors', 'reorder_authors']
+__all__ = ['ConversionError', 'convert_state_dict', 'rename_authors', 'rename_efficientnet', 'reorder_authors']
 
 ConversionError = CheckpointError  # whether a file or its tensors do not fit, the reader has one thing to catch
 Rules = List[Tuple[str, str]]
@@ -88,6 +88,19 @@ _DENSE_RULES: Rules = [
     (r'^(dense\d\.\d+)\.bn(\d)\.', r'\1.norm\2.'),
 ]
 
+# EfficientNet-PyTorch (https://github.com/lukemelas/EfficientNet-PyTorch), and what shares its names
+_EFFICIENTNET_RULES: Rules = [
+    (r'^_conv_(stem|head)\.', r'conv_\1.'),
+    (r'^_bn1\.', 'bn2.'),
+    (r'^_bn0\.', 'bn1.'),
+    (r'^_fc\.', 'classifier.'),
+]
+_EXPANDED_LAYERS: Rules = [
+    ('_expand_conv', 'conv_pw'), ('_bn0', 'bn1'), ('_depthwise_conv', 'conv_dw'), ('_bn1', 'bn2'),
+    ('_project_conv', 'conv_pwl'), ('_bn2', 'bn3')]
+_SEPARABLE_LAYERS: Rules = [
+    ('_depthwise_conv', 'conv_dw'), ('_bn1', 'bn1'), ('_project_conv', 'conv_pw'), ('_bn2', 'bn2')]
+
 
 def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Renames the weights of one of the authors' models to those of this package.
@@ -135,14 +148,37 @@ def rename_authors(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dic
     own = model.state_dict()
     converted = {}
     for name, tensor in weights.items():
-        for pattern, replacement in rules:
-            name = re.sub(pattern, replacement, name)
+        name = _renamed(name, rules)
         if tensor.ndim == 5:
             tensor = tensor.reshape(-1)
         elif tensor.ndim == 2 and name in own and own[name].ndim == 4 and own[name].numel() == tensor.numel():
             tensor = tensor.reshape(own[name].shape)  # a linear layer of theirs that is a convolution of ours
         converted[name] = tensor
     return converted
+
+
+def rename_efficientnet(weights: Mapping[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:
+    """Gives weights under the names of EfficientNet-PyTorch, '_blocks.0._bn1.weight', those of timm.
+
+    Args:
+        weights: Tensors by their names there.
+        model: EfficientNet of timm or of this package, of depthwise-separable and inverted residual blocks.
+
+    Returns:
+        Tensors by timm's names; whether they are those of the model is not checked.
+    """
+    rules = [*_EFFICIENTNET_RULES]
+    blocks = [(stage, i, block) for stage, blocks in enumerate(model.blocks) for i, block in enumerate(blocks)]
+    for number, (stage, i, block) in enumerate(blocks):
+        layers = _EXPANDED_LAYERS if hasattr(block, 'conv_pwl') else _SEPARABLE_LAYERS
+        rules += [(rf'^_blocks\.{number}\.{theirs}\.', f'blocks.{stage}.{i}.{ours}.') for theirs, ours in layers]
+    return {_renamed(name, rules): tensor for name, tensor in weights.items()}
+
+
+def _renamed(name: str, rules: Rules) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _rules_for(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Rules:

@@ -11,14 +11,15 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
+from timm.models.efficientnet import EfficientNet
 
 from .. import __version__
 from ..layers import SpatialPyramidAttention
 from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
 from ..models._pretrained import misfits, shortened
-from ..models._warm_start import warm_start
+from ..models._warm_start import gated_modules, warm_start
 from ..models.densenet import rename_torchvision
-from .authors import rename_authors, reorder_authors
+from .authors import rename_authors, rename_efficientnet, reorder_authors
 from .checkpoint import CheckpointError, Weights, check_weights, read_weights
 from .variants import convert_variant
 
@@ -30,12 +31,13 @@ KINDS = {
     'same': 'the model itself',
     'plain': 'the plain net: a warm start, every gate is 1/2',
     'torchvision': "the plain net under torchvision's names: a warm start, every gate is 1/2",
+    'efficientnet-pytorch': 'the plain net under the names of EfficientNet-PyTorch: a warm start, every gate is 1/2',
     'authors': "the authors' code",
     'authors-plain': "the plain net of the authors' code: a warm start, every gate is 1/2",
     'variant': 'the same net with another gate',
 }
 # layers that give out classes, in any of the layouts
-CLASSIFIERS = ('fc', 'linear', 'classifier', 'classifier.1', 'classifier.6', 'head.fc', 'head')
+CLASSIFIERS = ('fc', '_fc', 'linear', 'classifier', 'classifier.1', 'classifier.6', 'head.fc', 'head')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,9 @@ def convert(
     """Converts a file of weights to a safetensors file for a model.
 
     Args:
-        source: A file of torch.save or of safetensors: of the model itself, of timm's or torchvision's plain net, of
-            the authors' code, or of the same net with another gate, if the gates can compute the same.
+        source: A file of torch.save or of safetensors: of the model itself, of timm's, torchvision's or
+            EfficientNet-PyTorch's plain net, of the authors' code, or of the same net with another gate, if the gates
+            can compute the same.
         output: File to write, '*.safetensors'.
         model_name: Model that the file is for.
         dtype: How to store values, a key of `DTYPES`.
@@ -124,8 +127,9 @@ def convert(
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
+    description = KINDS[kind] if next(gated_modules(model), None) else KINDS[kind].partition(':')[0]
     return Conversion(
-        kind, KINDS[kind], len(stored), output.stat().st_size, error, error_in, _notes(kind, model))
+        kind, description, len(stored), output.stat().st_size, error, error_in, _notes(kind, model))
 
 
 def _converted(
@@ -193,10 +197,16 @@ def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str
         ordered = reorder_authors(fitted, model)
         return (ordered, '') if gated else plain(ordered)
 
+    def efficientnet() -> Tuple[Dict[str, torch.Tensor], str]:
+        if not isinstance(model, EfficientNet):
+            return {}, 'of an EfficientNet'
+        return plain(rename_efficientnet(weights, model))
+
     return {
         'same': same,
         'plain': lambda: plain(weights),
         'torchvision': lambda: plain(_rename_torchvision(weights, model)),
+        'efficientnet-pytorch': efficientnet,
         'authors': lambda: authors(True),
         'authors-plain': lambda: authors(False),
     }

@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import (
     BatchNormAct2d,
     Conv2dSame,
@@ -26,6 +27,7 @@ from timm.layers import (
     LayerNorm2d,
     LayerNormAct2d,
     SyncBatchNormAct,
+    conv2d_same,
 )
 from timm.models import (
     generate_default_cfgs,
@@ -68,33 +70,52 @@ class GateSlot(nn.Module):
         return self.attn(self.drop(x))
 
 
-class _Gated(nn.Module):
-    """Adds a gate to the output of a class of timm or torch."""
-    ungated: Callable[..., torch.Tensor]
+class GatedConv2d(nn.Conv2d):
+    """A convolution with a gate on its output."""
 
-    def __init__(self, original: nn.Module, attn: nn.Module, parameters: Tuple[str, ...]):
-        adopt(self, original)
+    def __init__(self, conv: nn.Conv2d, attn: nn.Module, parameters: Tuple[str, ...]):
+        """
+        Args:
+            conv: The convolution; its parameters are taken over.
+            attn: Gate.
+            parameters: Names of the parameters in which the output is linear, all together.
+        """
+        adopt(self, conv)
         self.gated_parameters = parameters
         self.attn = attn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attn(self.ungated(x))
+        """Maps (N, C', H, W) to (N, C, H / stride, W / stride)."""
+        return self.attn(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
 
 
-class GatedConv2d(_Gated, nn.Conv2d):
-    """A convolution with a gate on its output."""
-    ungated = nn.Conv2d.forward
-
-
-class GatedConv2dSame(_Gated, Conv2dSame):
+class GatedConv2dSame(GatedConv2d):
     """A convolution padded as TensorFlow does, with a gate on its output."""
-    ungated = Conv2dSame.forward
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, C', H, W) to (N, C, H / stride, W / stride)."""
+        return self.attn(conv2d_same(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
 
 
-class GatedGhostModule(_Gated, GhostModule):
+class GatedGhostModule(GhostModule):
     """GhostNet's two convolutions, the second of the first's output, with a gate on both maps."""
-    ungated = GhostModule.forward
     inverse_parameters = ('cheap_operation.0.weight',)  # reads the first map
+
+    def __init__(self, ghost: GhostModule, attn: nn.Module, parameters: Tuple[str, ...]):
+        """
+        Args:
+            ghost: The module; its layers are taken over.
+            attn: Gate.
+            parameters: Names of the parameters in which the output is linear, all together.
+        """
+        adopt(self, ghost)
+        self.gated_parameters = parameters
+        self.attn = attn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps (N, C', H, W) to (N, C, H / stride, W / stride)."""
+        x = self.primary_conv(x)
+        return self.attn(torch.cat([x, self.cheap_operation(x)], 1)[:, :self.out_chs])
 
 
 CONVS: Dict[type, Any] = {nn.Conv2d: GatedConv2d, Conv2dSame: GatedConv2dSame}
@@ -201,7 +222,8 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
     tensors = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in names:
         module, kind = modules[name], type(modules[name]).__name__
-        if type(module) not in (*NORMS, *NORM_ACTS, *CONVS, GhostModule, RepVggBlock):
+        padded = getattr(module, 'padding_mode', 'zeros')  # by another function than F.conv2d
+        if type(module) not in (*NORMS, *NORM_ACTS, *CONVS, GhostModule, RepVggBlock) or padded != 'zeros':
             raise ValueError(
                 f'{name} is a {kind}, which can not be gated: it is no norm layer of maps (N, C, H, W), no convolution '
                 'whose output is linear in its weights, and no block of a known type.')
@@ -335,7 +357,8 @@ def create_gated(
             overlay = dict(pretrained_cfg_overlay or {}, state_dict=state, file='', source='')
             model = create(pretrained=True, pretrained_cfg_overlay=overlay)
             attach(model, neutral=True if neutral is None else neutral)
-    model.pretrained_cfg = {**model.pretrained_cfg, **(cfg.to_dict() if own else {}), 'architecture': variant}
+    fields = {**model.pretrained_cfg, **(cfg.to_dict() if own else {}), **(pretrained_cfg_overlay or {})}
+    model.pretrained_cfg = {**fields, 'architecture': variant}
     model.pretrained_cfg.pop('state_dict', None)
     model.default_cfg = model.pretrained_cfg
     return model

@@ -4,8 +4,8 @@ Papers:
   * `Spatial Pyramid Attention for Deep Convolutional Neural Networks` - https://doi.org/10.1109/TMM.2021.3068576
   * `MobileNetV4: Universal Models for the Mobile Ecosystem` - https://arxiv.org/abs/2404.10518
 
-The gate stands behind the last norm layer of a block, before layer scale. Its reduction is 8, as that of the SPA paper's
-MobileNetV2. There is no fused form for inference.
+The gate stands behind the last norm layer of a block, before layer scale. Its reduction is 8, as the SPA paper's for
+MobileNetV2 is. There is no fused form for inference.
 """
 from typing import Any
 

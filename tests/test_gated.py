@@ -1,0 +1,128 @@
+"""The model `gated`: attention for any CNN of timm by name and plain data, through timm's loading and the Hub."""
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from test_add_attention import random_net, relative
+
+import timm_spa
+from timm_spa import cli
+from timm_spa.models._warm_start import gated_modules
+
+BASES = [
+    'resnet18', 'convnext_atto', 'mobilenetv3_small_050', 'densenet121', 'vgg11_bn', 'repvgg_a0', 'hrnet_w18_small']
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def written(model, path):
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+    return dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model.eval()(IMAGES)
+
+
+def trained(base, **kwargs):
+    model = timm_spa.add_attention(random_net(base), **kwargs)
+    with torch.no_grad():
+        for _, module in gated_modules(model):
+            for p in module.attn.parameters():
+                p.uniform_(-0.3, 0.3)
+    return model
+
+
+def arguments(base):
+    return dict(dict(mlp_ratio=1 / 64) if base.startswith('vgg') else {}, base=base)
+
+
+@pytest.mark.parametrize('base', BASES)
+def test_weights_of_the_plain_net_are_a_warm_start(base, tmp_path):
+    plain = random_net(base)
+    loading = written(plain, tmp_path / 'plain.safetensors')
+    model = timm.create_model('gated', **arguments(base), **loading)
+    assert torch.equal(outputs(model), outputs(plain))
+    assert model.pretrained_cfg['architecture'] == 'gated'
+    assert model.pretrained_cfg['mean'] == plain.pretrained_cfg['mean']
+    maps = outputs(timm.create_model('gated', **arguments(base), features_only=True, **loading))
+    expected = outputs(timm.create_model(
+        base, **{k: v for k, v in arguments(base).items() if k != 'base'}, features_only=True, **loading))
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+    other = timm.create_model('gated', **arguments(base), **loading, neutral=False)
+    assert relative(outputs(other), outputs(plain)) > 1e-3
+
+
+@pytest.mark.parametrize('base', BASES)
+def test_its_own_weights_are_loaded_strictly(base, tmp_path):
+    model = trained(base)
+    loading = written(model, tmp_path / 'own.safetensors')
+    assert torch.equal(outputs(timm.create_model('gated', **arguments(base), **loading)), outputs(model))
+    adapted = timm.create_model('gated', **arguments(base), **loading, num_classes=7, in_chans=1)
+    assert adapted.eval()(IMAGES[:, :1]).shape == (2, 7)
+    features = timm.create_model('gated', **arguments(base), features_only=True, **loading)
+    own = {key.replace('.', '_'): value for key, value in model.state_dict().items()}
+    assert all(torch.equal(value, own[key.replace('.', '_')]) for key, value in features.state_dict().items())
+    with pytest.raises(RuntimeError, match='own.safetensors does not fit gated; tensors .* of the wrong shape'):
+        timm.create_model('gated', **arguments(base), **loading, rd_ratio=1 / 8)
+
+
+def test_a_folder_of_the_hub(tmp_path):
+    """config.json says all; so does timm's own `local-dir:`."""
+    model = trained('resnet18', gate='cbam', where=['layer4.?'])
+    written(model, tmp_path / 'model.safetensors')
+    config = dict(
+        architecture='gated', num_classes=1000, model_args=dict(base='resnet18', gate='cbam', where=['layer4.?']),
+        pretrained_cfg=dict(model.pretrained_cfg, label_names=['a'] * 1000))
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert torch.equal(outputs(again), outputs(model))
+    assert again.pretrained_cfg['label_names'] == ['a'] * 1000
+    assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3).num_classes == 3
+
+
+def test_published_and_verified(tmp_path, capsys):
+    (tmp_path / 'run').mkdir()
+    model = trained('resnet18', pyramid_sizes=(1, 2))
+    torch.save({'state_dict': model.state_dict(), 'arch': 'gated', 'epoch': 0}, tmp_path / 'run' / 'model_best.pth.tar')
+    (tmp_path / 'run' / 'args.yaml').write_text(
+        'model: gated\nnum_classes: 1000\nmodel_kwargs: {base: resnet18, pyramid_sizes: [1, 2]}\nimg_size: 64\n')
+    (tmp_path / 'run' / 'card.yaml').write_text('dataset: {name: none}\n')
+    out = tmp_path / 'out'
+    assert cli.main(['publish', str(tmp_path / 'run' / 'model_best.pth.tar'), '--model', 'gated.mine', '--dry-run',
+                     str(out)]) == 0, capsys.readouterr()
+    assert json.loads((out / 'config.json').read_text())['model_args']['base'] == 'resnet18'
+    assert cli.main(['verify', str(out)]) == 0, capsys.readouterr()
+    assert torch.equal(outputs(timm.create_model(f'local-dir:{out}', pretrained=True)), outputs(model))
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'error', 'message'), [
+    ('gated', dict(base='resnett50'), RuntimeError, r'Unknown model \(resnett50\), the base of gated. .* resnet50'),
+    ('gated', dict(base='vit_tiny_patch16_224'), ValueError, 'no block of a type that is known'),
+    ('gated', dict(base='spa_resnet18'), ValueError, 'has gates already'),
+    ('gated', dict(gate='spa_c'), ValueError, "reads the block's input"),
+    ('gated.warm_a1_in1k', dict(base='resnet50.a2_in1k'), ValueError, "not of base='resnet50.a2_in1k'"),
+])
+def test_errors(name, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model(name, **kwargs)
+
+
+def test_alone_it_is_spa_on_resnet50():
+    model, named = timm.create_model('gated'), timm.create_model('spa_resnet50')
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in named.parameters())
+
+
+def test_mobilenetv4(tmp_path):
+    plain = random_net('mobilenetv4_conv_small')
+    loading = written(plain, tmp_path / 'plain.safetensors')
+    model = timm.create_model('spa_mobilenetv4_conv_small', **loading)
+    assert torch.equal(outputs(model), outputs(plain))
+    assert model.pretrained_cfg['architecture'] == 'spa_mobilenetv4_conv_small'
+    tags = {tag.removeprefix('spa_').replace('.warm_', '.') for tag in timm.list_pretrained('spa_mobilenetv4*')}
+    plain_tags = {*timm.list_pretrained('mobilenetv4_conv_small.*'), *timm.list_pretrained('mobilenetv4_conv_medium.*')}
+    assert tags == plain_tags
+    many = timm.create_model('spa_mobilenetv4_conv_medium.warm_e250_r384_in12k', device='meta')
+    assert many.num_classes == 11821
