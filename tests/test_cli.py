@@ -26,12 +26,20 @@ def test_list_counts_what_the_authors_counted(capsys):
     expected = {
         'spa_resnet18': (11.776816, 1.8183), 'spa_resnet34': (21.955376, 3.6715), 'spa_resnet50': (28.073912, 4.2124),
         'spa_resnet101': (49.296491, 8.0338), 'spa_resnet152': (66.777118, 11.8360)}
-    assert set(lines) == set(expected)
+    assert set(expected) < set(lines)
     for name, (parameters, macs) in expected.items():
         assert float(lines[name][1]) == round(parameters, 3)
         assert float(lines[name][2]) == round(macs, 3)
         assert lines[name][3] == '224x224'
-        assert lines[name][4] == 'warm_a1_in1k'
+        assert lines[name][4] == 'warm_a1_in1k,'
+
+
+def test_tags(capsys):
+    assert cli.main(['list', 'spa_resnet50', '--tags']) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert ['spa_resnet50.warm_tv2_in1k', 'Hub:', 'timm/resnet50.tv2_in1k'] in lines
+    assert [line[0] for line in lines] == timm_spa.list_models('spa_resnet50.*', pretrained=True)
+    assert len(lines) == len(timm.list_pretrained('resnet50.*'))
 
 
 def test_tables(capsys):

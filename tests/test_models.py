@@ -23,8 +23,13 @@ KINDS = (
 # the deeper and wider nets have the blocks of the others: what holds of a block is tested on them in the slow run
 ALSO_SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    if any(part in name for part in ('34', '101', '152', '161', '169', '201', '121_cifar', '_075', '_140')) else name
+    if any(part in name for part in (
+        '34', '101', '152', '161', '169', '201', '121_cifar', '_075', '_140', '50d', 'wide', 'b_resnext', 'c_resnext',
+        'b_efficientnet', 'c_efficientnet')) else name
     for name in MODELS]
+
+# timm's nets with gates added, which have timm's initialization
+ATTACHED = ('gated', 'spa_mobilenetv4_conv_small', 'spa_mobilenetv4_conv_medium')
 
 # trainable parameters of the authors' models, 1000 or 100 classes (counted by running their code)
 PARAMETERS = {
@@ -83,7 +88,12 @@ def test_every_row_of_the_tables_has_a_name():
     nets = ('mobilenetv2_cifar', 'densenet_cifar', 'densenet121_cifar', 'vgg16_cifar')
     expected |= {f'{g}{net}' for g in gates for net in nets}
     expected |= {f'spa_densenet{d}' for d in (121, 161, 169, 201)} | {'spa_vgg16_bn'}
-    assert set(MODELS) == expected
+    # and what is none of the paper's
+    others = ('resnet50d', 'resnet101d', 'resnext50_32x4d', 'resnext101_32x8d', 'wide_resnet50_2', 'efficientnet_lite0',
+              'tf_efficientnet_lite0')
+    expected |= {f'{g}{net}' for g in gates[3:] for net in others}
+    expected |= {f'{g}_tf_efficientnet_lite0' for g in ('se', 'ge', 'cbam')}
+    assert set(MODELS) == expected | set(ATTACHED)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -100,20 +110,21 @@ def test_names_are_found(name):
 def test_structure(name):
     """One gate a block, of the kind in the name; parameters as the authors'; names of the plain model kept."""
     model = timm.create_model(name, device='meta')
-    _, gate, _ = split_gate(name)
+    gate = 'spa' if name == 'gated' else split_gate(name)[1]
     gates = [m.attn for m in model.modules() if hasattr(m, 'attn')]
     blocks = {'resnet18': 8, 'resnet34': 16, 'resnet50': 16, 'resnet101': 33, 'resnet152': 50, 'mobilenetv2': 17,
               'densenet121': 58, 'densenet161': 78, 'densenet169': 82, 'densenet201': 98, 'densenet_cifar': 58,
-              'vgg16': 13}
+              'vgg16': 13, 'resnext50': 16, 'resnext101': 33, 'efficientnet_lite0': 16, 'v4_conv_small': 12,
+              'v4_conv_medium': 22, 'gated': 16}
     assert len(gates) == next(count for base, count in blocks.items() if base in name)
     assert {describe_gate(g) for g in gates} == {
-        {'se': 'SEModule', 'ge': 'GatherExciteConv'}.get(gate, gate) if image_size(name) == (224, 224) and
-        'mobilenet' in name else gate}
+        {'se': 'SEModule', 'ge': 'GatherExciteConv'}.get(gate, gate) if name.endswith(('_mobilenetv2', '_lite0'))
+        else gate}
     if name in PARAMETERS:
         assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
-    if image_size(name) == (224, 224):
-        plain = split_gate(name)[0]
-        plain = timm.create_model('mobilenetv2_100' if plain == 'mobilenetv2' else plain, device='meta')
+    if not name.endswith('_cifar'):
+        plain = {'mobilenetv2': 'mobilenetv2_100', 'gated': 'resnet50'}.get(split_gate(name)[0], split_gate(name)[0])
+        plain = timm.create_model(plain, device='meta')
         own = {k: v.shape for k, v in model.state_dict().items() if '.attn.' not in k}
         assert own == {k: v.shape for k, v in plain.state_dict().items()}
 
@@ -125,7 +136,7 @@ def test_pyramids_of_table_v(sizes):
     assert sum(p.numel() for p in model.parameters()) == 28_073_912 + 16 * (len(sizes) - 3)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', [n for n in ALSO_SLOW if n not in ATTACHED])
 def test_meta_device_then_init_weights(name):
     """Every parameter and buffer gets a value: nothing of the uninitialized memory is left."""
     with torch.device('meta'):
@@ -166,7 +177,7 @@ def test_model_arguments(name):
         timm.create_model(name, gate='sap')
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', ALSO_SLOW)
 def test_features_and_their_reduction(name):
     """The reduction of a feature map is the image over the map, also for the nets whose stem keeps the resolution."""
     model = timm.create_model(name, features_only=True).eval()
@@ -222,7 +233,8 @@ def test_channels_last_and_autocast(name):
 
 
 @pytest.mark.parametrize(
-    'name', [pytest.param(name, marks=pytest.mark.slow if 'densenet' in name else ()) for name in KINDS])
+    'name', [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith(('spa_c', 'se_c')) else ()) for name in KINDS])
 def test_export_with_a_dynamic_batch(name):
     # in single precision, a net of random weights may round further than any tolerance that still catches faults
     model = timm.create_model(name).eval().double()
@@ -236,7 +248,7 @@ def test_export_with_a_dynamic_batch(name):
 
 @pytest.mark.parametrize(
     'name', [
-        pytest.param(name, marks=pytest.mark.slow if name.startswith('spa_c') or 'v2_cifar' in name else ())
+        pytest.param(name, marks=pytest.mark.slow if name.startswith(('spa_c', 'se_c')) or 'v2_cifar' in name else ())
         for name in KINDS])
 def test_compile_is_one_graph(name):
     """`fullgraph=True` raises on any graph break, in eval and in training mode."""

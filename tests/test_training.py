@@ -76,8 +76,10 @@ def digest(path):
 
 
 @pytest.mark.parametrize('model', [
-    'spa_resnet18', 'spa_mobilenetv2_050', 'spa_densenet121', 'spa_b_preresnet18_cifar', 'spa_c_mobilenetv2_cifar',
-    'spa_densenet_cifar', 'spa_vgg16_cifar'])
+    'spa_resnet18', 'spa_mobilenetv2_050', 'gated', *(
+        pytest.param(name, marks=pytest.mark.slow) for name in (
+            'spa_densenet121', 'spa_b_preresnet18_cifar', 'spa_c_mobilenetv2_cifar', 'spa_densenet_cifar',
+            'spa_vgg16_cifar'))])
 def test_each_family_trains_under_accelerate(train, model):
     """An epoch of two steps under `accelerate launch`, with the recipe of its kind."""
     small = model.endswith('_cifar')
@@ -141,7 +143,7 @@ def test_two_processes_compute_what_one_does(train):
         assert (momentum(name) - momentum('one')).norm() < 1e-4 * momentum('one').norm(), 'gradients differ'
 
 
-@pytest.mark.parametrize('kill', ['KILL_AT', 'KILL_SAVING'])
+@pytest.mark.parametrize('kill', [pytest.param('KILL_AT', marks=pytest.mark.slow), 'KILL_SAVING'])
 def test_killed_and_resumed(train, kill):
     """Killed in its third epoch, or while it saves it, and resumed, a run ends as one that was left alone."""
     options = (*FULL_BATCH, '--epochs', 5, '--batch-size', 16, '--model-ema', '--model-ema-decay', 0.5)

@@ -10,15 +10,17 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import timm_spa  # noqa: F401
+import timm_spa
 from timm_spa.layers import SpatialPyramidAttention
+from timm_spa.models._entrypoints import split_gate
 from timm_spa.models._warm_start import checkpoint_filter_fn
 
-WARM = [name for name in timm.list_pretrained('spa_*') if '.warm_' in name]
+WARM = [name for name in timm_spa.list_models(pretrained=True) if '.warm_' in name]
 # one name per kind of block and variant
-KINDS = [name for name in WARM if name.partition('.')[0] in {
-    'spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet50',
-    'spa_mobilenetv2_050', 'spa_b_mobilenetv2', 'spa_c_mobilenetv2', 'spa_densenet121', 'spa_vgg16_bn'}]
+KINDS = [f'{name}.{timm.get_pretrained_cfg(name).tag}' for name in (
+    'spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet50', 'spa_resnext50_32x4d', 'spa_resnet50d', 'gc_resnet50',
+    'spa_mobilenetv2_050', 'spa_b_mobilenetv2', 'spa_c_mobilenetv2', 'ge_mobilenetv2', 'cbam_tf_efficientnet_lite0',
+    'spa_densenet121', 'spa_vgg16_bn')]
 
 
 def plain_name(name):
@@ -42,12 +44,16 @@ def warm_model(name, path, **kwargs):
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), **kwargs)
 
 
-def test_every_imagenet_model_has_a_warm_start_where_timm_has_weights():
-    for name in timm.list_models('spa_*'):
-        if timm.get_pretrained_cfg(name).input_size == (3, 224, 224) and name != 'spa_mobilenetv2_075':
-            assert '.warm_' in timm.list_pretrained(name)[0], name
-            assert timm.get_pretrained_cfg(name).tag.startswith('warm_'), 'the default is the warm start'
-    assert not any(n.startswith('mobilenetv2_075') for n in timm.list_pretrained('mobilenetv2_*'))
+def test_a_warm_start_for_every_tag_of_timm():
+    """The default is a warm start too; gather-excite without parameters has nothing that makes it neutral."""
+    for name in timm_spa.list_models():
+        if name.endswith('_cifar') or name in ('gated', 'ge_resnet50'):
+            continue
+        plain = {'mobilenetv2': 'mobilenetv2_100'}.get(split_gate(name)[0], split_gate(name)[0])
+        tags = {tag.partition('.')[2] for tag in timm.list_pretrained(f'{plain}.*')}
+        assert {f'{name}.warm_{tag}' for tag in tags} == {*timm.list_pretrained(f'{name}.*')}
+        assert not tags or timm.get_pretrained_cfg(name).tag.startswith('warm_')
+    assert not timm.list_pretrained('mobilenetv2_075.*')
 
 
 @pytest.mark.parametrize('name', WARM)
@@ -81,7 +87,8 @@ def test_same_function_as_the_plain_model(name, tmp_path, caplog):
         assert torch.equal(model(images), plain(images))
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow if 'vgg' in name else ()) for name in KINDS if name.startswith('spa')])
 def test_every_gate_learns(name, tmp_path):
     """At the first step only the zeroed convolution has a gradient, three steps later every parameter of the gates."""
     safetensors.torch.save_file(random_plain_model(plain_name(name)).state_dict(), tmp_path / 'plain.safetensors')
@@ -132,11 +139,12 @@ def test_nets_for_small_images_and_se_too(plain, gate, tmp_path):
         assert torch.equal(model.eval()(images), source(images))
 
 
-def test_a_gate_that_cannot_be_neutral_is_named(tmp_path):
-    safetensors.torch.save_file(timm.create_model('resnet50').state_dict(), tmp_path / 'plain.safetensors')
-    for name in ('cbam_resnet50', 'ge_resnet50', 'gc_resnet50'):
-        with pytest.raises(ValueError, match=r'layer1\.0\.attn that no weights make neutral'):
-            warm_model(name, tmp_path / 'plain.safetensors')
+def test_gather_excite_without_parameters_takes_the_plain_weights(tmp_path):
+    """They are its own: nothing tells the two apart, and nothing is doubled."""
+    source = random_plain_model('resnet50')
+    safetensors.torch.save_file(source.state_dict(), tmp_path / 'plain.safetensors')
+    model = warm_model('ge_resnet50', tmp_path / 'plain.safetensors')
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 def test_plain_models_take_plain_weights(caplog):

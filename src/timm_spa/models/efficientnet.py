@@ -187,6 +187,7 @@ def _create_efficientnet(
         norm_layer: Any = None,
         **kwargs: Any,
 ) -> GatedEfficientNet:
+    bn_args = resolve_bn_args(kwargs)
     stages = list(stages)
     if cifar:
         stages[1] = (6, 24, 2, 1, 3)
@@ -202,7 +203,7 @@ def _create_efficientnet(
         rd_ratio=1. / 8,
         num_features=max(1280, round_chs_fn(1280)),
         round_chs_fn=round_chs_fn,
-        norm_layer=norm_layer or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs)),
+        norm_layer=norm_layer or partial(nn.BatchNorm2d, **bn_args),
         act_layer=get_act_layer(act_layer),
         cifar=cifar,
         # timm's default feature extractor for this family is a class of its own, without gates

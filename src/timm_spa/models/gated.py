@@ -23,6 +23,8 @@ from timm.layers import (
     Conv2dSame,
     FrozenBatchNormAct2d,
     GroupNorm,
+    GroupNorm1,
+    GroupNorm1Act,
     GroupNormAct,
     LayerNorm2d,
     LayerNormAct2d,
@@ -125,9 +127,11 @@ NORMS: Dict[type, Callable[[Any], nn.Module]] = {
     nn.SyncBatchNorm: lambda norm: SyncBatchNormAct(norm.num_features),
     nn.GroupNorm: lambda norm: GroupNormAct(norm.num_channels, norm.num_groups, apply_act=False),
     GroupNorm: lambda norm: GroupNormAct(norm.num_channels, norm.num_groups, apply_act=False),
+    GroupNorm1: lambda norm: GroupNorm1Act(norm.num_channels, apply_act=False),
     LayerNorm2d: lambda norm: LayerNormAct2d(norm.normalized_shape[0], apply_act=False),
 }
-NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAct, LayerNormAct2d)
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)
+NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAct, GroupNorm1Act, LayerNormAct2d)
 
 
 def add_attention(
@@ -141,8 +145,8 @@ def add_attention(
     """Adds a gate at the end of every residual branch of a CNN, and leaves its outputs as they are until it is trained.
 
     Every gate is made neutral: the weights of its last layer are zero, it is 1/2 everywhere, and the parameters in
-    which the gated map is linear are doubled. Does the same to a feature extractor that `features_only=True` makes of
-    timm's own modules; one made by torch.fx has no blocks any more.
+    which the gated map is linear are doubled. Feature extractors (`features_only=True`) take attention too, but those
+    made by torch.fx, which have no blocks any more. The gates of a network without batch norm have group norm.
 
     Args:
         model: CNN of timm, with its weights loaded. It is changed in place.
@@ -173,12 +177,15 @@ def add_attention(
             f'{type(model).__name__} has no block of a type that is known here. Name norm layers or convolutions with '
             f'where=[...], or take a network with the blocks of one of these files of timm: {", ".join(files)}.')
     _check_places(model, modules, names, neutral)
+    # a network without batch norm gets none; one group needs no statistics either, and goes with every width
+    norm_layer = nn.BatchNorm2d if any(isinstance(m, _BATCH_NORMS) for m in modules.values()) else GroupNorm1
     for name in names:
         module: Any = modules[name]
         tensor = next(module.parameters(), next(module.buffers(), torch.empty(0)))
         channels = _channels(module)
         attn = create_gate(
-            gate, channels, channels, pyramid_sizes, rd_ratio, device=tensor.device, dtype=tensor.dtype)
+            gate, channels, channels, pyramid_sizes, rd_ratio, norm_layer=norm_layer, device=tensor.device,
+            dtype=tensor.dtype)
         attn.train(module.training)
         modules[name] = _attach(name, module, attn)
         if name:

@@ -150,10 +150,16 @@ def _create_resnet(variant: str, pretrained: bool, base: str, **kwargs: Any) -> 
     return build_model(GatedResNet, variant, pretrained, **dict(_BASES[base], **kwargs))
 
 
-# tables III and VI compare with the last three; timm has the plain nets and seresnet50
 NAMES = (
-    *(f'{gate}_{base}' for base in _BASES for gate in ('spa', 'spa_b', 'spa_c')),
+    'spa_resnet18', 'spa_resnet34', 'spa_resnet50', 'spa_resnet101', 'spa_resnet152',
+    'spa_b_resnet18', 'spa_b_resnet34', 'spa_b_resnet50', 'spa_b_resnet101', 'spa_b_resnet152',
+    'spa_c_resnet18', 'spa_c_resnet34', 'spa_c_resnet50', 'spa_c_resnet101', 'spa_c_resnet152',
+    # tables III and VI compare with these; timm has the plain nets and seresnet50
     'ge_resnet50', 'cbam_resnet50', 'gc_resnet50',
+    'spa_resnet50d', 'spa_b_resnet50d', 'spa_c_resnet50d', 'spa_resnet101d', 'spa_b_resnet101d', 'spa_c_resnet101d',
+    'spa_resnext50_32x4d', 'spa_b_resnext50_32x4d', 'spa_c_resnext50_32x4d',
+    'spa_resnext101_32x8d', 'spa_b_resnext101_32x8d', 'spa_c_resnext101_32x8d',
+    'spa_wide_resnet50_2', 'spa_b_wide_resnet50_2', 'spa_c_wide_resnet50_2',
 )
 _DEFAULTS = {base: 'a1_in1k' for base in ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')}
 
