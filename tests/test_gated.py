@@ -115,6 +115,18 @@ def test_alone_it_is_spa_on_resnet50():
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in named.parameters())
 
 
+@pytest.mark.parametrize('base', BASES)
+@torch.no_grad()
+def test_intermediates(base):
+    """timm's own test of them goes by its files, and knows none of ours."""
+    model = trained(base).eval()
+    last, maps = model.forward_intermediates(IMAGES)
+    assert torch.equal(last, model.forward_features(IMAGES))
+    assert torch.equal(model.forward_head(last), model(IMAGES))
+    plain = random_net(base).forward_intermediates(IMAGES, intermediates_only=True)
+    assert [m.shape for m in maps] == [m.shape for m in plain]
+
+
 def test_mobilenetv4(tmp_path):
     plain = random_net('mobilenetv4_conv_small')
     loading = written(plain, tmp_path / 'plain.safetensors')

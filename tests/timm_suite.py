@@ -132,6 +132,8 @@ def problems_of(report: ET.Element, names: List[str]) -> List[str]:
     for name in names:
         # timm leaves TorchScript out for every name that begins with densenet
         expected = {t for t in TESTS if not (name.startswith('densenet') and t.endswith('torchscript'))}
+        if name == 'gated':  # timm gives these to the files of its own families
+            expected -= {t for t in TESTS if 'intermediates' in t}
         missing = expected - set().union(*(tests for key, tests in passed.items() if key.partition('.')[0] == name))
         if missing:
             problems.append(f'{name} was not tested by {", ".join(sorted(missing))}')
