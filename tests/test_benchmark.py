@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 from test_one_form import make_model
 
-from timm_spa import benchmark, benchmark_worker, cli
+import timm_spa_cli
+from timm_spa import benchmark, benchmark_worker
 from timm_spa.benchmark import BenchmarkError, Settings
 from timm_spa.profile import count_cost
 
@@ -19,7 +20,7 @@ PAIR = ['mobilenetv2_cifar', 'spa_mobilenetv2_cifar']
 
 
 def bench(*arguments):
-    return cli.main(['bench', *map(str, arguments)])
+    return timm_spa_cli.main(['bench', *map(str, arguments)])
 
 
 @pytest.mark.parametrize(('mode', 'options'), [

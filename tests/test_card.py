@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 import timm_spa  # noqa: F401
-from timm_spa import cli
+import timm_spa_cli
 from timm_spa.hub.card import CardError, card_of_folder, make_card
 from timm_spa.hub.run_record import Run, RunError
 from timm_spa.profile import count_cost
@@ -323,15 +323,15 @@ def test_command_line(tmp_path, capsys):
     shutil.copytree(CARDS[0], folder)
     published = (folder / 'README.md').read_text()
     (folder / 'README.md').write_text('mine\n')
-    assert cli.main(['card', str(folder)]) == 0
+    assert timm_spa_cli.main(['card', str(folder)]) == 0
     assert capsys.readouterr().out == published
     assert (folder / 'README.md').read_text() == 'mine\n', 'it is replaced on request only'
-    assert cli.main(['card', str(folder), '--write']) == 0
+    assert timm_spa_cli.main(['card', str(folder), '--write']) == 0
     assert (folder / 'README.md').read_text() == published
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in CARDS[0].iterdir())
     capsys.readouterr()
     (folder / 'config.json').unlink()
-    assert cli.main(['card', str(folder)]) == 1
+    assert timm_spa_cli.main(['card', str(folder)]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith('timm-spa: ')
     assert 'config.json cannot be read' in captured.err

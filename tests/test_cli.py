@@ -11,17 +11,18 @@ import torch
 from PIL import Image
 
 import timm_spa  # noqa: F401
-from timm_spa import cli
-from timm_spa.predict import class_names
+import timm_spa_cli
+from timm_spa.predict import class_names, load_model
 from timm_spa.profile import count_cost
 from timm_spa.tables import TABLES
+from timm_spa_cli import demo
 
 IMAGES = resources.files('timm_spa') / 'images'
 
 
 def test_list_counts_what_the_authors_counted(capsys):
     """Parameters and multiply-adds of convolutions and linear layers, counted by running the authors' code."""
-    assert cli.main(['list', 'spa_resnet*']) == 0
+    assert timm_spa_cli.main(['list', 'spa_resnet*']) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith('spa_')}
     expected = {
         'spa_resnet18': (11.776816, 1.8183), 'spa_resnet34': (21.955376, 3.6715), 'spa_resnet50': (28.073912, 4.2124),
@@ -35,7 +36,7 @@ def test_list_counts_what_the_authors_counted(capsys):
 
 
 def test_tags(capsys):
-    assert cli.main(['list', 'spa_resnet50', '--tags']) == 0
+    assert timm_spa_cli.main(['list', 'spa_resnet50', '--tags']) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert ['spa_resnet50.warm_tv2_in1k', 'Hub:', 'timm/resnet50.tv2_in1k'] in lines
     assert [line[0] for line in lines] == timm_spa.list_models('spa_resnet50.*', pretrained=True)
@@ -44,7 +45,7 @@ def test_tags(capsys):
 
 def test_tables(capsys):
     """The paper's parameters to three digits, the authors' exact FLOPs, from a count of today."""
-    assert cli.main(['list', '--tables']) == 0
+    assert timm_spa_cli.main(['list', '--tables']) == 0
     out = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith('SPA-')}
     assert rows['SPA-ResNet50'][2:9] == ['28.074', '28.074', '28.074', '+0.00%', '4.262', '4.262', '4.262']
@@ -67,18 +68,18 @@ def test_counts_are_the_papers(row):
 
 
 def test_list_of_nothing(capsys):
-    assert cli.main(['list', 'resnet50']) == 1
+    assert timm_spa_cli.main(['list', 'resnet50']) == 1
     assert "no model of this package is called 'resnet50'" in capsys.readouterr().err
 
 
 def test_demo(capsys, tmp_path):
     named = tmp_path / 'coffee.jpg'
     named.write_bytes((IMAGES / 'coffee.jpg').read_bytes())
-    assert cli.main(['demo', str(named)]) == 0
+    assert timm_spa_cli.main(['demo', str(named)]) == 0
     out = capsys.readouterr().out
-    for name in (*cli.DEMO_PICTURES, 'spa_resnet50', 'attention neutral'):
+    for name in (*demo.DEMO_PICTURES, 'spa_resnet50', 'attention neutral'):
         assert name in out
-    verdicts = [line.split()[1] for line in out.splitlines() if line.partition(' ')[0] in cli.DEMO_PICTURES]
+    verdicts = [line.split()[1] for line in out.splitlines() if line.partition(' ')[0] in demo.DEMO_PICTURES]
     assert len(verdicts) == 5
     assert {v for v in verdicts if '%' not in v} <= {'right', 'wrong'}
     assert sum('%' in v for v in verdicts) == 3, 'the pictures of no known class, and the one named by the user'
@@ -86,7 +87,7 @@ def test_demo(capsys, tmp_path):
 
 def test_every_shipped_picture_is_shown_and_described():
     names = {p.name for p in IMAGES.iterdir() if p.name.endswith('.jpg')}
-    assert names == set(cli.DEMO_PICTURES)
+    assert names == set(demo.DEMO_PICTURES)
     for name in names:
         assert f'`{name}`' in (IMAGES / 'README.md').read_text()
 
@@ -100,14 +101,14 @@ def test_predict_reports_broken_pictures_and_goes_on(tmp_path, capsys):
     pictures = [tmp_path / 'missing.jpg', tmp_path / 'transparent.png', tmp_path / 'broken.jpg', tmp_path]
     arguments = ['predict', *map(str, pictures), '--model', 'spa_resnet18', '--checkpoint', str(checkpoint),
                  '--num-classes', '4', '--top-k', '9']
-    assert cli.main(arguments) == 1
+    assert timm_spa_cli.main(arguments) == 1
     captured = capsys.readouterr()
     assert [line.split()[0] for line in captured.out.splitlines()[1:2]] == ['transparent.png']
     assert captured.out.count('class ') == 4, 'there are no more than four classes'
     for name in ('missing.jpg', 'broken.jpg', str(tmp_path)):
         assert any(name in line and 'could not be read' in line for line in captured.err.splitlines())
 
-    assert cli.main([*arguments, '--json']) == 1
+    assert timm_spa_cli.main([*arguments, '--json']) == 1
     entries = json.loads(capsys.readouterr().out)
     assert [bool(e['error']) for e in entries] == [True, False, True, True]
     probabilities = [c['probability'] for c in entries[1]['classes']]
@@ -120,13 +121,13 @@ def test_predict_reports_broken_pictures_and_goes_on(tmp_path, capsys):
     ('spa_mobilenetv2_075', 'No pretrained weights exist'),
 ])
 def test_a_model_that_cannot_be_loaded(model, message, capsys):
-    assert cli.main(['predict', str(IMAGES / 'coffee.jpg'), '--model', model]) == 1
+    assert timm_spa_cli.main(['predict', str(IMAGES / 'coffee.jpg'), '--model', model]) == 1
     assert message in capsys.readouterr().err
 
 
 def test_bad_top_k():
     with pytest.raises(SystemExit, match='2'):
-        cli.main(['demo', '--top-k', '0'])
+        timm_spa_cli.main(['demo', '--top-k', '0'])
 
 
 def test_names_of_imagenet_classes():
@@ -148,3 +149,50 @@ def test_as_a_module_and_as_a_command():
         done = subprocess.run([*command, '--help'], capture_output=True, text=True)
         assert done.returncode == 0
         assert 'demo' in done.stdout
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        'import sys, timm_spa_cli\n'
+        'for arguments in ([], ["--help"], ["--version"], ["predict", "--top-k", "0"], ["bench"]):\n'
+        '    try:\n'
+        '        timm_spa_cli.main(arguments)\n'
+        '    except SystemExit:\n'
+        '        pass\n'
+        'print("torch" in sys.modules, "timm_spa" in sys.modules)\n')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == 'False False'
+    assert f'timm_spa {timm_spa.__version__}' in done.stdout
+
+
+def test_an_error_of_ours_is_a_line_and_a_bug_says_so(monkeypatch, capsys):
+    assert timm_spa_cli.main(['convert', 'missing.pth', 'o.safetensors', '--model', 'spa_resnet18']) == 1
+    assert capsys.readouterr().err == 'timm-spa: missing.pth does not exist.\n'
+    monkeypatch.setattr('timm_spa.hub.verify.verify', lambda *args: 1 / 0)
+    assert timm_spa_cli.main(['verify', '.']) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == 'timm-spa: ZeroDivisionError: division by zero'
+    assert 'please report' in second
+    with pytest.raises(ZeroDivisionError):
+        timm_spa_cli.main(['--traceback', 'verify', '.'])
+
+
+@pytest.mark.parametrize(('checkpoint', 'message'), [
+    ('missing.pth', 'does not exist'), ('.', 'it is a folder'), ('text.pth', 'neither a safetensors file')])
+def test_checkpoints_that_are_none(checkpoint, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text.pth').write_text('hello')
+    arguments = ['predict', 'x.jpg', '--model', 'spa_resnet18', '--checkpoint']
+    assert timm_spa_cli.main([*arguments, checkpoint]) == 1
+    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        timm_spa_cli.main([*arguments, ''])
+    assert 'needs the name of a file' in capsys.readouterr().err
+
+
+def test_classes_of_a_checkpoint_have_no_names_of_others(tmp_path):
+    """Not those of the shipped weights for as many classes, and not ImageNet's for a thousand."""
+    for name, count in (('spa_mobilenetv2_cifar', 200), ('spa_resnet18', 1000)):
+        torch.save(timm.create_model(name, num_classes=count).state_dict(), tmp_path / 'own.pth')
+        model = load_model(name, tmp_path / 'own.pth', count)
+        assert {c['name'] for c in class_names(model)} == {f'class {i}' for i in range(count)}

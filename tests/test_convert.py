@@ -11,7 +11,7 @@ import torch
 import torchvision
 
 import timm_spa  # noqa: F401
-from timm_spa import cli
+import timm_spa_cli
 from timm_spa.hub import CheckpointError
 from timm_spa.hub.convert import convert
 
@@ -70,7 +70,7 @@ def test_checkpoints_of_the_authors(theirs, ours, kind, options, tmp_path, capsy
     """The file gives what their code gave; for a plain net, in a gated model too."""
     golden = golden_checkpoint(theirs, tmp_path / 'best.pth.tar')
     output = tmp_path / 'out.safetensors'
-    assert cli.main(['convert', str(tmp_path / 'best.pth.tar'), str(output), '--model', ours, *options]) == 0
+    assert timm_spa_cli.main(['convert', str(tmp_path / 'best.pth.tar'), str(output), '--model', ours, *options]) == 0
     out = capsys.readouterr().out
     assert kind in out.splitlines()[0]
     assert ('pyramid' in out) == (kind == "the authors' code" and ours.startswith('spa'))
@@ -107,7 +107,7 @@ def test_storage(dtype, bits, tmp_path, capsys):
     source = saved(model, tmp_path / 'in.safetensors')
     output = tmp_path / 'out.safetensors'
     arguments = ['convert', str(source), str(output), '--model', 'spa_mobilenetv2_cifar', '--dtype', dtype]
-    assert cli.main(arguments) == 0
+    assert timm_spa_cli.main(arguments) == 0
     step = 2.0 ** (10 - bits)  # between neighbours in [512, 1024)
     error = abs(round(1001.0625 / step) * step - 1001.0625)
     out = capsys.readouterr().out
@@ -123,10 +123,10 @@ def test_storage(dtype, bits, tmp_path, capsys):
     assert not list(tmp_path.glob('.*')), 'nothing partial is left'
 
     before = output.read_bytes()
-    assert cli.main(arguments) == 1
+    assert timm_spa_cli.main(arguments) == 1
     assert 'is there already; --overwrite' in capsys.readouterr().err
     assert output.read_bytes() == before
-    assert cli.main([*arguments, '--overwrite']) == 0
+    assert timm_spa_cli.main([*arguments, '--overwrite']) == 0
 
 
 def test_values_too_large_for_float16(tmp_path):
@@ -242,11 +242,11 @@ def test_an_unknown_variant_is_asked_for(tmp_path, capsys):
     one = randomized(timm.create_model('se_preresnet18_cifar', num_classes=5))
     arguments = ['convert', str(saved(one, tmp_path / 'in.safetensors')), str(tmp_path / 'o.safetensors'),
                  '--model', 'spa_preresnet18_cifar']
-    assert cli.main(arguments) == 1
+    assert timm_spa_cli.main(arguments) == 1
     assert '--from-model NAME' in capsys.readouterr().err
-    assert cli.main([*arguments, '--from-model', 'se_preresnet18_cifar']) == 0
+    assert timm_spa_cli.main([*arguments, '--from-model', 'se_preresnet18_cifar']) == 0
     assert 'the same net with another gate' in capsys.readouterr().out
-    assert cli.main([*arguments, '--overwrite', '--from-model', 'se_preresnet99_cifar']) == 1
+    assert timm_spa_cli.main([*arguments, '--overwrite', '--from-model', 'se_preresnet99_cifar']) == 1
     assert "'se_preresnet99_cifar', and there is no model" in capsys.readouterr().err
 
 
@@ -279,7 +279,7 @@ def truncated(path):
 def test_files_that_are_no_weights(write, what, tmp_path, capsys):
     source, output = tmp_path / 'in.pth', tmp_path / 'out.safetensors'
     write(source)
-    assert cli.main(['convert', str(source), str(output), '--model', 'spa_mobilenetv2_cifar']) == 1
+    assert timm_spa_cli.main(['convert', str(source), str(output), '--model', 'spa_mobilenetv2_cifar']) == 1
     err = capsys.readouterr().err
     assert err.startswith(f'timm-spa: {source} ')
     assert what in err
@@ -307,14 +307,14 @@ def test_weights_of_something_else(tmp_path):
 @pytest.mark.parametrize(('options', 'message'), [
     (['--model', 'spa_resnet7'], 'no model'), (['--dtype', 'int8'], 'dtype must be one of'),
     (['--from', 'elsewhere'], 'must be one of same, plain'), (['--model-kwargs', 'colour=1'], 'colour'),
-    (['--model-kwargs', 'colour'], 'unpack'),
+    (['--model-kwargs', 'colour'], 'KEY=VALUE, got colour'),
 ])
 def test_arguments_that_are_wrong(options, message, tmp_path, capsys):
     source = saved(timm.create_model('spa_mobilenetv2_cifar'), tmp_path / 'in.safetensors')
     arguments = ['convert', str(source), str(tmp_path / 'o.safetensors'), '--model', 'spa_mobilenetv2_cifar', *options]
-    assert cli.main(arguments) == 1
+    assert timm_spa_cli.main(arguments) == 1
     assert message in capsys.readouterr().err
-    assert cli.main(['convert', str(source), str(tmp_path / 'o.pth'), '--model', 'spa_mobilenetv2_cifar']) == 1
+    assert timm_spa_cli.main(['convert', str(source), str(tmp_path / 'o.pth'), '--model', 'spa_mobilenetv2_cifar']) == 1
     assert 'should be a .safetensors file' in capsys.readouterr().err
 
 

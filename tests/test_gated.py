@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from test_add_attention import random_net, relative
 
 import timm_spa
-from timm_spa import cli
+import timm_spa_cli
 from timm_spa.models._warm_start import gated_modules
 
 BASES = [
@@ -91,10 +91,10 @@ def test_published_and_verified(tmp_path, capsys):
         'model: gated\nnum_classes: 1000\nmodel_kwargs: {base: resnet18, pyramid_sizes: [1, 2]}\nimg_size: 64\n')
     (tmp_path / 'run' / 'card.yaml').write_text('dataset: {name: none}\n')
     out = tmp_path / 'out'
-    assert cli.main(['publish', str(tmp_path / 'run' / 'model_best.pth.tar'), '--model', 'gated.mine', '--dry-run',
-                     str(out)]) == 0, capsys.readouterr()
+    command = ['publish', str(tmp_path / 'run' / 'model_best.pth.tar'), '--model', 'gated.mine', '--dry-run', str(out)]
+    assert timm_spa_cli.main(command) == 0, capsys.readouterr()
     assert json.loads((out / 'config.json').read_text())['model_args']['base'] == 'resnet18'
-    assert cli.main(['verify', str(out)]) == 0, capsys.readouterr()
+    assert timm_spa_cli.main(['verify', str(out)]) == 0, capsys.readouterr()
     assert torch.equal(outputs(timm.create_model(f'local-dir:{out}', pretrained=True)), outputs(model))
 
 

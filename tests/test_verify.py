@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 import timm_spa  # noqa: F401
-from timm_spa import cli
+import timm_spa_cli
 from timm_spa.hub.publish import publish
 from timm_spa.hub.verify import verify
 
@@ -65,7 +65,7 @@ def test_a_sound_folder(folder, capsys):
     checked = '\n'.join(report.checked)
     for what in ('no', 'README.md', 'config.json', 'metadata', 'every value finite', 'one forward pass of (3, 32, 32)'):
         assert what in checked
-    assert cli.main(['verify', str(folder)]) == 0
+    assert timm_spa_cli.main(['verify', str(folder)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == 'No problem found.'
     assert all(line.startswith('checked: ') for line in out[:-1])
@@ -156,7 +156,7 @@ FAULTS = [
 @pytest.mark.parametrize(('fault', 'line'), FAULTS, ids=[line for _, line in FAULTS])
 def test_a_fault_is_named(folder, fault, line, capsys):
     fault(folder)
-    assert cli.main(['verify', str(folder)]) == 1
+    assert timm_spa_cli.main(['verify', str(folder)]) == 1
     problems = [text for text in capsys.readouterr().out.splitlines() if text.startswith('problem: ')]
     assert any(line in problem for problem in problems), problems
 
@@ -233,7 +233,7 @@ def test_a_pickle_on_the_hub_is_not_downloaded(hub, folder):
     ('no folder', None, 'no name of a repository')])
 def test_a_repository_that_is_not_there(hub, folder, source, revision, cause, capsys):
     on_the_hub(hub, folder)
-    assert cli.main(['verify', source, *(['--revision', revision] if revision else [])]) == 1
+    assert timm_spa_cli.main(['verify', source, *(['--revision', revision] if revision else [])]) == 1
     problem = [line for line in capsys.readouterr().out.splitlines() if line.startswith('problem')]
     assert len(problem) == 1
     assert source in problem[0]

@@ -29,12 +29,15 @@ from typing import Callable, Dict, List, Optional, Tuple
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from timm_spa._errors import TimmSpaError
+from timm_spa._files import replacing
+
 IMAGE_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
 
 Operation = Callable[[Image.Image], Image.Image]
 
 
-class PreparationError(Exception):
+class PreparationError(TimmSpaError):
     """The work cannot go on; the message names the file and what is wrong with it."""
 
 
@@ -52,18 +55,9 @@ def downsample(image: Image.Image, size: int) -> Image.Image:
 
 
 def save(image: Image.Image, target: Path) -> None:
-    """Writes a PNG file, whole or not at all.
-
-    Raises:
-        PreparationError: It could not be written.
-    """
-    partial_file = target.with_name(f'.{target.name}.{os.getpid()}')
-    try:
+    """Writes a PNG file, whole or not at all."""
+    with replacing(target) as partial_file:
         image.save(partial_file, format='PNG', compress_level=1)
-        partial_file.replace(target)
-    except OSError as e:
-        partial_file.unlink(missing_ok=True)
-        raise PreparationError(f'{target} could not be written: {e}') from e
 
 
 def convert_image(source: Path, target: Path, operation: Operation) -> Optional[str]:
@@ -159,20 +153,15 @@ def write_class_names(source: Path, target: Path) -> int:
         Number of classes.
 
     Raises:
-        PreparationError: The folder holds no class folder, or the file cannot be written.
+        PreparationError: The folder holds no class folder.
     """
     from timm.data.readers.reader_image_folder import find_images_and_targets
 
     _, class_to_index = find_images_and_targets(str(source))
     if not class_to_index:
         raise PreparationError(f'{source} holds no folder with images.')
-    partial_file = target.with_name(f'.{target.name}.{os.getpid()}')
-    try:
+    with replacing(target) as partial_file:
         partial_file.write_text(''.join(f'{name}\n' for name in class_to_index), encoding='utf-8')
-        partial_file.replace(target)
-    except OSError as e:
-        partial_file.unlink(missing_ok=True)
-        raise PreparationError(f'{target} could not be written: {e}') from e
     return len(class_to_index)
 
 
@@ -225,7 +214,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             skipped = convert_folder(args.source, args.target, operation, args.workers, args.broken == 'skip')
             if skipped:
                 print(f'{skipped} images skipped', file=sys.stderr)
-    except PreparationError as e:
+    except TimmSpaError as e:
         print(f'prepare_data: {e}', file=sys.stderr)
         return 1
     return 0

@@ -14,12 +14,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from timm_spa._errors import TimmSpaError
 from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results
 from timm_spa.hub.run_record import Run, RunError
 from timm_spa.layers import GATES
 from timm_spa.models._entrypoints import split_gate
 from timm_spa.profile import count_cost
-from timm_spa.training_log import SummaryError
 
 
 def read_runs(folder: Path) -> List[Run]:
@@ -118,7 +118,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parser.parse_args(argv)
     try:
         runs = read_runs(args.folder)
-    except (RunError, SummaryError) as e:
+    except TimmSpaError as e:
         print(f'results: {e}', file=sys.stderr)
         return 1
     table = make_table(runs)

@@ -21,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+from timm_spa._files import replacing
+
 PACKAGES = ('timm_spa', 'timm', 'torch', 'torchvision', 'accelerate')
 OWN_OPTIONS = ('--model', '--seed', '--output', '--experiment', '--resume')
 
@@ -53,18 +55,15 @@ def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]
             [sys.executable, '-m', 'accelerate.commands.launch', *command[2:]], stdout=log, stderr=log).returncode
     if code or not (run / 'summary.csv').exists():
         return f'{name}: exit code {code}, see {run / "log.txt"}'
-    partial = kept.with_name(f'.{name}')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in ('summary.csv', 'args.yaml'):
-        shutil.copy(run / file, partial)
     record = dict(
         model=model, seed=seed, command=shlex.join(command), resumed=resumed, seconds=round(time.time() - started),
         **about)
-    (partial / 'run.json').write_text(json.dumps(record, indent=2) + '\n')
-    shutil.copy(partial / 'run.json', run)  # for the card: `timm-spa publish` reads what lies beside the checkpoint
-    shutil.rmtree(kept, ignore_errors=True)
-    partial.rename(kept)
+    # for the card too: `timm-spa publish` reads what lies beside the checkpoint
+    (run / 'run.json').write_text(json.dumps(record, indent=2) + '\n')
+    with replacing(kept) as partial:
+        partial.mkdir(parents=True)
+        for file in ('summary.csv', 'args.yaml', 'run.json'):
+            shutil.copy(run / file, partial)
     print(f'{name}: done in {record["seconds"]} s', flush=True)
     return None
 

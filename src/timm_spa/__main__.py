@@ -1,7 +1,7 @@
 """`python -m timm_spa`: the command line."""
 import sys
 
-from .cli import main
+from timm_spa_cli import main
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -19,6 +19,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 
+from ._errors import TimmSpaError
+from ._files import replacing
 from .benchmark_worker import Settings, parse_model
 
 __all__ = [
@@ -30,7 +32,7 @@ AS_BUILT = ' as built'  # behind the name of the base that is also measured with
 VARIABLES = ('CUDA_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_')
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(TimmSpaError, RuntimeError):
     """A model could not be measured, or a file of measurements not be read; the message names it."""
 
 
@@ -254,15 +256,10 @@ def write_record(path: Union[str, Path], record: Dict[str, Any]) -> None:
         record: Of `measure`.
 
     Raises:
-        OSError: It cannot be written.
+        WriteError: It cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
+    with replacing(path) as partial:
         partial.write_text(json.dumps(record, indent=2) + '\n')
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_record(path: Union[str, Path]) -> Dict[str, Any]:

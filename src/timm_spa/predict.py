@@ -10,7 +10,14 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.utils import reparameterize_model
 
-__all__ = ['Prediction', 'class_names', 'for_inference', 'load_model', 'predict']
+from ._errors import TimmSpaError
+from .hub.checkpoint import check_weights, read_weights
+
+__all__ = ['ModelError', 'Prediction', 'class_names', 'for_inference', 'load_model', 'predict']
+
+
+class ModelError(TimmSpaError, RuntimeError):
+    """A model could not be loaded; the message names it."""
 
 
 @dataclasses.dataclass
@@ -43,10 +50,23 @@ def load_model(
         device: Device to run on.
 
     Returns:
-        The model, in eval mode.
+        The model, in eval mode. The classes of a checkpoint have numbers for names.
+
+    Raises:
+        ModelError: There is no such model, or its weights could not be had.
+        CheckpointError: The file cannot be read, or does not fit the model.
     """
-    model = timm.create_model(
-        name, pretrained=checkpoint is None, checkpoint_path=checkpoint or '', num_classes=num_classes)
+    try:
+        model = timm.create_model(name, pretrained=checkpoint is None, num_classes=num_classes)
+    except TimmSpaError:
+        raise
+    except Exception as e:  # timm, torch and the Hub each raise their own
+        raise ModelError(f'{name} could not be loaded: {e}') from e
+    if checkpoint is not None:
+        check_weights(read_weights(checkpoint).state_dict, model, checkpoint)
+        # the names in the configuration are those of other weights' classes
+        labels = [f'class {i}' for i in range(model.num_classes)]
+        model.pretrained_cfg = dict(model.pretrained_cfg, label_names=labels, label_descriptions=None)
     return for_inference(model, device)
 
 

@@ -11,12 +11,14 @@ import hashlib
 import os
 import runpy
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from contextlib import nullcontext
 from pathlib import Path
 from typing import List, Optional, Tuple
+
+from ._errors import TimmSpaError
+from ._files import replacing
 
 __all__ = ['ScriptError', 'find_script', 'main']
 
@@ -42,7 +44,7 @@ SCRIPT is one of {', '.join(SHA256)}.
 """
 
 
-class ScriptError(RuntimeError):
+class ScriptError(TimmSpaError, RuntimeError):
     """One of timm's scripts could not be had; the message says why and how to provide it."""
 
 
@@ -100,10 +102,8 @@ def _download(name: str, script: Path) -> None:
         raise ScriptError(
             f'{url} has the SHA-256 {_sha256(data)}, expected {SHA256[name]}: it is not run or kept. {remedy}')
     script.parent.mkdir(parents=True, exist_ok=True)
-    # written beside and renamed: the processes of a launch may all download at the same time
-    with tempfile.NamedTemporaryFile(dir=script.parent, prefix=f'.{name}.', delete=False) as partial:
-        partial.write(data)
-    os.replace(partial.name, script)
+    with replacing(script) as partial:  # the processes of a launch may all download at the same time
+        partial.write_bytes(data)
 
 
 def _split_args(args: List[str]) -> Tuple[Optional[str], List[str]]:

@@ -15,6 +15,7 @@ from typing import Any, Iterator
 import timm.data
 from timm import utils
 
+from ._errors import TimmSpaError
 from .training_log import SummaryError, read_summary, write_summary
 
 __all__ = ['TrainingError', 'guarded_training']
@@ -24,7 +25,7 @@ MAX_BAD_LOSSES = 5  # in a row; a loss scaler may skip single steps of float16
 _logger = logging.getLogger(__name__)
 
 
-class TrainingError(RuntimeError):
+class TrainingError(TimmSpaError, RuntimeError):
     """Training cannot go on; the message says why, and what was saved."""
 
 

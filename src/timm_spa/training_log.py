@@ -1,13 +1,15 @@
 """The metrics file that timm's train.py writes, one row an epoch."""
 import csv
-import os
 from pathlib import Path
 from typing import Dict, List, Union
+
+from ._errors import TimmSpaError
+from ._files import replacing
 
 __all__ = ['SummaryError', 'read_summary', 'write_summary']
 
 
-class SummaryError(ValueError):
+class SummaryError(TimmSpaError, ValueError):
     """A metrics file cannot be read as one row for each epoch; the message names the file and the line."""
 
 
@@ -59,16 +61,10 @@ def write_summary(path: Union[str, Path], rows: List[Dict[str, float]]) -> None:
         rows: The columns of each epoch; those of the last row make the header.
 
     Raises:
-        OSError: The file cannot be written.
+        WriteError: The file cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(partial, 'w', newline='', encoding='utf-8') as f:
-            writer = csv.writer(f, lineterminator='\n')
-            writer.writerow(rows[-1])
-            for row in rows:
-                writer.writerow([int(row['epoch']) if name == 'epoch' else row.get(name, '') for name in rows[-1]])
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, open(partial, 'w', newline='', encoding='utf-8') as f:
+        writer = csv.writer(f, lineterminator='\n')
+        writer.writerow(rows[-1])
+        for row in rows:
+            writer.writerow([int(row['epoch']) if name == 'epoch' else row.get(name, '') for name in rows[-1]])

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from timm.models import model_entrypoint
 
+from .._errors import TimmSpaError
 from ..predict import load_model, predict
 from ..profile import count_cost
 from .comparison import comparison_table, read_results
@@ -23,7 +24,7 @@ TEMPLATE = Path(__file__).with_name('card_template.md')
 DATASETS: Dict[str, Tuple[str, str]] = {'in1k': ('ILSVRC/imagenet-1k', 'ImageNet-1k')}
 
 
-class CardError(ValueError):
+class CardError(TimmSpaError, ValueError):
     """A card lacks a fact that it cannot do without, or two facts contradict; the message says which and where."""
 
 

@@ -15,6 +15,7 @@ import torch.nn as nn
 from huggingface_hub.utils.sha import sha_fileobj
 from timm.models import clean_state_dict
 
+from .._errors import TimmSpaError
 from ..models._pretrained import misfits, shortened
 
 __all__ = ['CheckpointError', 'Weights', 'check_weights', 'read_checkpoint', 'read_weights']
@@ -23,7 +24,7 @@ __all__ = ['CheckpointError', 'Weights', 'check_weights', 'read_checkpoint', 're
 _STATE_KEYS = ('state_dict_ema', 'state_dict')
 
 
-class CheckpointError(ValueError):
+class CheckpointError(TimmSpaError, ValueError):
     """A file cannot be read as weights, or its weights do not fit; the message names the file and says what it is."""
 
 

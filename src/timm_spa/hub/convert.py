@@ -1,7 +1,6 @@
 """Conversion of weights from elsewhere to a safetensors file of one of our models."""
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
@@ -14,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from timm.models.efficientnet import EfficientNet
 
 from .. import __version__
+from .._errors import UsageError
+from .._files import replacing
 from ..layers import SpatialPyramidAttention
 from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
 from ..models._pretrained import misfits, shortened
@@ -92,22 +93,25 @@ def convert(
     Raises:
         CheckpointError: The source can't be read, is of none of these, or cannot be converted; a value is not finite,
             or too large for `dtype`; or `output` is there.
-        ValueError: An argument is none of those that are known.
+        UsageError: An argument is none of those that are known.
     """
     output = Path(output)
     if output.suffix != '.safetensors':
-        raise ValueError(f'The output should be a .safetensors file, and is {output}.')
+        raise UsageError(f'The output should be a .safetensors file, and is {output}.')
     if dtype not in DTYPES:
-        raise ValueError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
+        raise UsageError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
     if kind not in (None, *KINDS):
-        raise ValueError(f'The kind of the source must be one of {", ".join(KINDS)}, got {kind!r}.')
+        raise UsageError(f'The kind of the source must be one of {", ".join(KINDS)}, got {kind!r}.')
     if not timm.is_model(model_name.partition('.')[0]):
-        raise ValueError(f'There is no model {model_name!r}.')
+        raise UsageError(f'There is no model {model_name!r}.')
     if output.exists() and not overwrite:
         raise CheckpointError(f'{output} is there already; --overwrite replaces it.')
     weights = read_weights(source)
-    model = timm.create_model(
-        model_name.partition('.')[0], num_classes=_count_classes(weights.state_dict, source), **kwargs).eval()
+    num_classes = _count_classes(weights.state_dict, source)
+    try:
+        model = timm.create_model(model_name.partition('.')[0], num_classes=num_classes, **kwargs).eval()
+    except Exception as e:  # timm's, for arguments that are not the model's
+        raise UsageError(f'{model_name} cannot be made with {kwargs}: {e}') from e
     name, origin_kwargs = _origin(source, weights)
     origin = (source_model or name, origin_kwargs)
     # another model may have the names and shapes of this one
@@ -121,12 +125,8 @@ def convert(
         metadata['epoch'] = str(weights.epoch)
     if kwargs:
         metadata['model_args'] = json.dumps(kwargs)
-    partial = output.with_name(f'.{output.name}.{os.getpid()}')
-    try:
+    with replacing(output) as partial:
         safetensors.torch.save_file(stored, partial, metadata=metadata)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
     description = KINDS[kind] if next(gated_modules(model), None) else KINDS[kind].partition(':')[0]
     return Conversion(
         kind, description, len(stored), output.stat().st_size, error, error_in, _notes(kind, model))

@@ -20,6 +20,8 @@ from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 
 from .. import __version__
+from .._errors import TimmSpaError
+from .._files import replacing
 from ..models._hub_file import PROBE_TIMEOUT
 from ..models._pretrained import WEIGHTS_FILENAME
 from ..training_log import write_summary
@@ -37,7 +39,7 @@ HTTP_LIBRARIES = ('httpx', 'requests')  # that huggingface_hub used so far
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
 
 
-class PublishError(RuntimeError):
+class PublishError(TimmSpaError, RuntimeError):
     """Weights could not be published; the message says why, what is on the Hub now, and how to go on."""
 
 
@@ -99,9 +101,8 @@ def write_repository(
     notes.insert(0, f'Weights: {weights.used or "all tensors"} of {checkpoint}' + (
         f', epoch {weights.epoch}.' if weights.epoch is not None else '.'))
 
-    partial = folder.absolute().with_name(f'.{folder.absolute().name}.{os.getpid()}')
-    partial.mkdir(parents=True)
-    try:
+    with replacing(folder) as partial:
+        partial.mkdir(parents=True)
         _write_weights(partial / WEIGHTS_FILENAME, weights, model_name)
         config = _write_config(partial / 'config.json', model)
         shutil.copymode(partial / 'config.json', partial / WEIGHTS_FILENAME)  # safetensors' is for the owner alone
@@ -119,13 +120,6 @@ def write_repository(
             make_card(
                 model_name, repo_id, run, config=config, weights=partial / WEIGHTS_FILENAME, epoch=weights.epoch,
                 results=results).save(partial / CARD)
-        if folder.exists():
-            for file in partial.iterdir():
-                file.replace(folder / file.name)
-        else:
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return notes
 
 
@@ -282,15 +276,18 @@ def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[in
     size = args.get('img_size')
     if args.get('input_size') or size:
         overlay['input_size'] = tuple(args.get('input_size') or (channels, size, size))
-    return timm.create_model(
-        model_name if registered else architecture,
-        num_classes=num_classes or args.get('num_classes'),
-        in_chans=args.get('in_chans'),
-        global_pool=args.get('gp'),
-        bn_eps=args.get('bn_eps'),
-        pretrained_cfg_overlay=overlay,
-        **(args.get('model_kwargs') or {}),
-    )
+    try:
+        return timm.create_model(
+            model_name if registered else architecture,
+            num_classes=num_classes or args.get('num_classes'),
+            in_chans=args.get('in_chans'),
+            global_pool=args.get('gp'),
+            bn_eps=args.get('bn_eps'),
+            pretrained_cfg_overlay=overlay,
+            **(args.get('model_kwargs') or {}),
+        )
+    except Exception as e:  # timm's, for arguments that are not the model's
+        raise PublishError(f'{architecture} cannot be made with the arguments of the training: {e}') from e
 
 
 def _write_weights(path: Path, weights: Weights, model_name: str) -> None:

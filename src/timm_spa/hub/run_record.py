@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Union
 
 import yaml
 
+from .._errors import TimmSpaError
 from ..training_log import read_summary
 
 __all__ = ['FACTS', 'Run', 'RunError']
@@ -24,7 +25,7 @@ FACTS: Dict[str, Any] = dict(
 )
 
 
-class RunError(ValueError):
+class RunError(TimmSpaError, ValueError):
     """A file of a run does not hold what it should; the message names the file and what is wrong."""
 
 

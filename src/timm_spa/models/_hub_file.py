@@ -14,6 +14,8 @@ from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_
 from huggingface_hub.utils import build_hf_headers, get_session
 from huggingface_hub.utils.sha import sha_fileobj
 
+from .._errors import TimmSpaError
+
 __all__ = ['HubWeightsError', 'locate_weights']
 
 _logger = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ _logger = logging.getLogger(__name__)
 PROBE_TIMEOUT = 5  # seconds
 
 
-class HubWeightsError(RuntimeError):
+class HubWeightsError(TimmSpaError, RuntimeError):
     """Weights of the Hub can't be had or can't be used; the message names file, repository, cause and ways out."""
 
 

@@ -1,0 +1,54 @@
+"""The command line: `timm-spa VERB`, or `python -m timm_spa VERB`.
+
+A package of its own, so that help and usage errors do not wait for torch, which `import timm_spa` needs. Each verb is a
+module with `HELP`, `add_arguments` and `run`.
+"""
+import argparse
+import importlib
+import os
+import sys
+from importlib import metadata
+from typing import List, Optional
+
+__all__ = ['main']
+
+VERBS = ('list', 'demo', 'predict', 'card', 'publish', 'verify', 'convert', 'bench')
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments; those of the process if None.
+
+    Returns:
+        Exit code: 0, or 1 if anything that was asked for could not be done.
+    """
+    parser = argparse.ArgumentParser(prog='timm-spa', description='Spatial Pyramid Attention models for timm.')
+    parser.add_argument('--version', action='version', version=f'timm_spa {metadata.version("timm_spa")}')
+    parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
+    verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
+    for name in VERBS:
+        module = importlib.import_module(f'.{name}', __name__)
+        verb = verbs.add_parser(name, help=module.HELP)
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run, error=verb.error)
+    args = parser.parse_args(argv)
+    args.argv = ['timm-spa', *(sys.argv[1:] if argv is None else argv)]
+    try:
+        code = args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has seen enough, e.g. `timm-spa list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as e:
+        if args.traceback:
+            raise
+        from timm_spa._errors import TimmSpaError
+
+        expected = isinstance(e, (TimmSpaError, OSError))  # the file system names file and cause by itself
+        report = '' if expected else (
+            f'\nThis is a bug of timm_spa, please report it with what `timm-spa --traceback {args.verb} ...` shows.')
+        print(f'timm-spa: {"" if expected else type(e).__name__ + ": "}{e}{report}', file=sys.stderr)
+        return 1
+    return code

@@ -1,0 +1,15 @@
+"""Tables of text."""
+from typing import Sequence
+
+
+def print_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> None:
+    """Prints rows of text in columns.
+
+    Args:
+        rows: The rows, a header first.
+        right_aligned: Columns of figures.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [c.rjust(widths[i]) if i in right_aligned else c.ljust(widths[i]) for i, c in enumerate(row)]
+        print('  '.join(cells).rstrip())

@@ -1,0 +1,73 @@
+"""`timm-spa bench`: speed and memory of models, as ratios."""
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+
+from timm_spa_cli._table import print_table
+
+HELP = 'measure speed and memory of models in turn, as ratios to one of them'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument(
+        'models', nargs='*', metavar='MODEL', help="name, or with arguments: 'spa_resnet50 pyramid_sizes=1,2'")
+    parser.add_argument('--base', metavar='MODEL', help='the one to compare the others with (default: the first)')
+    parser.add_argument('--mode', choices=('infer', 'train'), default='infer', help='train: a whole step with SGD')
+    compiler = parser.add_mutually_exclusive_group()
+    compiler.add_argument('--compile', action='store_const', const='inductor', help='measure with torch.compile')
+    compiler.add_argument('--compile-with', dest='compile', metavar='BACKEND', help='with another of its backends')
+    parser.add_argument(
+        '--dtype', choices=('float32', 'bfloat16', 'float16'), help='default: float32; bfloat16 with --amp')
+    parser.add_argument(
+        '--reparam', action='store_true',
+        help="measure the fused form of blocks that have one, else merge norm layers; adds the base as it is built")
+    parser.add_argument('--amp', action='store_true', help='float32 weights under autocast')
+    parser.add_argument('--channels-last', action='store_true', help='memory layout of weights and input')
+    parser.add_argument('--batch-size', type=int, default=32, help='images at a time (default: %(default)s)')
+    parser.add_argument('--img-size', type=int, metavar='N', help="height and width (default: each model's own)")
+    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='default: %(default)s')
+    parser.add_argument('--threads', type=int, metavar='N', help='CPU threads')
+    parser.add_argument('--rounds', type=int, default=10, help='measurements of each model (default: %(default)s)')
+    parser.add_argument('--warmup', type=int, default=5, help='steps of each model before (default: %(default)s)')
+    parser.add_argument(
+        '--min-seconds', type=float, default=1., metavar='S', help='least length of one (default: %(default)s)')
+    parser.add_argument(
+        '--import', dest='imports', action='append', default=[], metavar='MODULE',
+        help='a module that registers further models with timm; can be given again')
+    parser.add_argument('--json', metavar='FILE', help='write all that was measured to a file, every round included')
+    parser.add_argument(
+        '--compare', nargs=2, metavar='FILE.json',
+        help='in place of models: set the ratios of two such files side by side')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb, and returns the exit code."""
+    if bool(args.models) == bool(args.compare):
+        args.error('either models or --compare is needed.')
+    from timm_spa import benchmark
+    from timm_spa._errors import UsageError
+
+    if args.compare:
+        rows, lines = benchmark.compare(*args.compare)
+        print('\n'.join(lines) + '\n')
+        print_table(rows, right_aligned=(1, 3))
+        return 0
+    if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or '.', os.W_OK)):
+        raise OSError(f'--json: {args.json} is no file that can be written.')  # now, not after the measurement
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(benchmark.Settings)}
+    fields['dtype'] = args.dtype or ('bfloat16' if args.amp else 'float32')
+    try:
+        settings = benchmark.Settings(**fields)
+    except ValueError as e:
+        raise UsageError(e) from e
+    record = benchmark.measure(
+        args.models, settings, args.base, shlex.join(args.argv),
+        lambda message: print(message, file=sys.stderr) if sys.stderr.isatty() else None)
+    print_table(benchmark.table_rows(record), right_aligned=range(2, 11))
+    print('\n' + '\n'.join(benchmark.notes(record)))
+    if args.json:
+        benchmark.write_record(args.json, record)
+    return 0

@@ -1,0 +1,29 @@
+"""`timm-spa card`: the card of a repository's folder, made of the files in it."""
+import argparse
+import os
+
+HELP = "make the card of a repository's folder from the files in it, and print it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument('folder', metavar='FOLDER', help='folder that `publish --dry-run` wrote')
+    parser.add_argument('--repo', metavar='ORG/NAME', help='repository that the folder is of')
+    parser.add_argument('--results', metavar='DIR', help='results of a sweep with the controls to compare with')
+    parser.add_argument('--write', action='store_true', help='replace the README.md of the folder')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb, and returns the exit code."""
+    from timm_spa._files import replacing
+    from timm_spa.hub.card import card_of_folder
+
+    card = card_of_folder(args.folder, args.repo, args.results)
+    if not args.write:
+        print(card, end='')
+        return 0
+    path = os.path.join(args.folder, 'README.md')
+    with replacing(path) as partial:
+        card.save(partial)
+    print(f'Wrote {path}.')
+    return 0

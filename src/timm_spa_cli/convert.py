@@ -1,0 +1,40 @@
+"""`timm-spa convert`: a safetensors file of weights from elsewhere."""
+import argparse
+
+HELP = 'make a safetensors file of weights from elsewhere'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument('source', metavar='SOURCE', help='file of torch.save or of safetensors')
+    parser.add_argument('output', metavar='OUT.safetensors')
+    parser.add_argument('--model', required=True, help='model that the file is for')
+    parser.add_argument('--dtype', default='float32', help='float32, float16 or bfloat16 (default: %(default)s)')
+    parser.add_argument(
+        '--from', dest='kind', metavar='KIND',
+        help='what the source is of: same, plain, torchvision, efficientnet-pytorch, authors, authors-plain, variant '
+             '(default: found out)')
+    parser.add_argument('--from-model', metavar='NAME', help='model of the source, if the file does not say it')
+    parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='e.g. pyramid_sizes=1,2,4')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb, and returns the exit code."""
+    from timm.utils import ParseKwargs
+
+    from timm_spa._errors import UsageError
+    from timm_spa.hub.convert import convert
+
+    try:
+        ParseKwargs([], 'model_kwargs')(None, args, args.model_kwargs)  # as timm's own scripts read them
+    except ValueError as e:
+        raise UsageError(f'--model-kwargs takes KEY=VALUE, got {" ".join(args.model_kwargs)}.') from e
+    done = convert(
+        args.source, args.output, args.model, args.dtype, args.kind, args.from_model, args.overwrite,
+        **args.model_kwargs)
+    print(f'{args.source} is of {done.description}.')
+    print('\n'.join(done.notes), end='\n' if done.notes else '')
+    error = f'largest error {done.error:.3g}, in {done.error_in}' if done.error_in else 'every value is exact'
+    print(f'Wrote {args.output}: {done.tensors} tensors, {args.dtype}, {done.size / 1e6:.1f} MB, {error}.')
+    return 0

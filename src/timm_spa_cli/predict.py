@@ -1,0 +1,76 @@
+"""`timm-spa predict`: the classes of pictures, by any model that timm can create."""
+import argparse
+import json
+import sys
+from typing import Any, Dict, List, Sequence, Tuple
+
+from timm_spa_cli._table import print_table
+
+HELP = 'classify pictures with any model that timm can create'
+
+
+def positive(text: str) -> int:
+    """Reads a number of things to show, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 1, got {number}')
+    return number
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument('images', nargs='+', metavar='IMAGE')
+    parser.add_argument('--model', required=True, help="name, or 'hf-hub:organization/name', or 'local-dir:folder'")
+    parser.add_argument('--checkpoint', help='weights file to load in place of the published ones')
+    parser.add_argument('--num-classes', type=int, help='classes of the checkpoint, if they differ')
+    parser.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
+    parser.add_argument('--top-k', type=positive, default=5, help='classes to show a picture (default: %(default)s)')
+    parser.add_argument('--json', action='store_true', help='print JSON, errors included')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb, and returns the exit code."""
+    if args.checkpoint == '':
+        args.error('argument --checkpoint: needs the name of a file')
+    from timm_spa.predict import load_model
+
+    model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
+    return show_predictions(model, args.images, {}, args.top_k, args.json)
+
+
+def show_predictions(
+        model: Any,
+        paths: Sequence[str],
+        expected: Dict[str, Tuple[str, ...]],
+        top_k: int,
+        as_json: bool = False,
+) -> int:
+    """Prints what a model says of pictures.
+
+    Args:
+        model: A timm model in eval mode.
+        paths: Picture files.
+        expected: Labels that are right, for the pictures of which any are known.
+        top_k: Number of classes to show.
+        as_json: Print JSON instead of a table.
+
+    Returns:
+        Exit code: 1 if a picture could not be read.
+    """
+    from timm_spa.predict import predict
+
+    predictions = list(predict(model, paths, top_k))
+    if as_json:
+        print(json.dumps([vars(p) for p in predictions], indent=2))
+    rows: List[Tuple[str, ...]] = [('picture', '', 'probability', 'class')]
+    for p in predictions:
+        known = expected.get(p.path, ())
+        for rank, c in enumerate(p.classes):
+            verdict = '' if rank or not known else ('right' if c['label'] in known else 'wrong')
+            rows.append((p.path.rpartition('/')[2] if rank == 0 else '', verdict, f'{c["probability"]:.1%}', c['name']))
+    if len(rows) > 1 and not as_json:
+        print_table(rows, right_aligned=(2,))
+    failed = [p for p in predictions if p.error]
+    for p in failed:
+        print(f'timm-spa: {p.path} could not be read: {p.error}', file=sys.stderr)
+    return 1 if failed else 0

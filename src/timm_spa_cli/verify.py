@@ -1,0 +1,27 @@
+"""`timm-spa verify`: checks of a repository of the Hub, or of a folder that will be one."""
+import argparse
+
+HELP = 'check a repository of the Hub, or a folder that will be one'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument('source', metavar='ORG/NAME|FOLDER')
+    parser.add_argument('--revision', help='branch, tag or commit of the repository')
+    parser.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy on')
+    parser.add_argument('--split', default='validation', help='subfolder of it (default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=64, help='pictures at a time (default: %(default)s)')
+    parser.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb, and returns the exit code."""
+    from timm_spa.hub.verify import verify
+
+    report = verify(args.source, args.revision, args.images, args.split, args.batch_size, args.device)
+    for line in report.checked:
+        print(f'checked: {line}')
+    for line in report.problems:
+        print(f'problem: {line}')
+    print(f'{len(report.problems)} problems.' if report.problems else 'No problem found.')
+    return 1 if report.problems else 0
