@@ -12,9 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--dtype', default='float32', help='float32, float16 or bfloat16 (default: %(default)s)')
     parser.add_argument(
         '--from', dest='kind', metavar='KIND',
-        help='what the source is of: same, plain, torchvision, efficientnet-pytorch, authors, authors-plain, variant '
-             '(default: found out)')
-    parser.add_argument('--from-model', metavar='NAME', help='model of the source, if the file does not say it')
+        help='what the source is of: same, plain or authors (default: found out)')
     parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help='e.g. pyramid_sizes=1,2,4')
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
 
@@ -31,8 +29,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as e:
         raise UsageError(f'--model-kwargs takes KEY=VALUE, got {" ".join(args.model_kwargs)}.') from e
     done = convert(
-        args.source, args.output, args.model, args.dtype, args.kind, args.from_model, args.overwrite,
-        **args.model_kwargs)
+        args.source, args.output, args.model, args.dtype, args.kind, args.overwrite, **args.model_kwargs)
     print(f'{args.source} is of {done.description}.')
     print('\n'.join(done.notes), end='\n' if done.notes else '')
     error = f'largest error {done.error:.3g}, in {done.error_in}' if done.error_in else 'every value is exact'

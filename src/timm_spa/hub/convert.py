@@ -22,21 +22,12 @@ from ..models._warm_start import gated_modules, warm_start
 from ..models.densenet import rename_torchvision
 from .authors import rename_authors, rename_efficientnet, reorder_authors
 from .checkpoint import CheckpointError, Weights, check_weights, read_weights
-from .variants import convert_variant
 
 __all__ = ['DTYPES', 'KINDS', 'Conversion', 'convert']
 
 DTYPES = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
-# what a file may be of, in the order in which it is tried
-KINDS = {
-    'same': 'the model itself',
-    'plain': 'the plain net: a warm start, every gate is 1/2',
-    'torchvision': "the plain net under torchvision's names: a warm start, every gate is 1/2",
-    'efficientnet-pytorch': 'the plain net under the names of EfficientNet-PyTorch: a warm start, every gate is 1/2',
-    'authors': "the authors' code",
-    'authors-plain': "the plain net of the authors' code: a warm start, every gate is 1/2",
-    'variant': 'the same net with another gate',
-}
+# what a file may be of
+KINDS = ('same', 'plain', 'authors')
 # layers that give out classes, in any of the layouts
 CLASSIFIERS = ('fc', '_fc', 'linear', 'classifier', 'classifier.1', 'classifier.6', 'head.fc', 'head')
 
@@ -46,7 +37,7 @@ class Conversion:
     """What was converted.
 
     Attributes:
-        kind: What the source was of, a key of `KINDS`.
+        kind: What the source was of, one of `KINDS`.
         description: The same in words.
         tensors: Number of tensors.
         size: Size of the written file in bytes.
@@ -69,7 +60,6 @@ def convert(
         model_name: str,
         dtype: str = 'float32',
         kind: Optional[str] = None,
-        source_model: Optional[str] = None,
         overwrite: bool = False,
         **kwargs: Any,
 ) -> Conversion:
@@ -77,13 +67,11 @@ def convert(
 
     Args:
         source: A file of torch.save or of safetensors: of the model itself, of timm's, torchvision's or
-            EfficientNet-PyTorch's plain net, of the authors' code, or of the same net with another gate, if the gates
-            can compute the same.
+            EfficientNet-PyTorch's plain net, or of the authors' code.
         output: File to write, '*.safetensors'.
         model_name: Model that the file is for.
         dtype: How to store values, a key of `DTYPES`.
-        kind: What the source is of, a key of `KINDS`; found out if None.
-        source_model: Model that the source is of, for 'variant', if the file does not say it.
+        kind: What the source is of, one of `KINDS`; found out if None.
         overwrite: Replace `output` if it is there.
         **kwargs: Further arguments of the model, e.g. `pyramid_sizes`.
 
@@ -112,11 +100,13 @@ def convert(
         model = timm.create_model(model_name.partition('.')[0], num_classes=num_classes, **kwargs).eval()
     except Exception as e:  # timm's, for arguments that are not the model's
         raise UsageError(f'{model_name} cannot be made with {kwargs}: {e}') from e
-    name, origin_kwargs = _origin(source, weights)
-    origin = (source_model or name, origin_kwargs)
-    # another model may have the names and shapes of this one
-    known_other = origin[0] is not None and _said(*origin) != _said(model_name.partition('.')[0], kwargs)
-    converted, kind = _converted(weights.state_dict, model, str(source), kind, origin, known_other)
+    said, wanted = _said(source, weights), (model_name.partition('.')[0], kwargs)
+    differs = said and json.dumps(said, sort_keys=True) != json.dumps(wanted, sort_keys=True)
+    if said and differs and _has_gates(weights.state_dict):
+        # it may have the names and shapes of this one, and compute something else
+        raise CheckpointError(
+            f'{source} is of {_named(*said)}, as it says itself, and not of {_named(*wanted)}.')
+    converted, kind, description = _converted(weights.state_dict, model, str(source), kind)
     check_weights(converted, model, source)
     stored, error, error_in = _stored(converted, DTYPES[dtype], dtype)
     metadata = dict(
@@ -127,9 +117,9 @@ def convert(
         metadata['model_args'] = json.dumps(kwargs)
     with replacing(output) as partial:
         safetensors.torch.save_file(stored, partial, metadata=metadata)
-    description = KINDS[kind] if next(gated_modules(model), None) else KINDS[kind].partition(':')[0]
-    return Conversion(
-        kind, description, len(stored), output.stat().st_size, error, error_in, _notes(kind, model))
+    if description.startswith('the plain net') and next(gated_modules(model), None):
+        description += ': a warm start, every gate is 1/2'
+    return Conversion(kind, description, len(stored), output.stat().st_size, error, error_in, _notes(description, model))
 
 
 def _converted(
@@ -137,52 +127,29 @@ def _converted(
         model: Any,
         source: str,
         kind: Optional[str],
-        origin: Tuple[Optional[str], Dict[str, Any]],
-        known_other: bool,
-) -> Tuple[Dict[str, torch.Tensor], str]:
-    """Returns the weights for the model, and what they were of."""
-    architecture = model.pretrained_cfg['architecture']
+) -> Tuple[Dict[str, torch.Tensor], str, str]:
+    """Returns the weights for the model, their kind, and what they were of in words."""
     failures = {}
-    for name, read in _readings(weights, model).items():
-        if kind not in (None, name) or (kind is None and name == 'same' and known_other and _has_gates(weights)):
-            continue
-        converted, misfit = read()
-        if not misfit:
-            return converted, name
-        failures[name] = misfit
-    if kind in (None, 'variant'):
-        outside = {name: tensor for name, tensor in weights.items() if '.attn.' not in name}
-        failures['variant'] = _fitted(outside, _without_gates(model))[1]
-        if _has_gates(weights) and not failures['variant']:
-            if origin[0] is None:
-                raise CheckpointError(
-                    f'{source} is of the same net as {architecture}, and has other gates. Say of which model it is '
-                    '(--from-model NAME), so that the gates can be compared.')
-            return _from_variant(weights, model, source, *origin), 'variant'
-    closest = min((name for name in failures if failures[name]), key=lambda name: _count(failures[name]), default=None)
-    if closest is None:
-        raise CheckpointError(f'{source} has no gates: it is of no variant of {architecture}.')
+    for of_kind, description, read in _readings(weights, model):
+        if kind in (None, of_kind):
+            converted, misfit = read()
+            if not misfit:
+                return converted, of_kind, description
+            failures[description] = misfit
+    closest = min(failures, key=lambda description: _count(failures[description]))
     raise CheckpointError(
-        f'{source} is of nothing that {architecture} can be made of. Read as weights of {KINDS[closest]}, it has '
-        f'tensors {failures[closest]}.')
+        f'{source} is of nothing that {model.pretrained_cfg["architecture"]} can be made of. Read as weights of '
+        f'{closest}, it has tensors {failures[closest]}.')
 
 
 Reading = Callable[[], Tuple[Dict[str, torch.Tensor], str]]
 
 
-def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str, Reading]:
-    """Returns for each kind what gives the weights under our names, and what does not fit."""
-    def same() -> Tuple[Dict[str, torch.Tensor], str]:
-        return _fitted(weights, model.state_dict())
-
+def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> List[Tuple[str, str, Reading]]:
+    """Returns kind, description, and what gives the weights under our names, or says what does not fit."""
     def plain(named: Mapping[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], str]:
         fitted, misfit = _fitted(named, _without_gates(model))
-        if misfit:
-            return {}, misfit
-        try:
-            return warm_start(fitted, model), ''
-        except ValueError as e:  # its gate cannot be neutral
-            raise CheckpointError(str(e)) from e
+        return ({}, misfit) if misfit else (warm_start(fitted, model), '')
 
     def authors(gated: bool) -> Tuple[Dict[str, torch.Tensor], str]:
         if _has_gates(weights):
@@ -202,14 +169,14 @@ def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str
             return {}, 'of an EfficientNet'
         return plain(rename_efficientnet(weights, model))
 
-    return {
-        'same': same,
-        'plain': lambda: plain(weights),
-        'torchvision': lambda: plain(_rename_torchvision(weights, model)),
-        'efficientnet-pytorch': efficientnet,
-        'authors': lambda: authors(True),
-        'authors-plain': lambda: authors(False),
-    }
+    return [
+        ('same', 'the model itself', lambda: _fitted(weights, model.state_dict())),
+        ('plain', 'the plain net', lambda: plain(weights)),
+        ('plain', "the plain net under torchvision's names", lambda: plain(_rename_torchvision(weights, model))),
+        ('plain', 'the plain net under the names of EfficientNet-PyTorch', efficientnet),
+        ('authors', "the authors' code", lambda: authors(True)),
+        ('authors', "the plain net of the authors' code", lambda: authors(False)),
+    ]
 
 
 def _count(misfit: str) -> float:
@@ -243,38 +210,21 @@ def _has_gates(weights: Mapping[str, torch.Tensor]) -> bool:
     return any('.attn.' in name for name in weights)
 
 
-def _from_variant(
-        weights: Mapping[str, torch.Tensor],
-        model: Any,
-        source: str,
-        name: Optional[str],
-        kwargs: Dict[str, Any],
-) -> Dict[str, torch.Tensor]:
-    if not timm.is_model(name or ''):
-        raise CheckpointError(f'{source} is said to be of {name!r}, and there is no model of this name.')
-    other = timm.create_model(name, num_classes=model.num_classes, **kwargs).eval()
-    check_weights(_fitted(weights, other.state_dict())[0], other, source)
-    try:
-        return convert_variant(other, model)
-    except CheckpointError as e:
-        raise CheckpointError(f'{source} is of {name}. {e}') from None
-
-
-def _origin(source: Union[str, Path], weights: Weights) -> Tuple[Optional[str], Dict[str, Any]]:
-    """Returns the model and its arguments that the file says it is of."""
+def _said(source: Union[str, Path], weights: Weights) -> Optional[Tuple[str, Dict[str, Any]]]:
+    """Returns the model and its arguments that the file says it is of, if it does."""
     if weights.arch:
         return weights.arch.partition('.')[0], dict(weights.args.get('model_kwargs') or {})
     try:
         with safe_open(source, 'pt') as f:
             metadata = f.metadata() or {}
     except SafetensorError:  # a file of torch.save
-        return None, {}
+        return None
     name = metadata.get('model', '').partition('.')[0]
-    return name or None, json.loads(metadata.get('model_args', '{}'))
+    return (name, json.loads(metadata.get('model_args', '{}'))) if name else None
 
 
-def _said(name: Optional[str], kwargs: Mapping[str, Any]) -> str:
-    return json.dumps([name, kwargs], sort_keys=True)
+def _named(name: str, kwargs: Mapping[str, Any]) -> str:
+    return ' '.join([name, *(f'{key}={value}' for key, value in kwargs.items())])
 
 
 def _count_classes(weights: Mapping[str, torch.Tensor], source: Union[str, Path]) -> int:
@@ -309,9 +259,9 @@ def _stored(
     return stored, errors[error_in], error_in
 
 
-def _notes(kind: str, model: nn.Module) -> List[str]:
+def _notes(description: str, model: nn.Module) -> List[str]:
     sizes = {tuple(m.pyramid_sizes) for m in model.modules() if isinstance(m, SpatialPyramidAttention)}
-    if kind != 'authors' or not sizes:
+    if description != "the authors' code" or not sizes:
         return []
     said = ' and '.join(str(s) for s in sorted(sizes))
     return [f'Their files do not say the sizes of the pyramid: these are taken to be {said} (pyramid_sizes).']
