@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from test_models import ALSO_SLOW
 
 import timm_spa  # noqa: F401
 import timm_spa_cli
 from timm_spa.predict import class_names, load_model
-from timm_spa.profile import count_cost
+from timm_spa.profile import LIST, count_cost, describe
 from timm_spa.tables import TABLES
 from timm_spa_cli import demo
 
@@ -33,6 +34,28 @@ def test_list_counts_what_the_authors_counted(capsys):
         assert float(lines[name][2]) == round(macs, 3)
         assert lines[name][3] == '224x224'
         assert lines[name][4] == 'warm_a1_in1k,'
+
+
+def test_list_names_every_model():
+    assert [*json.loads(LIST.read_text())] == timm_spa.list_models()
+
+
+@pytest.mark.parametrize('name', ALSO_SLOW)
+def test_list_says_what_a_model_is(name):
+    """Rebuilt by `python -m timm_spa.profile`; another release of timm may have other tags."""
+    said, is_now = json.loads(LIST.read_text())[name], describe(name)
+    if timm.__version__ != '1.0.31':
+        is_now['tags'] = said['tags']
+    assert said == is_now
+
+
+def test_list_is_narrow_and_does_not_wait_for_torch():
+    code = 'import sys, timm_spa_cli; timm_spa_cli.main(["list"]); print("torch" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    *lines, imported = done.stdout.splitlines()
+    assert imported == 'False'
+    assert max(map(len, lines)) <= 100
+    assert len(lines) == 1 + len(timm_spa.list_models()) + 2
 
 
 def test_tags(capsys):

@@ -1,14 +1,23 @@
-"""Size and cost of a model, counted and not looked up."""
-from typing import Any, List, NamedTuple
+"""Size and cost of a model, counted and not looked up.
+
+python -m timm_spa.profile    # counts every model for `timm-spa list` again, into models.json
+"""
+import json
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple
 
 import timm
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._files import replacing
 from .layers import SpatialPyramidAttention
+from .models import list_models
 
-__all__ = ['ModelCost', 'count_cost']
+__all__ = ['ModelCost', 'count_cost', 'describe']
+
+LIST = Path(__file__).parent / 'models.json'
 
 
 class ModelCost(NamedTuple):
@@ -80,3 +89,29 @@ def _count_other_operations(model: nn.Module) -> List[int]:
         if isinstance(module, counted) and id(module) not in inside_pooling:
             module.register_forward_hook(hook)
     return counts
+
+
+def describe(model_name: str) -> Dict[str, Any]:
+    """Returns what `timm-spa list` shows of a model.
+
+    Args:
+        model_name: Name of a model of this package.
+
+    Returns:
+        Parameters, multiply-adds, input size, default tag, and the number of tags that have weights.
+    """
+    cost, cfg = count_cost(model_name), timm.get_pretrained_cfg(model_name, allow_unregistered=False)
+    return dict(
+        parameters=cost.parameters, macs=cost.macs, input='x'.join(map(str, cfg.input_size[1:])), tag=cfg.tag,
+        tags=len(timm.list_pretrained(f'{model_name}.*')))
+
+
+def main() -> None:
+    """Writes what `timm-spa list` shows of every model."""
+    rows = [f'  {json.dumps(name)}: {json.dumps(describe(name))}' for name in list_models()]
+    with replacing(LIST) as partial:
+        partial.write_text('{\n' + ',\n'.join(rows) + '\n}\n', encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,5 +1,11 @@
 """`timm-spa list`: the models, their size and cost, and their weights."""
 import argparse
+import importlib.util
+import json
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Sequence
 
 from timm_spa_cli._table import print_table
 
@@ -15,33 +21,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
-    import timm
-
-    import timm_spa
-    from timm_spa._errors import TimmSpaError
-    from timm_spa.profile import count_cost
-
     if args.tables:
         return _tables()
-    names = timm_spa.list_models(args.filter)
+    # beside the package, which is not imported: that takes longer than the rest
+    spec = importlib.util.find_spec('timm_spa')
+    models = json.loads((Path(str(spec and spec.origin)).parent / 'models.json').read_text(encoding='utf-8'))
+    names = [name for name in models if fnmatchcase(name, args.filter)]
     if not names:
-        raise TimmSpaError(f'no model of this package is called {args.filter!r}.')
+        print(f'timm-spa: no model of this package is called {args.filter!r}.', file=sys.stderr)
+        return 1
     if args.tags:
-        tagged_rows = [('name for create_model', 'weights')]
-        for tagged in (tagged for name in names for tagged in timm.list_pretrained(f'{name}.*')):
-            source = timm.get_pretrained_cfg(tagged)
-            tagged_rows.append((tagged, 'with the package' if source.file else f'Hub: {source.hf_hub_id}'))
-        print_table(tagged_rows)
-        return 0
+        return _tags(names)
     rows = [('model', 'parameters (M)', 'GMACs', 'input', 'weights')]
     for name in names:
-        cost, cfg = count_cost(name), timm.get_pretrained_cfg(name, allow_unregistered=False)
-        more = len(timm.list_pretrained(f'{name}.*')) - 1
+        about, more = models[name], models[name]['tags'] - 1
         rows.append((
-            name, f'{cost.parameters / 1e6:.3f}', f'{cost.macs / 1e9:.3f}', 'x'.join(map(str, cfg.input_size[1:])),
-            '-' if more < 0 else cfg.tag if more == 0 else f'{cfg.tag}, {more} more'))
+            name, f'{about["parameters"] / 1e6:.3f}', f'{about["macs"] / 1e9:.3f}', about['input'],
+            '-' if more < 0 else about['tag'] + (f', {more} more' if more else '')))
     print_table(rows, right_aligned=(1, 2))
     print('\nGMACs: multiply-adds of convolutions and linear layers, 1e9, for one image of the input size.')
+    return 0
+
+
+def _tags(names: Sequence[str]) -> int:
+    import timm
+
+    import timm_spa  # noqa: F401
+
+    rows = [('name for create_model', 'weights')]
+    for tagged in (tagged for name in names for tagged in timm.list_pretrained(f'{name}.*')):
+        source = timm.get_pretrained_cfg(tagged)
+        rows.append((tagged, 'with the package' if source.file else f'Hub: {source.hf_hub_id}'))
+    print_table(rows)
     return 0
 
 

@@ -119,7 +119,8 @@ def convert(
         safetensors.torch.save_file(stored, partial, metadata=metadata)
     if description.startswith('the plain net') and next(gated_modules(model), None):
         description += ': a warm start, every gate is 1/2'
-    return Conversion(kind, description, len(stored), output.stat().st_size, error, error_in, _notes(description, model))
+    notes = _notes(description, model)
+    return Conversion(kind, description, len(stored), output.stat().st_size, error, error_in, notes)
 
 
 def _converted(
