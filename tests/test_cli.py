@@ -102,7 +102,8 @@ def test_demo(capsys, tmp_path):
     out = capsys.readouterr().out
     for name in (*demo.DEMO_PICTURES, 'spa_resnet50', 'attention neutral'):
         assert name in out
-    verdicts = [line.split()[1] for line in out.splitlines() if line.partition(' ')[0] in demo.DEMO_PICTURES]
+    shown = {*demo.DEMO_PICTURES, str(named)}
+    verdicts = [line.split()[1] for line in out.splitlines() if line.partition(' ')[0] in shown]
     assert len(verdicts) == 5
     assert {v for v in verdicts if '%' not in v} <= {'right', 'wrong'}
     assert sum('%' in v for v in verdicts) == 3, 'the pictures of no known class, and the one named by the user'
@@ -121,14 +122,15 @@ def test_predict_reports_broken_pictures_and_goes_on(tmp_path, capsys):
     torch.save(model.state_dict(), checkpoint)
     (tmp_path / 'broken.jpg').write_bytes(b'\xff\xd8\xff no picture')
     Image.new('RGBA', (50, 40), (200, 100, 0, 128)).save(tmp_path / 'transparent.png')
-    pictures = [tmp_path / 'missing.jpg', tmp_path / 'transparent.png', tmp_path / 'broken.jpg', tmp_path]
+    (tmp_path / 'empty').mkdir()
+    pictures = [tmp_path / name for name in ('missing.jpg', 'transparent.png', 'broken.jpg', 'empty')]
     arguments = ['predict', *map(str, pictures), '--model', 'spa_resnet18', '--checkpoint', str(checkpoint),
                  '--num-classes', '4', '--top-k', '9']
     assert timm_spa_cli.main(arguments) == 1
     captured = capsys.readouterr()
     assert [line.split()[0] for line in captured.out.splitlines()[1:2]] == ['transparent.png']
     assert captured.out.count('class ') == 4, 'there are no more than four classes'
-    for name in ('missing.jpg', 'broken.jpg', str(tmp_path)):
+    for name in ('missing.jpg', 'broken.jpg', 'empty'):
         assert any(name in line and 'could not be read' in line for line in captured.err.splitlines())
 
     assert timm_spa_cli.main([*arguments, '--json']) == 1

@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Union
 import timm
 import torch
 import torch.nn as nn
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from timm.utils import reparameterize_model
 
@@ -109,25 +109,37 @@ def class_names(model: nn.Module) -> List[Dict[str, Optional[str]]]:
     return [dict(label=None, name=f'class {i}') for i in range(count)]
 
 
+def _pictures(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
+    """Yields files, and for a folder the pictures in it, in the order of their names."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    for path in map(Path, paths):
+        found = sorted(p for p in path.rglob('*') if p.suffix.lower() in suffixes) if path.is_dir() else []
+        yield from found or [path]
+
+
 def predict(model: nn.Module, paths: Iterable[Union[str, Path]], top_k: int = 5) -> Iterator[Prediction]:
     """Classifies pictures one after another.
 
     Args:
         model: A timm model in eval mode.
-        paths: Picture files.
+        paths: Picture files, and folders, of which every picture in them is taken.
         top_k: Number of classes to name.
 
     Yields:
-        A prediction for each path, in order; one that can't be read carries the error.
+        A prediction for each picture, in order; one that can't be read carries the error.
     """
-    transform = create_transform(**resolve_model_data_config(model), is_training=False)
+    config = resolve_model_data_config(model)
+    is_grey = getattr(model, 'in_chans', 3) == 1
+    if is_grey:  # with one mean and deviation, as timm has for the weights of the first convolution
+        config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
+    transform = create_transform(**config, is_training=False)
     names = class_names(model)
     device = next(model.parameters()).device
-    for path in paths:
+    for path in _pictures(paths):
         try:
             with Image.open(path) as image:
-                pixels = transform(image.convert('RGB'))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # PIL raises each of these
+                pixels = transform(ImageOps.exif_transpose(image).convert('L' if is_grey else 'RGB'))
+        except Exception as e:  # whatever a decoder raises for a broken file
             yield Prediction(str(path), error=f'{type(e).__name__}: {e}' if not isinstance(e, OSError) else str(e))
             continue
         with torch.inference_mode():

@@ -1,6 +1,7 @@
 """`timm-spa predict`: the classes of pictures, by any model that timm can create."""
 import argparse
 import json
+import os
 import sys
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -19,7 +20,7 @@ def positive(text: str) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument('images', nargs='+', metavar='IMAGE')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='picture, or folder of pictures')
     parser.add_argument('--model', required=True, help="name, or 'hf-hub:organization/name', or 'local-dir:folder'")
     parser.add_argument('--checkpoint', help='weights file to load in place of the published ones')
     parser.add_argument('--num-classes', type=int, help='classes of the checkpoint, if they differ')
@@ -63,11 +64,13 @@ def show_predictions(
     if as_json:
         print(json.dumps([vars(p) for p in predictions], indent=2))
     rows: List[Tuple[str, ...]] = [('picture', '', 'probability', 'class')]
-    for p in predictions:
+    names = [os.path.basename(p.path) for p in predictions]
+    for p, name in zip(predictions, names, strict=True):
         known = expected.get(p.path, ())
+        shown = name if names.count(name) == 1 or p.path in expected else p.path
         for rank, c in enumerate(p.classes):
             verdict = '' if rank or not known else ('right' if c['label'] in known else 'wrong')
-            rows.append((p.path.rpartition('/')[2] if rank == 0 else '', verdict, f'{c["probability"]:.1%}', c['name']))
+            rows.append((shown if rank == 0 else '', verdict, f'{c["probability"]:.1%}', c['name']))
     if len(rows) > 1 and not as_json:
         print_table(rows, right_aligned=(2,))
     failed = [p for p in predictions if p.error]

@@ -137,8 +137,8 @@ def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, sour
         source: File or repository of the weights, for the message.
 
     Raises:
-        CheckpointError: A tensor is missing, unexpected, of another shape or kind, or not finite; or the number of
-            classes differs.
+        CheckpointError: A tensor is missing, unexpected, of another shape or kind, or not finite; a variance
+            is negative; or the number of classes differs.
     """
     cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
     classifier = f'{cfg.get("classifier")}.weight'
@@ -155,6 +155,9 @@ def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, sour
         raise CheckpointError(
             f'{source} has {len(odd)} tensors with values that are not finite: {shortened(odd)}. The training '
             'diverged before it was written; take an earlier checkpoint.')
+    odd = [name for name, t in state_dict.items() if name.endswith('running_var') and bool((t < 0).any())]
+    if odd:
+        raise CheckpointError(f'{source} has {len(odd)} variances below zero: {shortened(odd)}. The file is damaged.')
     model.load_state_dict(dict(state_dict), strict=True)
 
 

@@ -1,0 +1,89 @@
+"""Pictures as users have them: grey, rotated, broken, in folders, of one name."""
+import json
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_spa  # noqa: F401
+import timm_spa_cli
+from timm_spa.hub import CheckpointError
+from timm_spa.predict import load_model, predict
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return timm.create_model('spa_mobilenetv2_cifar', num_classes=5).eval()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for name, size in (('a/one.png', (40, 60)), ('b/one.png', (60, 40)), ('b/deep/two.jpg', (50, 50))):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator).numpy()
+        Image.fromarray(pixels).save(path)
+    (tmp_path / 'b' / 'notes.txt').write_text('no picture')
+    return tmp_path
+
+
+def probabilities(predictions):
+    return [[round(c['probability'], 5) for c in p.classes] for p in predictions]
+
+
+def test_a_folder_is_its_pictures(model, pictures):
+    found = list(predict(model, [pictures]))
+    assert [p.path for p in found] == [str(pictures / n) for n in ('a/one.png', 'b/deep/two.jpg', 'b/one.png')]
+    assert not any(p.error for p in found)
+    empty = pictures / 'empty'
+    empty.mkdir()
+    assert 'Is a directory' in next(predict(model, [empty])).error
+
+
+def test_a_rotated_picture_is_read_upright(model, pictures):
+    """As a phone stores it: pixels on their side, and a note which side is up."""
+    upright = Image.open(pictures / 'a' / 'one.png')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.rotate(90, expand=True).save(pictures / 'phone.png', exif=exif)
+    first, second = predict(model, [pictures / 'a' / 'one.png', pictures / 'phone.png'])
+    assert probabilities([first]) == probabilities([second])
+
+
+def test_a_model_of_grey_pictures(pictures):
+    model = timm.create_model('spa_mobilenetv2_cifar', in_chans=1, num_classes=5).eval()
+    assert len(next(predict(model, [pictures / 'a' / 'one.png'])).classes) == 5
+
+
+def test_whatever_a_decoder_raises_is_an_error_of_one_picture(model, pictures, monkeypatch):
+    def open_picture(path, opened=Image.open):
+        if 'deep' in str(path):
+            raise RuntimeError('the decoder broke')
+        return opened(path)
+
+    monkeypatch.setattr(Image, 'open', open_picture)
+    errors = [p.error for p in predict(model, [pictures])]
+    assert errors == [None, 'RuntimeError: the decoder broke', None]
+
+
+def test_pictures_of_one_name_are_told_apart(pictures, tmp_path, capsys):
+    torch.save(timm.create_model('spa_mobilenetv2_cifar', num_classes=5).state_dict(), tmp_path / 'w.pth')
+    paths = [str(pictures / 'a' / 'one.png'), str(pictures / 'b' / 'one.png'), str(pictures / 'b' / 'deep' / 'two.jpg')]
+    arguments = [*paths, '--checkpoint', str(tmp_path / 'w.pth'), '--num-classes', '5', '--top-k', '1']
+    arguments += ['--model', 'spa_mobilenetv2_cifar']
+    assert timm_spa_cli.main(['predict', *arguments]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [*paths[:2], 'two.jpg']
+    assert timm_spa_cli.main(['predict', *arguments, '--json']) == 0
+    assert [entry['path'] for entry in json.loads(capsys.readouterr().out)] == paths
+
+
+@pytest.mark.parametrize(('value', 'message'), [(float('nan'), 'not finite'), (-1., 'variances below zero')])
+def test_weights_that_are_none(value, message, tmp_path):
+    model = timm.create_model('spa_mobilenetv2_cifar')
+    torch.nn.init.constant_(model.bn1.running_var, value)
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match=f'{message}: bn1.running_var'):
+        load_model('spa_mobilenetv2_cifar', tmp_path / 'w.pth', 200)
