@@ -26,6 +26,7 @@ from timm_spa.hub.publish import PublishError, publish, write_repository
 NAME = 'spa_mobilenetv2_cifar.tmm_tin200'
 REPO = f'org/{NAME}'
 FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'summary.csv']
+WRITTEN = sorted([*FILES, 'card.yaml', 'run.json'])
 CARDS = Path(__file__).parent.parent / 'hub_cards' / NAME
 SHIPPED = Path(timm_spa.__file__).parent / 'weights' / f'{NAME}.safetensors'
 
@@ -58,7 +59,7 @@ def uploads(hub):
 
 
 def test_the_files_of_a_repository(folder, weights):
-    assert sorted(p.name for p in folder.iterdir()) == FILES
+    assert sorted(p.name for p in folder.iterdir()) == WRITTEN
     for name in set(FILES) - {'model.safetensors'}:
         assert (folder / name).read_bytes() == (CARDS / name).read_bytes(), f'{name} differs from that of hub_cards'
     config = json.loads((folder / 'config.json').read_text())
@@ -135,7 +136,7 @@ def test_an_existing_folder(weights, folder, tmp_path, monkeypatch):
     assert weights.read_bytes() == (folder / 'model.safetensors').read_bytes(), 'all files or none'
     notes = write_repository(weights.parent, tmp_path / 'new.safetensors', NAME)
     assert any('README.md, as it is' in note for note in notes)
-    assert sorted(p.name for p in weights.parent.iterdir()) == sorted([*FILES, 'notes.txt'])
+    assert sorted(p.name for p in weights.parent.iterdir()) == sorted([*WRITTEN, 'notes.txt'])
     written = safetensors.torch.load_file(weights)
     assert all(torch.equal(written[k], v) for k, v in changed.items())
     assert weights.with_name('README.md').read_text() == 'my card'
@@ -436,3 +437,19 @@ def test_a_full_disk_leaves_nothing_half_written(weights, folder, tmp_path, disk
     assert not (tmp_path / 'new').exists()
     assert not list(tmp_path.glob('.*'))
     assert all((weights.parent / name).read_bytes() == (folder / name).read_bytes() for name in FILES)
+
+
+@pytest.mark.parametrize('tag', ['tmm_mine', 'tmm_tin200'])
+def test_the_card_is_made_again_from_a_dry_run(tag, tmp_path, capsys):
+    """Whether the tag is a registered one or not; what only the owner knows lies there too, and is not uploaded."""
+    run = tmp_path / 'run'
+    run.mkdir()
+    shutil.copy(SHIPPED, run / 'best.safetensors')
+    for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml'):
+        shutil.copy(CARDS / name, run)
+    out = tmp_path / 'out'
+    named = ['--model', f'spa_mobilenetv2_cifar.{tag}']
+    assert timm_spa_cli.main(['publish', str(run / 'best.safetensors'), *named, '--dry-run', str(out)]) == 0
+    capsys.readouterr()
+    assert timm_spa_cli.main(['card', str(out)]) == 0
+    assert capsys.readouterr().out == (out / 'README.md').read_text()

@@ -26,6 +26,7 @@ def summary(tmp_path):
     (HEADER + '0,2.5,10\n' + HEADER + '1,2.0,20\n', [0, 1], [2.5, 2.0]),
     (HEADER + '0,2.5,10\n1,9.0,1\n' + HEADER + '1,2.0,20\n2,1.5,30\n', [0, 1, 2], [2.5, 2.0, 1.5]),
     (HEADER + '3,2.5,10\r\n4,nan,20\r\n', [3, 4], [2.5, pytest.approx(float('nan'), nan_ok=True)]),
+    ('\ufeff' + HEADER + '0,2.5,10\n\n1,2.0,nan\n\n', [0, 1], [2.5, 2.0]),
     ('epoch,eval_top1,train_loss\n0,10,2.5\n' + HEADER + '1,2.0,20\n', [0, 1], [2.5, 2.0]),
 ])
 def test_one_row_for_each_epoch(summary, text, epochs, losses):
@@ -40,6 +41,9 @@ def test_one_row_for_each_epoch(summary, text, epochs, losses):
     (HEADER + '0,2.5,10\n2,2.0,20\n', 'lacks epoch 1'),
     (HEADER + '0,2.5,10\n1,2.0\n', "line 3, is no row of metrics: '1,2.0'"),
     (HEADER + '0,two,10\n', 'line 2, is no row of metrics'),
+    (HEADER + 'inf,2.5,10\n', 'line 2, is no row of metrics'),
+    (HEADER + '0,2.5,10\n300000000,2.0,20\n', 'lacks epoch 1 to 299999999'),
+    ('epoch,train_loss\n0,2.5\n', 'has no column eval_top1, but epoch, train_loss'),
     ('0,2.5,10\n', 'line 1, is no row of metrics'),
 ])
 def test_other_files_are_refused(summary, text, message):

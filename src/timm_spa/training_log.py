@@ -27,30 +27,36 @@ def read_summary(path: Union[str, Path]) -> List[Dict[str, float]]:
         The columns of each epoch by their name, in the order of epochs.
 
     Raises:
-        SummaryError: The file is missing or empty, a line does not have a number for each column, or an epoch is
-            missing between two others.
+        SummaryError: The file is missing or empty, a line does not have a number for each column, there is no column
+            eval_top1, or an epoch is missing between two others.
     """
     rows: Dict[int, Dict[str, float]] = {}
     header: List[str] = []
     try:
-        lines = list(csv.reader(Path(path).read_text(encoding='utf-8').splitlines()))
+        lines = list(csv.reader(Path(path).read_text(encoding='utf-8-sig').splitlines()))
     except (OSError, UnicodeDecodeError) as e:
         raise SummaryError(f'{path} cannot be read: {e}') from e
     for number, cells in enumerate(lines, start=1):
         if cells[:1] == ['epoch']:
             header = cells
+            if 'eval_top1' not in header:
+                raise SummaryError(f'{path}, line {number}, has no column eval_top1, but {", ".join(header)}.')
+            continue
+        if not ''.join(cells).strip():
             continue
         try:
             row = dict(zip(header, map(float, cells), strict=True))
             rows[int(row['epoch'])] = row
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             raise SummaryError(f'{path}, line {number}, is no row of metrics: {",".join(cells)!r}.') from None
     if not rows:
         raise SummaryError(f'{path} has no epoch in it.')
-    missing = sorted(set(range(min(rows), max(rows))) - set(rows))
-    if missing:
-        raise SummaryError(f'{path} lacks epoch {", ".join(map(str, missing))}.')
-    return [rows[epoch] for epoch in sorted(rows)]
+    epochs = sorted(rows)
+    for epoch, following in zip(epochs, epochs[1:], strict=False):
+        if following != epoch + 1:
+            last = f' to {following - 1}' if following > epoch + 2 else ''
+            raise SummaryError(f'{path} lacks epoch {epoch + 1}{last}.')
+    return [rows[epoch] for epoch in epochs]
 
 
 def write_summary(path: Union[str, Path], rows: List[Dict[str, float]]) -> None:

@@ -140,8 +140,9 @@ def card_of_folder(
         config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
         raise CardError(f'{folder} is no folder of a repository: config.json cannot be read ({e}).') from e
-    name = '.'.join(filter(None, (config.get('architecture'), config.get('pretrained_cfg', {}).get('tag'))))
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(config.get('architecture', '')) else None
+    architecture = str(config.get('architecture', ''))
+    name = '.'.join(filter(None, (architecture, config.get('pretrained_cfg', {}).get('tag'))))
+    cfg = timm.get_pretrained_cfg(name) if name in timm.list_pretrained(f'{architecture}.*') else None
     candidates = (folder / 'model.safetensors', Path(cfg.file) if cfg and cfg.file else None)
     weights = next((path for path in candidates if path and path.is_file()), None)
     return make_card(name, repo_id, Run.read(folder), config=config, weights=weights, results=results)

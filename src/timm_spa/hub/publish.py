@@ -33,6 +33,7 @@ __all__ = ['HUB_ORG', 'Published', 'PublishError', 'publish', 'write_repository'
 
 HUB_ORG = os.environ.get('TIMM_SPA_HUB_ORG', 'timm-spa')
 CARD = 'README.md'
+OWN_FILES = ('run.json', 'card.yaml')  # stay here: the card says what is in them
 RUN_FILES = ('args.yaml', 'summary.csv')
 HTTP_LIBRARIES = ('httpx', 'requests')  # that huggingface_hub used so far
 # arguments of timm's train.py that pictures must be prepared with as in training
@@ -70,8 +71,8 @@ def write_repository(
 ) -> List[str]:
     """Writes the files of a Hub repository, after a check that the weights fit the model.
 
-    These are model.safetensors, config.json and README.md, and args.yaml and summary.csv of the training run if they
-    lie beside the checkpoint. Nothing is left half-written.
+    These are model.safetensors, config.json and README.md, and args.yaml, summary.csv, run.json and card.yaml of the
+    training run if they lie beside the checkpoint. Nothing is left half-written.
 
     Args:
         folder: Folder to write to; other files in it are left alone.
@@ -110,6 +111,11 @@ def write_repository(
             (partial / 'args.yaml').write_text(yaml.safe_dump(run.args, allow_unicode=True), encoding='utf-8')
         if run.summary:
             write_summary(partial / 'summary.csv', run.summary)
+        # so that the card can be made again from the folder alone
+        for name, content in (('run.json', run.record), ('card.yaml', run.facts)):
+            if content:
+                (partial / name).write_text(yaml.safe_dump(content, allow_unicode=True) if name == 'card.yaml' else (
+                    json.dumps(content, indent=2) + '\n'), encoding='utf-8')
         # what an earlier call wrote may have been edited since
         cards = [folder / CARD, *([checkpoint.parent / CARD] if checkpoint.name == WEIGHTS_FILENAME else [])]
         written = next((card for card in cards if card.exists()), None)
@@ -167,7 +173,7 @@ def publish(
         with _clear_errors(repo_id, 'Nothing was uploaded.'):
             api, before, tagged = _open_repository(repo_id, private, tag)
         remote = {file.rfilename for file in before.siblings or ()}
-        files = sorted(file.name for file in folder.iterdir() if file.name != CARD)
+        files = sorted(file.name for file in folder.iterdir() if file.name not in (CARD, *OWN_FILES))
         if CARD not in remote or replace_card:
             files.append(CARD)
         else:
