@@ -169,26 +169,6 @@ def test_a_net_that_cannot_be_merged_is_not_measured(monkeypatch):
         benchmark_worker.reparameterized(Twice().eval(), torch.randn(1, 3, 8, 8))
 
 
-def test_compare(fake, tmp_path, capsys):
-    files = [tmp_path / 'a.json', tmp_path / 'b.json']
-    for file, models, batch_size in ((files[0], ['resnet18', 'resnet34'], 1), (files[1], ['resnet34', 'resnet50'], 2)):
-        benchmark.write_record(file, benchmark.measure(models, Settings(rounds=5, batch_size=batch_size)))
-    assert bench('--compare', *files) == 0
-    out = capsys.readouterr().out
-    assert 'WARNING: these are two runs at two times, not measured in turn' in out
-    assert 'the base differ: resnet18 / resnet34' in out
-    assert 'batch 1, cpu / infer' in out
-    assert 'hardware' not in out
-    table = {line.split()[0]: line.split() for line in out.splitlines()[-4:]}
-    assert table['model'][1:4] == ['a.json:', 'to', 'resnet18']
-    assert table['resnet34'][1] == '0.500'
-    assert table['resnet34'][5] == '1.000'
-    assert table['resnet18'][5:] == ['-', '-']
-    assert table['resnet50'][1:3] == ['-', '-']
-    assert '1.05' not in out, 'img/s of different runs are not set side by side'
-    assert sorted(tmp_path.iterdir()) == files, 'no partial file is left'
-
-
 def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
     """The figures are on the screen by then."""
     file = tmp_path / 'out.json'
@@ -200,19 +180,6 @@ def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
     assert 'to resnet18' in captured.out
     assert file.read_text() == 'before'
     assert list(tmp_path.iterdir()) == [file]
-
-
-@pytest.mark.parametrize(('text', 'message'), [
-    ('{', 'is no JSON file'), ('[]', 'was not written by'), ('{"kind": "other"}', 'was not written by'),
-    (None, 'No such file')])
-def test_compare_of_other_files(text, message, tmp_path, capsys):
-    file = tmp_path / 'a.json'
-    if text is not None:
-        file.write_text(text)
-    assert bench('--compare', file, file) == 1
-    err = capsys.readouterr().err
-    assert message in err
-    assert str(file) in err
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
@@ -238,7 +205,7 @@ def test_mistakes_cost_no_measurement(arguments, message, fake, capsys, monkeypa
 
 
 @pytest.mark.parametrize('arguments', [
-    [], ['resnet18', '--compare', 'a', 'b'], ['resnet18', '--compile', '--compile-with', 'eager']])
+    [], ['resnet18', '--compile', '--compile-with', 'eager']])
 def test_contradictions_of_the_command_line(arguments):
     with pytest.raises(SystemExit, match='2'):
         bench(*arguments)

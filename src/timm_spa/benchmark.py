@@ -24,7 +24,7 @@ from ._files import replacing
 from .benchmark_worker import Settings, parse_model
 
 __all__ = [
-    'BenchmarkError', 'Settings', 'Worker', 'compare', 'measure', 'notes', 'read_record', 'table_rows', 'write_record']
+    'BenchmarkError', 'Settings', 'Worker', 'measure', 'notes', 'table_rows', 'write_record']
 
 KIND = 'timm-spa bench 1'
 AS_BUILT = ' as built'  # behind the name of the base that is also measured without --reparam
@@ -260,63 +260,3 @@ def write_record(path: Union[str, Path], record: Dict[str, Any]) -> None:
     """
     with replacing(path) as partial:
         partial.write_text(json.dumps(record, indent=2) + '\n')
-
-
-def read_record(path: Union[str, Path]) -> Dict[str, Any]:
-    """Reads what `write_record` wrote.
-
-    Args:
-        path: File to read.
-
-    Returns:
-        The record.
-
-    Raises:
-        BenchmarkError: The file holds something else.
-        OSError: It cannot be read.
-    """
-    try:
-        record = json.loads(Path(path).read_text())
-    except ValueError as e:  # no JSON, or no text
-        raise BenchmarkError(f'{path} is no JSON file: {e}') from e
-    if not isinstance(record, dict) or record.get('kind') != KIND:
-        raise BenchmarkError(f'{path} was not written by `timm-spa bench --json`.')
-    return record
-
-
-def compare(first: Union[str, Path], second: Union[str, Path]) -> Tuple[List[List[str]], List[str]]:
-    """Sets the ratios of two records side by side; their images per second are of two occasions, and say nothing.
-
-    Args:
-        first: File of `write_record`.
-        second: Another one.
-
-    Returns:
-        Rows of text, a header first, and lines of text about them.
-
-    Raises:
-        BenchmarkError: A file holds something else.
-        OSError: A file cannot be read.
-    """
-    records = [read_record(first), read_record(second)]
-    models = list(dict.fromkeys(entry['model'] for record in records for entry in record['models']))
-    rows = [['model']]
-    for path, record in zip((first, second), records, strict=True):
-        rows[0] += [f'{Path(path).name}: to {record["base"]}', '(quartiles)']
-    for model in models:
-        row = [model]
-        for record in records:
-            found = next((entry for entry in record['models'] if entry['model'] == model), None)
-            row += _figures(found['ratio'], '.3f') if found else ('-', '-')
-        rows.append(row)
-    lines = [
-        'WARNING: these are two runs at two times, not measured in turn. Compare ratios only: img/s of the two files '
-        'differ for reasons beside the models.']
-    for what, values in (
-            ('base', [r['base'] for r in records]),
-            ('hardware', [r['environment']['hardware'] for r in records]),
-            ('versions', [str(r['environment']['versions']) for r in records]),
-            ('settings', [_setting_text(r['settings']) for r in records])):
-        if values[0] != values[1]:
-            lines.append(f'WARNING: the {what} differ: {values[0]} / {values[1]}')
-    return rows, lines

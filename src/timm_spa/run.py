@@ -19,6 +19,7 @@ from typing import List, Optional, Tuple
 
 from ._errors import TimmSpaError
 from ._files import replacing
+from ._shipped import find_recipe
 
 __all__ = ['ScriptError', 'find_script', 'main']
 
@@ -41,6 +42,7 @@ _USAGE = f"""usage: python -m timm_spa.run SCRIPT [--timm-scripts PATH] [argumen
 SCRIPT is one of {', '.join(SHA256)}.
 --timm-scripts PATH  a checkout of pytorch-image-models or one of its scripts (default: the environment variable
                      TIMM_SCRIPTS, else the cache, else a checked download of {SCRIPTS_TAG})
+--config recipe:NAME a recipe that comes with timm_spa; `timm-spa recipes` lists them
 """
 
 
@@ -107,7 +109,7 @@ def _download(name: str, script: Path) -> None:
 
 
 def _split_args(args: List[str]) -> Tuple[Optional[str], List[str]]:
-    """Takes our one option out of the arguments, and leaves the rest to timm's parser, as it is."""
+    """Takes our one option out of the arguments, names the files of recipes, and leaves the rest to timm's parser."""
     given = None
     rest = []
     remaining = iter(args)
@@ -119,7 +121,9 @@ def _split_args(args: List[str]) -> Tuple[Optional[str], List[str]]:
         elif arg.startswith('--timm-scripts='):
             given = arg.partition('=')[2]
         else:
-            rest.append(arg)
+            # a recipe of this package, by name
+            option, _, name = arg.rpartition('recipe:')
+            rest.append(f'{option}{find_recipe(name)}' if option in ('', '--config=') and name != arg else arg)
     return given, rest
 
 
@@ -140,7 +144,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         given, rest = _split_args(argv[1:])
         script = find_script(argv[0], given)
-    except ScriptError as e:
+    except TimmSpaError as e:
         print(f'timm_spa.run: {e}', file=sys.stderr)
         return 2
     import timm_spa  # noqa: F401  registers the models before the script asks for one

@@ -13,7 +13,7 @@ HELP = 'measure speed and memory of models in turn, as ratios to one of them'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument(
-        'models', nargs='*', metavar='MODEL', help="name, or with arguments: 'spa_resnet50 pyramid_sizes=1,2'")
+        'models', nargs='+', metavar='MODEL', help="name, or with arguments: 'spa_resnet50 pyramid_sizes=1,2'")
     parser.add_argument('--base', metavar='MODEL', help='the one to compare the others with (default: the first)')
     parser.add_argument('--mode', choices=('infer', 'train'), default='infer', help='train: a whole step with SGD')
     compiler = parser.add_mutually_exclusive_group()
@@ -38,23 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--import', dest='imports', action='append', default=[], metavar='MODULE',
         help='a module that registers further models with timm; can be given again')
     parser.add_argument('--json', metavar='FILE', help='write all that was measured to a file, every round included')
-    parser.add_argument(
-        '--compare', nargs=2, metavar='FILE.json',
-        help='in place of models: set the ratios of two such files side by side')
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
-    if bool(args.models) == bool(args.compare):
-        args.error('either models or --compare is needed.')
     from timm_spa import benchmark
     from timm_spa._errors import UsageError
 
-    if args.compare:
-        rows, lines = benchmark.compare(*args.compare)
-        print('\n'.join(lines) + '\n')
-        print_table(rows, right_aligned=(1, 3))
-        return 0
     if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or '.', os.W_OK)):
         raise OSError(f'--json: {args.json} is no file that can be written.')  # now, not after the measurement
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(benchmark.Settings)}

@@ -16,13 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument('filter', nargs='?', default='*', help='wildcard, e.g. "spa_b_*" (default: all)')
     parser.add_argument('--tags', action='store_true', help='every tag of weights, and where they are, instead')
-    parser.add_argument('--tables', action='store_true', help="the size and cost columns of the paper's tables instead")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
-    if args.tables:
-        return _tables()
     # beside the package, which is not imported: that takes longer than the rest
     spec = importlib.util.find_spec('timm_spa')
     models = json.loads((Path(str(spec and spec.origin)).parent / 'models.json').read_text(encoding='utf-8'))
@@ -53,14 +50,4 @@ def _tags(names: Sequence[str]) -> int:
         source = timm.get_pretrained_cfg(tagged)
         rows.append((tagged, 'with the package' if source.file else f'Hub: {source.hf_hub_id}'))
     print_table(rows)
-    return 0
-
-
-def _tables() -> int:
-    from timm_spa.tables import NOTE, TABLES, table_rows
-
-    for table in TABLES:
-        print_table(table_rows(table), right_aligned=range(2, 11))
-        print()
-    print(NOTE)
     return 0

@@ -12,6 +12,7 @@ measures training steps in place of inference.
 import argparse
 import fnmatch
 import itertools
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ def markdown(folder: Path) -> List[str]:
     """A line for each model, a column for each mode: ratios to the base as it is built, quartiles in brackets."""
     records: Dict[str, List[Dict[str, Any]]] = {}
     for path in sorted(folder.glob('*.json')):
-        records.setdefault(path.name.partition('.')[0], []).append(benchmark.read_record(path))
+        records.setdefault(path.name.partition('.')[0], []).append(json.loads(path.read_text()))
     lines: List[str] = []
     for base, models in MODELS.items():
         columns = {name[:-len(base) - 1]: runs for name, runs in records.items() if runs[0]['base'] == base}

@@ -1,9 +1,10 @@
-"""The size and cost columns of the paper's tables, beside what the models here are counted to have."""
+"""The size and cost columns of the paper's tables, beside what our models are counted to have. Run it to see them."""
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import timm
 
-from .profile import count_cost
+from timm_spa.profile import count_cost
+from timm_spa_cli._table import print_table
 
 __all__ = ['PaperRow', 'TABLES', 'table_rows']
 
@@ -114,3 +115,15 @@ def _difference(ours: float, authors: Optional[float], paper: Optional[float]) -
     """Relative difference to the authors' exact count, or to the paper's rounded figure."""
     reference = authors or paper
     return '-' if not reference else f'{ours / reference - 1:+.2%}'
+
+
+def main() -> None:
+    """Prints every table."""
+    for table in TABLES:
+        print_table(table_rows(table), right_aligned=range(2, 11))
+        print()
+    print(NOTE)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,37 @@
+"""The recipes and launch configurations of train_scripts, which a wheel has in the package."""
+import difflib
+from pathlib import Path
+from typing import Dict
+
+from ._errors import UsageError
+
+__all__ = ['find_recipe', 'shipped_files']
+
+
+def shipped_files() -> Dict[str, Path]:
+    """Returns recipes by name, and launch configurations as 'accelerate/NAME'."""
+    package = Path(__file__).parent
+    root = package if (package / 'recipes').is_dir() else package.parents[1] / 'train_scripts'
+    files = {path.stem: path for path in sorted((root / 'recipes').glob('*.yaml'))}
+    files.update({f'accelerate/{path.stem}': path for path in sorted((root / 'accelerate').glob('*.*'))})
+    return files
+
+
+def find_recipe(name: str) -> Path:
+    """Finds a recipe or launch configuration.
+
+    Args:
+        name: Its name, a key of `shipped_files`.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: There is none of this name.
+    """
+    files = shipped_files()
+    if name not in files:
+        near = difflib.get_close_matches(name, files, n=1, cutoff=0.4)
+        hint = f' Did you mean {near[0]}?' if near else ''
+        raise UsageError(f'There is no recipe {name!r}.{hint} There are: {", ".join(files)}.')
+    return files[name]

@@ -1,0 +1,39 @@
+"""`timm-spa recipes`: the recipes for timm's train.py, and the configurations for accelerate."""
+import argparse
+import shutil
+
+from timm_spa_cli._table import print_table
+
+HELP = "recipes for timm's train.py and launch configurations for accelerate: list, show or copy them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument('name', nargs='?', metavar='NAME', help='show this one (default: list all)')
+    parser.add_argument('--to', metavar='FILE', help='copy it to a file, to change it')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb, and returns the exit code."""
+    from timm_spa._files import replacing
+    from timm_spa._shipped import find_recipe, shipped_files
+
+    if args.name is None:
+        if args.to:
+            args.error('--to needs the NAME of what to copy')
+        rows = [('name', 'what it is for')]
+        for name, path in shipped_files().items():
+            comments = [line.lstrip('# ').rstrip() for line in path.read_text(encoding='utf-8').splitlines() if
+                        line.startswith('# ')]
+            rows.append((name, comments[0] if comments else ''))
+        print_table(rows)
+        print("\nUse one by name: python -m timm_spa.run train --config recipe:NAME ...")
+        return 0
+    path = find_recipe(args.name)
+    if args.to:
+        with replacing(args.to) as partial:
+            shutil.copyfile(path, partial)
+        print(f'Wrote {args.to}.')
+    else:
+        print(path.read_text(encoding='utf-8'), end='')
+    return 0

@@ -1,0 +1,36 @@
+"""The paper's columns beside ours."""
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from timm_spa.profile import count_cost
+
+paper_tables = SimpleNamespace(**runpy.run_path(
+    str(Path(__file__).parent.parent / 'train_scripts' / 'paper_tables.py')))
+TABLES = paper_tables.TABLES
+
+
+def test_tables(capsys):
+    """The paper's parameters to three digits, the authors' exact FLOPs, from a count of today."""
+    paper_tables.main()
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith('SPA-')}
+    assert rows['SPA-ResNet50'][2:9] == ['28.074', '28.074', '28.074', '+0.00%', '4.262', '4.262', '4.262']
+    assert rows['SPA-MobileNetV2'][2:5] == ['3.562', '3.562', '3.562']
+    assert rows['SPA-MobileNetV2'][6:9] == ['0.325', '0.325', '0.325']
+    for table in ('table III', 'table V', 'table VI'):
+        assert table in out
+
+
+@pytest.mark.parametrize('row', [row for rows in TABLES.values() for row in rows if row.flops or row.authors])
+def test_counts_are_the_papers(row):
+    cost = count_cost(row.model, **row.kwargs)
+    if row.parameters:
+        assert round(cost.parameters / 1e6, 3) == pytest.approx(row.parameters, abs=0.0011)
+    if row.flops:
+        assert cost.paper_flops / 1e9 == pytest.approx(row.flops, rel=0.005)
+    if row.authors:
+        assert cost.parameters == row.authors[0]
+        assert cost.paper_flops == pytest.approx(row.authors[1], rel=3e-4)
