@@ -1,6 +1,7 @@
 """Training through timm's own train.py: families, options, two processes, kill and resume, failures."""
 import csv
 import hashlib
+import json
 import os
 import resource
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import timm_spa_cli
 from timm_spa import run
 
 TESTS = Path(__file__).parent
@@ -206,3 +208,28 @@ def test_data_that_cannot_be_read(train_here, tmp_path, folder, cause):
     message = errors.splitlines()[-1]
     assert str(tmp_path / folder) in message
     assert cause in message
+
+
+def test_class_names_travel(train_here, data, capsys):
+    """From the folders' names to the checkpoint, the repository, the card and what is said of a picture."""
+    code, err = train_here('--epochs', 1, '--img-size', 32)
+    assert code == 0, err
+    folder = train_here.output / 'run'
+    assert (folder / 'classes.txt').read_text() == 'dark\nlight\n'
+    picture = str(data / 'validation' / 'dark' / '0.png')
+    checkpoint = folder / 'last.pth.tar'
+    named = ['--model', 'spa_mobilenetv2_cifar']
+    assert timm_spa_cli.main(
+        ['predict', picture, *named, '--checkpoint', str(checkpoint), '--num-classes', '2', '--json']) == 0
+    assert {c['name'] for c in json.loads(capsys.readouterr().out)[0]['classes']} == {'dark', 'light'}
+
+    (folder / 'card.yaml').write_text('dataset: {name: two greys}\n')
+    out = train_here.output / 'out'
+    assert timm_spa_cli.main(
+        ['publish', str(checkpoint), '--model', 'spa_mobilenetv2_cifar.mine', '--dry-run', str(out)]) == 0
+    assert json.loads((out / 'config.json').read_text())['label_names'] == ['dark', 'light']
+    assert timm_spa_cli.main(['verify', str(out)]) == 0
+    capsys.readouterr()
+    assert timm_spa_cli.main(['predict', picture, '--model', f'local-dir:{out}', '--json']) == 0
+    assert {c['name'] for c in json.loads(capsys.readouterr().out)[0]['classes']} == {'dark', 'light'}
+    assert 'label_names' in (out / 'README.md').read_text()

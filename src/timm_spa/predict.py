@@ -12,6 +12,7 @@ from timm.utils import reparameterize_model
 
 from ._errors import TimmSpaError
 from .hub.checkpoint import check_weights, read_weights
+from .training_log import read_classes
 
 __all__ = ['ModelError', 'Prediction', 'class_names', 'for_inference', 'load_model', 'predict']
 
@@ -50,7 +51,7 @@ def load_model(
         device: Device to run on.
 
     Returns:
-        The model, in eval mode. The classes of a checkpoint have numbers for names.
+        The model, in eval mode. The classes of a checkpoint are named by `classes.txt` beside it, else by numbers.
 
     Raises:
         ModelError: There is no such model, or its weights could not be had.
@@ -65,7 +66,9 @@ def load_model(
     if checkpoint is not None:
         check_weights(read_weights(checkpoint).state_dict, model, checkpoint)
         # the names in the configuration are those of other weights' classes
-        labels = [f'class {i}' for i in range(model.num_classes)]
+        labels = read_classes(Path(checkpoint).parent)
+        if len(labels) != model.num_classes:
+            labels = [f'class {i}' for i in range(model.num_classes)]
         model.pretrained_cfg = dict(model.pretrained_cfg, label_names=labels, label_descriptions=None)
     return for_inference(model, device)
 

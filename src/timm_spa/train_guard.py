@@ -1,8 +1,8 @@
 """What `timm_spa.run train` watches over while timm's train.py runs, unchanged.
 
 timm's script goes on when the loss is no number any more, and saves such weights; a full disk ends in an error of the
-file format; a resumed run writes a second header into its metrics. Everything here sits in functions of the timm
-package that the script calls, and only for as long as it runs.
+file format; a resumed run writes a second header into its metrics; the names of the classes are lost. Everything here
+sits in functions of the timm package that the script calls, and only for as long as it runs.
 """
 import logging
 import math
@@ -10,13 +10,14 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, List
 
 import timm.data
 from timm import utils
 
 from ._errors import TimmSpaError
-from .training_log import SummaryError, read_summary, write_summary
+from ._files import replacing
+from .training_log import CLASSES_FILE, SummaryError, read_summary, write_summary
 
 __all__ = ['TrainingError', 'guarded_training']
 
@@ -48,6 +49,9 @@ class _CheckpointSaver(utils.CheckpointSaver):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if _class_names:
+            with replacing(Path(self.checkpoint_dir) / CLASSES_FILE) as partial:
+                partial.write_text(''.join(f'{name}\n' for name in _class_names), encoding='utf-8')
         # timm's script forgets the best epoch when it resumes, and would call the next one the best
         resume = getattr(self.args, 'resume', None)
         in_place = resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(self.checkpoint_dir)
@@ -107,13 +111,18 @@ def _update_summary(
 
 def _create_dataset(name: str, root: Any = None, split: str = 'validation', **kwargs: Any) -> Any:
     try:
-        return _timm_create_dataset(name, root=root, split=split, **kwargs)
+        dataset = _timm_create_dataset(name, root=root, split=split, **kwargs)
     except (AssertionError, OSError, RuntimeError) as e:
         cause = str(e) or ('it does not exist' if root and not os.path.exists(root) else type(e).__name__)
         raise TrainingError(f'The data of split {split!r} cannot be read from {root}: {cause}.') from e
+    if kwargs.get('is_training'):  # the other split may lack classes
+        class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
+        _class_names[:] = [str(name) for name in sorted(class_to_idx, key=lambda name: class_to_idx[name])]
+    return dataset
 
 
 _timm_create_dataset = timm.data.create_dataset
+_class_names: List[str] = []  # of the data set to train on, in the order of the model's outputs
 
 
 @contextmanager
@@ -133,5 +142,6 @@ def guarded_training() -> Iterator[None]:
     try:
         yield
     finally:
+        _class_names.clear()
         for module, name, original in originals:
             setattr(module, name, original)

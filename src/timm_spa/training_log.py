@@ -1,4 +1,4 @@
-"""The metrics file that timm's train.py writes, one row an epoch."""
+"""What a training run leaves beside its checkpoints: metrics, one row an epoch, and the names of the classes."""
 import csv
 from pathlib import Path
 from typing import Dict, List, Union
@@ -6,7 +6,9 @@ from typing import Dict, List, Union
 from ._errors import TimmSpaError
 from ._files import replacing
 
-__all__ = ['SummaryError', 'read_summary', 'write_summary']
+__all__ = ['CLASSES_FILE', 'SummaryError', 'read_classes', 'read_summary', 'write_summary']
+
+CLASSES_FILE = 'classes.txt'
 
 
 class SummaryError(TimmSpaError, ValueError):
@@ -74,3 +76,16 @@ def write_summary(path: Union[str, Path], rows: List[Dict[str, float]]) -> None:
         writer.writerow(rows[-1])
         for row in rows:
             writer.writerow([int(row['epoch']) if name == 'epoch' else row.get(name, '') for name in rows[-1]])
+
+
+def read_classes(folder: Union[str, Path]) -> List[str]:
+    """Reads the names of the classes that a run was trained on.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        The names, in the order of the model's outputs; empty if they were not recorded.
+    """
+    path = Path(folder) / CLASSES_FILE
+    return path.read_text(encoding='utf-8').splitlines() if path.is_file() else []

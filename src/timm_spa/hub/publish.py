@@ -97,7 +97,7 @@ def write_repository(
     weights = read_weights(checkpoint)
     run = Run.read(checkpoint.parent)
     run, notes = _without_private_paths(dataclasses.replace(run, args=run.args or weights.args))
-    model = _named_model(model_name, run.args, num_classes)
+    model = _named_model(model_name, run.args, num_classes, run.classes)
     check_weights(weights.state_dict, model, checkpoint)
     notes.insert(0, f'Weights: {weights.used or "all tensors"} of {checkpoint}' + (
         f', epoch {weights.epoch}.' if weights.epoch is not None else '.'))
@@ -262,7 +262,7 @@ def _cause(error: Exception, repo_id: str) -> str:
     }.get(status, f'The Hub answered with status {status} ({message}).')
 
 
-def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[int]) -> Any:
+def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[int], classes: List[str]) -> Any:
     """Creates the model as it was trained, with the preprocessing of the training in its configuration."""
     architecture, _, tag = model_name.partition('.')
     if not timm.is_model(architecture) or not tag:
@@ -277,7 +277,7 @@ def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[in
     if not registered:  # the default configuration is that of other weights
         overlay.update(
             tag=tag, hf_hub_id=None, hf_hub_filename=None, url=None, file=None, description=None, notes=None,
-            label_names=None, label_descriptions=None)
+            label_names=classes or None, label_descriptions=None)
     channels = args.get('in_chans') or get_pretrained_cfg(architecture).input_size[0]
     size = args.get('img_size')
     if args.get('input_size') or size:

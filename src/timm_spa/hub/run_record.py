@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Union
 import yaml
 
 from .._errors import TimmSpaError
-from ..training_log import read_summary
+from ..training_log import read_classes, read_summary
 
 __all__ = ['FACTS', 'Run', 'RunError']
 
@@ -44,12 +44,14 @@ class Run:
             prints it, 'note'), 'epoch' (the one in summary.csv that the weights are of), 'base_model' (its Hub id),
             'commands' (if the one of run.json is not all), 'training' and 'limits' (paragraphs), 'widget' (a list of a
             picture's address 'src' and its file 'picture').
+        classes: `classes.txt`, the names of the classes in the order of the model's outputs.
         folder: Where these were read; files that `facts` names are relative to it.
     """
     args: Dict[str, Any] = dataclasses.field(default_factory=dict)
     summary: List[Dict[str, float]] = dataclasses.field(default_factory=list)
     record: Dict[str, Any] = dataclasses.field(default_factory=dict)
     facts: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    classes: List[str] = dataclasses.field(default_factory=list)
     folder: Path = Path()
 
     @classmethod
@@ -73,6 +75,7 @@ class Run:
             summary=read_summary(summary) if summary.is_file() else [],
             record=_read_mapping(folder / 'run.json'),
             facts=_checked_facts(folder / 'card.yaml'),
+            classes=read_classes(folder),
             folder=folder,
         )
 
