@@ -88,6 +88,24 @@ def test_same_outputs_until_trained(name):
         assert torch.equal(again(images[0]), model(images[0]))
 
 
+CHANGES = [
+    convert_sync_batchnorm, torch.nn.DataParallel, torch.nn.Module.bfloat16,
+    lambda model: torch.compile(model, backend='eager')]
+
+
+@pytest.mark.parametrize(('name', 'change'), [
+    *(('resnet18', change) for change in CHANGES), *(('regnety_002', change) for change in CHANGES),
+    ('regnety_002', freeze_batch_norm_2d)])  # the bare frozen layer is torchvision's, which is refused
+@torch.no_grad()
+def test_of_a_model_that_was_changed_before(name, change):
+    model = change(random_net(name))
+    images = torch.randn(2, 3, 64, 64).to(next(model.parameters()).dtype)
+    expected = model(images)
+    timm_spa.add_attention(model)
+    assert relative(model(images), expected) <= 1e-6
+    assert len(list(gated_modules(model))) == NETS[name]
+
+
 @pytest.mark.parametrize('name', KINDS)
 @pytest.mark.parametrize('gate', ['se', 'se_bias', 'cbam', 'gc', 'ge_conv', 'spa'])
 def test_every_gate_in_double_precision(name, gate):
@@ -148,6 +166,8 @@ def tied():
     ('swin_tiny_patch4_window7_224', {}, 'no block of a type that is known'),
     ('spa_resnet18', {}, 'has gates already'),
     (tied, {}, 'layer1.0.bn2 is used in more than one place'),
+    (lambda: torch.nn.Conv2d(3, 8, 3), dict(where=''), 'a single Conv2d'),
+    (lambda: freeze_batch_norm_2d(timm.create_model('resnet18')), {}, 'layer1.0.bn2 is a FrozenBatchNorm2d'),
 ])
 def test_errors_leave_the_model_as_it_was(model, kwargs, message):
     model = timm.create_model(model) if isinstance(model, str) else model()

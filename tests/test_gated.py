@@ -83,6 +83,26 @@ def test_a_folder_of_the_hub(tmp_path):
     assert timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=3).num_classes == 3
 
 
+@pytest.mark.parametrize('gate', ['ge', 'none'])
+def test_gates_without_weights(gate, tmp_path):
+    """A repository's are loaded as they are; the plain net's can't be a warm start of a gate that is never neutral."""
+    plain = random_net('densenet121')
+    loading = written(plain, tmp_path / 'model.safetensors')
+    if gate == 'ge':
+        with pytest.raises(ValueError, match='No weights make the gate .* neutral=False'):
+            timm.create_model('gated', base='densenet121', gate=gate, **loading)
+    else:
+        model = timm.create_model('gated', base='densenet121', gate=gate, **loading)
+        assert torch.equal(outputs(model), outputs(plain))
+    model = timm_spa.add_attention(plain, gate, neutral=False)
+    config = dict(
+        architecture='gated', num_classes=1000, model_args=dict(base='densenet121', gate=gate),
+        pretrained_cfg=dict(model.pretrained_cfg))
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert torch.equal(outputs(again), outputs(model))
+
+
 def test_published_and_verified(tmp_path, capsys):
     (tmp_path / 'run').mkdir()
     model = trained('resnet18', pyramid_sizes=(1, 2))

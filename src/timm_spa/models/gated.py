@@ -236,6 +236,8 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
                 'whose output is linear in its weights, and no block of a known type.')
         if isinstance(module, RepVggBlock) and not (module.reparam_conv is None and type(module.attn) is nn.Identity):
             raise ValueError(f'{name} is a {kind} that is fused already or has an attention of its own.')
+        if not name and not isinstance(module, RepVggBlock):
+            raise ValueError(f'The model is a single {kind}, which can not be replaced in itself.')
         if uses[id(module)] > 1 or any(tensors[id(p)] > 1 for p in module.parameters(recurse=False)):
             raise ValueError(f'{name} is used in more than one place of the model, or shares its weights.')
         if neutral and not _linear_parameters(module):
@@ -279,7 +281,7 @@ def _attach(name: str, module: Any, attn: nn.Module) -> nn.Module:
         norm = NORMS[type(module)](module)
         norm.__dict__.update({k: v for k, v in module.__dict__.items() if k != '_modules'})
         module = norm
-    module.drop = GateSlot(attn, name, parameters, module.drop)
+    module.drop = GateSlot(attn, name, parameters, getattr(module, 'drop', nn.Identity()))
     return module
 
 
@@ -363,7 +365,8 @@ def create_gated(
         else:
             overlay = dict(pretrained_cfg_overlay or {}, state_dict=state, file='', source='')
             model = create(pretrained=True, pretrained_cfg_overlay=overlay)
-            attach(model, neutral=True if neutral is None else neutral)
+            # a repository's own weights of a gate without any look like the plain ones
+            attach(model, neutral=not (own and gate == 'ge') if neutral is None else neutral)
     fields = {**model.pretrained_cfg, **(cfg.to_dict() if own else {}), **(pretrained_cfg_overlay or {})}
     model.pretrained_cfg = {**fields, 'architecture': variant}
     model.pretrained_cfg.pop('state_dict', None)
@@ -381,7 +384,7 @@ def _flat(name: str) -> str:
 
 def _has_gates(state: Dict[str, torch.Tensor], model: nn.Module) -> bool:
     keys = {_flat(f'{name}.attn.{key}') for name, module in gated_modules(model) for key in module.attn.state_dict()}
-    return not keys or any(_flat(key) in keys for key in state)
+    return any(_flat(key) in keys for key in state)
 
 
 def _load(
