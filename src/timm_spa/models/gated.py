@@ -72,26 +72,30 @@ class GateSlot(nn.Module):
         return self.attn(self.drop(x))
 
 
-class GatedConv2d(nn.Conv2d):
-    """A convolution with a gate on its output."""
+class _Gated(nn.Module):
+    """Takes over a module, and gates what the class beside this one among the bases computes."""
 
-    def __init__(self, conv: nn.Conv2d, attn: nn.Module, parameters: Tuple[str, ...]):
+    def __init__(self, original: nn.Module, attn: nn.Module, parameters: Tuple[str, ...]):
         """
         Args:
-            conv: The convolution; its parameters are taken over.
+            original: The module; its parameters and layers are taken over.
             attn: Gate.
             parameters: Names of the parameters in which the output is linear, all together.
         """
-        adopt(self, conv)
+        adopt(self, original)
         self.gated_parameters = parameters
-        self.attn = attn
+        self.attn: nn.Module = attn
+
+
+class GatedConv2d(_Gated, nn.Conv2d):
+    """A convolution with a gate on its output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C', H, W) to (N, C, H / stride, W / stride)."""
         return self.attn(F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
 
 
-class GatedConv2dSame(GatedConv2d):
+class GatedConv2dSame(_Gated, Conv2dSame):
     """A convolution padded as TensorFlow does, with a gate on its output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -99,25 +103,16 @@ class GatedConv2dSame(GatedConv2d):
         return self.attn(conv2d_same(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups))
 
 
-class GatedGhostModule(GhostModule):
+class GatedGhostModule(_Gated, GhostModule):
     """GhostNet's two convolutions, the second of the first's output, with a gate on both maps."""
+    primary_conv: nn.Sequential
+    cheap_operation: nn.Sequential
     inverse_parameters = ('cheap_operation.0.weight',)  # reads the first map
-
-    def __init__(self, ghost: GhostModule, attn: nn.Module, parameters: Tuple[str, ...]):
-        """
-        Args:
-            ghost: The module; its layers are taken over.
-            attn: Gate.
-            parameters: Names of the parameters in which the output is linear, all together.
-        """
-        adopt(self, ghost)
-        self.gated_parameters = parameters
-        self.attn = attn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C', H, W) to (N, C, H / stride, W / stride)."""
-        x = self.primary_conv(x)
-        return self.attn(torch.cat([x, self.cheap_operation(x)], 1)[:, :self.out_chs])
+        maps = self.primary_conv(x)
+        return self.attn(torch.cat([maps, self.cheap_operation(maps)], 1)[:, :self.out_chs])
 
 
 CONVS: Dict[type, Any] = {nn.Conv2d: GatedConv2d, Conv2dSame: GatedConv2dSame}
@@ -234,6 +229,8 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
             raise ValueError(
                 f'{name} is a {kind}, which can not be gated: it is no norm layer of maps (N, C, H, W), no convolution '
                 'whose output is linear in its weights, and no block of a known type.')
+        if isinstance(module, GhostModule) and type(module.primary_conv[-1]) not in (nn.Identity, nn.ReLU):
+            raise ValueError(f'{name} has an activation which is not linear from 0 on: its gate can not be neutral.')
         if isinstance(module, RepVggBlock) and not (module.reparam_conv is None and type(module.attn) is nn.Identity):
             raise ValueError(f'{name} is a {kind} that is fused already or has an attention of its own.')
         if not name and not isinstance(module, RepVggBlock):
