@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -105,8 +105,9 @@ class GatedConv2dSame(_Gated, Conv2dSame):
 
 class GatedGhostModule(_Gated, GhostModule):
     """GhostNet's two convolutions, the second of the first's output, with a gate on both maps."""
-    primary_conv: nn.Sequential
-    cheap_operation: nn.Sequential
+    if TYPE_CHECKING:  # TorchScript would read it
+        primary_conv: nn.Module
+        cheap_operation: nn.Module
     inverse_parameters = ('cheap_operation.0.weight',)  # reads the first map
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
