@@ -28,7 +28,7 @@ timm-suite: $(READY)
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[train,test]"
+	$(BIN)/python -m pip install --quiet --quiet --editable ".[train,test]"
 	touch $@
 
 clean:
