@@ -12,7 +12,8 @@ from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 
 import timm_spa
-from timm_spa.layers import GATES, SpatialPyramidAttention
+from timm_spa.layers import SpatialPyramidAttention
+from timm_spa.models import GATES
 from timm_spa.models._block_types import BLOCK_TYPES
 from timm_spa.models._warm_start import gated_modules
 

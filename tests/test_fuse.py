@@ -12,8 +12,9 @@ from test_one_form import gates, images_of, make_model, rel
 from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 
-from timm_spa.layers import FusedBranch, SqueezeExcite, create_gate
+from timm_spa.layers import FusedBranch, SqueezeExcite
 from timm_spa.layers.comparison_gates import SelfGate
+from timm_spa.models import create_gate
 
 FUSED = [
     name for name in MODELS

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from oracle import average_pool, spatial_pyramid_attention
 
 from timm_spa import SpatialPyramidAttention
-from timm_spa.layers import GATES, SqueezeExcite, create_gate, spatial_pyramid_attn
+from timm_spa.layers import SqueezeExcite, spatial_pyramid_attn
 from timm_spa.layers.spatial_pyramid_attn import apply_gate
+from timm_spa.models import GATES, create_gate
 
 VARIANTS = ('a', 'b', 'c')
 

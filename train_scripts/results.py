@@ -17,7 +17,7 @@ from typing import Dict, List, Optional
 from timm_spa._errors import TimmSpaError
 from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results
 from timm_spa.hub.run_record import Run, RunError
-from timm_spa.layers import GATES
+from timm_spa.models import GATES
 from timm_spa.models._entrypoints import split_gate
 from timm_spa.profile import count_cost
 

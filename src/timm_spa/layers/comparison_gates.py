@@ -106,11 +106,8 @@ class GatherExciteConv(nn.Module):
         super().__init__()
         layers = []
         for _ in range(3):
-            layers += [
-                nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False, **dd),
-                get_norm_layer(norm_layer)(channels, **dd),
-                nn.ReLU(inplace=True),
-            ]
+            conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1, groups=channels, bias=False, **dd)
+            layers += [conv, get_norm_layer(norm_layer)(channels, **dd), nn.ReLU(inplace=True)]
         self.gather = nn.Sequential(*layers[:-1])
         self.gate = nn.Sigmoid()
 

@@ -24,22 +24,18 @@ def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) ->
 
 
 def _average_pool(x: torch.Tensor, size: int) -> torch.Tensor:
-    if not torch.jit.is_scripting() and size > 1 and _is_exporting():
-        # exporters freeze adaptive pooling to the size of the example, matrix products hold for every size
-        return _averages(x.shape[2], size, x) @ x @ _averages(x.shape[3], size, x).transpose(0, 1)
+    if not torch.jit.is_scripting():
+        # torch < 2.7 does not tell an export from a compilation
+        is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+        if size > 1 and (torch.onnx.is_in_onnx_export() or is_exporting()):
+            # exporters freeze adaptive pooling to the size of the example, matrix products hold for every size
+            return _averages(x.shape[2], size, x) @ x @ _averages(x.shape[3], size, x).transpose(0, 1)
     return F.adaptive_avg_pool2d(x, size)
-
-
-@torch.jit.unused
-def _is_exporting() -> bool:
-    # torch < 2.7 does not tell an export from a compilation
-    return torch.onnx.is_in_onnx_export() or getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)()
 
 
 def _averages(length: int, size: int, like: torch.Tensor) -> torch.Tensor:
     """Returns the matrix (size, length) that averages the cells of adaptive pooling."""
-    place = torch.arange(length, device=like.device)
-    cell = torch.arange(size, device=like.device).unsqueeze(1)
+    place, cell = torch.arange(length, device=like.device), torch.arange(size, device=like.device).unsqueeze(1)
     start, end = cell * length // size, ((cell + 1) * length + size - 1) // size
     return ((place >= start) & (place < end)).to(like.dtype) / (end - start).to(like.dtype)
 
@@ -50,14 +46,11 @@ def apply_gate(x: torch.Tensor, gate: torch.Tensor, shortcut: Optional[torch.Ten
     if not torch.jit.is_scripting() and _broadcasts_rows(x, gate):
         # the same bits with less memory traffic; in NCHW, torch's resizing is the slower way to repeat columns
         size = gate.shape[2]
-        if gate.is_contiguous():
-            gate = gate.repeat_interleave(x.shape[3] // size, 3)
-        else:
-            gate = F.interpolate(gate, size=(size, x.shape[3]), mode='nearest')
+        gate = (gate.repeat_interleave(x.shape[3] // size, 3) if gate.is_contiguous() else
+                F.interpolate(gate, size=(size, x.shape[3]), mode='nearest'))
         gate, shape = gate.unsqueeze(3), (size, x.shape[2] // size)
         y = x.unflatten(2, shape)
-        y = y * gate if shortcut is None else torch.addcmul(shortcut.unflatten(2, shape), y, gate)
-        return y.flatten(2, 3)
+        return (y * gate if shortcut is None else torch.addcmul(shortcut.unflatten(2, shape), y, gate)).flatten(2, 3)
     gate = F.interpolate(gate, size=x.shape[-2:], mode='nearest')
     return x * gate if shortcut is None else torch.addcmul(shortcut, x, gate)
 
@@ -80,15 +73,13 @@ def _check_shape(name: str, x: torch.Tensor, channels: int) -> None:
 def channel_matcher(in_channels: int, channels: int, rd_channels: int, act_layer: LayerType = nn.ReLU,
                     norm_layer: LayerType = nn.BatchNorm2d, device=None, dtype=None) -> nn.Sequential:
     """Returns psi of equation (5), which maps (N, in_channels, H, W) to (N, channels, H, W)."""
-    dd = {'device': device, 'dtype': dtype}
-    norm_layer = get_norm_layer(norm_layer)
+    dd, norm_layer = {'device': device, 'dtype': dtype}, get_norm_layer(norm_layer)
     return nn.Sequential(OrderedDict(
         fc1=nn.Conv2d(in_channels, rd_channels, kernel_size=1, bias=False, **dd),
         bn1=norm_layer(rd_channels, **dd),
         act=create_act_layer(act_layer, inplace=True),
         fc2=nn.Conv2d(rd_channels, channels, kernel_size=1, bias=False, **dd),
-        bn2=norm_layer(channels, **dd),
-    ))
+        bn2=norm_layer(channels, **dd)))
 
 
 class SpatialPyramidAttention(nn.Module):
@@ -98,7 +89,6 @@ class SpatialPyramidAttention(nn.Module):
     input with its channels matched. timm's models with an attention slot take variant a as `attn_layer`, e.g.
     `timm.create_model('resnext50_32x4d', block_args=dict(attn_layer=timm_spa.SpatialPyramidAttention))`.
     """
-    pyramid_sizes: List[int]  # TorchScript cannot loop over a tuple
 
     def __init__(
             self,
@@ -140,7 +130,7 @@ class SpatialPyramidAttention(nn.Module):
                          matcher_rd_channels=matcher_rd_channels)
         self.channels, self.in_channels, self.variant = channels, in_channels, variant
         self.reads_block_input = variant != 'a'
-        self.pyramid_sizes = sorted(pyramid_sizes, reverse=True)
+        self.pyramid_sizes: List[int] = sorted(pyramid_sizes, reverse=True)  # TorchScript cannot loop over a tuple
         self.matcher: nn.Module = nn.Identity()
         if variant == 'c' and in_channels != channels:
             self.matcher = channel_matcher(in_channels, channels, matcher_rd_channels, act_layer, norm_layer, **dd)

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 
-from ..layers import create_gate
+from ._gates import create_gate
 from ._hub_file import HubWeightsError, locate_weights
 from ._warm_start import checkpoint_filter_fn
 
@@ -152,7 +152,7 @@ def build_model(
         pretrained_cfg_overlay: Fields of the configuration to replace.
         cache_dir: Cache of the Hub to use.
         plain_filter: Brings weights of the plain model to timm's names, if they may have others.
-        gate: Name of the gate, a key of `timm_spa.layers.GATES`.
+        gate: Name of the gate, a key of `timm_spa.models.GATES`.
         pyramid_sizes: Side lengths of SPA's averages, in cells.
         rd_ratio: Reduced width of the gates over their channels.
         **kwargs: Arguments of timm's builder and of the model.

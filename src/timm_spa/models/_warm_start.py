@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from ..layers import GATES
+from ._gates import GATES
 
 __all__ = ['checkpoint_filter_fn', 'gated_modules', 'neutral_factors', 'warm_start']
 

@@ -41,10 +41,10 @@ from timm.models import (
 from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
 
-from ..layers import GATES, create_gate
 from ._block_types import BLOCK_TYPES, default_places, place_in_block
 from ._entrypoints import list_models
 from ._gated_net import adopt
+from ._gates import GATES, create_gate
 from ._pretrained import WEIGHTS_FILENAME, check_fit, locate, warm_cfg
 from ._warm_start import gated_modules, neutral_factors
 
@@ -146,7 +146,7 @@ def add_attention(
 
     Args:
         model: CNN of timm, with its weights loaded. It is changed in place.
-        gate: Name of the gate, a key of `timm_spa.layers.GATES` that reads the map it gates.
+        gate: Name of the gate, a key of `timm_spa.models.GATES` that reads the map it gates.
         where: Names of blocks, norm layers or convolutions, as they are, with wildcards or as regular expressions;
             every block of a type that is known if None.
         pyramid_sizes: Side lengths of SPA's averages, in cells.

@@ -1,4 +1,4 @@
-"""The table of gates, from which prefixes of model names, labels and choices are derived."""
+"""The table of the gates that models have, from which prefixes of their names, labels and choices are derived."""
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
@@ -6,8 +6,7 @@ import torch.nn as nn
 from timm.layers import GlobalContext, LayerType, SEModule
 from timm.layers.cbam import CbamModule
 
-from .comparison_gates import GatherExcite, GatherExciteConv, NoGate, SelfGate, SqueezeExcite
-from .spatial_pyramid_attn import SpatialPyramidAttention
+from ..layers import GatherExcite, GatherExciteConv, NoGate, SelfGate, SpatialPyramidAttention, SqueezeExcite
 
 __all__ = ['GATES', 'Gate', 'create_gate']
 
