@@ -335,3 +335,20 @@ def test_command_line(tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith('timm-spa: ')
     assert 'config.json cannot be read' in captured.err
+
+
+@pytest.mark.parametrize('tag', ['tmm_mine', 'tmm_tin200'])
+def test_the_card_is_made_again_from_a_dry_run(tag, tmp_path, capsys):
+    """Whether the tag is a registered one or not; what only the owner knows lies there too, and is not uploaded."""
+    run = tmp_path / 'run'
+    run.mkdir()
+    folder = ROOT / 'hub_cards' / 'spa_mobilenetv2_cifar.tmm_tin200'
+    shutil.copy(weights_of(folder), run / 'best.safetensors')
+    for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml'):
+        shutil.copy(folder / name, run)
+    out = tmp_path / 'out'
+    named = ['--model', f'spa_mobilenetv2_cifar.{tag}']
+    assert timm_spa_cli.main(['publish', str(run / 'best.safetensors'), *named, '--dry-run', str(out)]) == 0
+    capsys.readouterr()
+    assert timm_spa_cli.main(['card', str(out)]) == 0
+    assert capsys.readouterr().out == (out / 'README.md').read_text()

@@ -437,19 +437,3 @@ def test_a_full_disk_leaves_nothing_half_written(weights, folder, tmp_path, disk
     assert not (tmp_path / 'new').exists()
     assert not list(tmp_path.glob('.*'))
     assert all((weights.parent / name).read_bytes() == (folder / name).read_bytes() for name in FILES)
-
-
-@pytest.mark.parametrize('tag', ['tmm_mine', 'tmm_tin200'])
-def test_the_card_is_made_again_from_a_dry_run(tag, tmp_path, capsys):
-    """Whether the tag is a registered one or not; what only the owner knows lies there too, and is not uploaded."""
-    run = tmp_path / 'run'
-    run.mkdir()
-    shutil.copy(SHIPPED, run / 'best.safetensors')
-    for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml'):
-        shutil.copy(CARDS / name, run)
-    out = tmp_path / 'out'
-    named = ['--model', f'spa_mobilenetv2_cifar.{tag}']
-    assert timm_spa_cli.main(['publish', str(run / 'best.safetensors'), *named, '--dry-run', str(out)]) == 0
-    capsys.readouterr()
-    assert timm_spa_cli.main(['card', str(out)]) == 0
-    assert capsys.readouterr().out == (out / 'README.md').read_text()

@@ -33,7 +33,7 @@ VARIABLES = ('CUDA_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_')
 
 
 class BenchmarkError(TimmSpaError, RuntimeError):
-    """A model could not be measured, or a file of measurements not be read; the message names it."""
+    """A model could not be measured; the message names it."""
 
 
 class Worker:

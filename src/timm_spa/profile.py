@@ -1,6 +1,6 @@
 """Size and cost of a model, counted and not looked up.
 
-python -m timm_spa.profile    # counts every model for `timm-spa list` again, into models.json
+`python -m timm_spa.profile` counts every model again, into the file that `timm-spa list` reads.
 """
 import json
 from pathlib import Path

@@ -101,7 +101,7 @@ def convert(
     except Exception as e:  # timm's, for arguments that are not the model's
         raise UsageError(f'{model_name} cannot be made with {kwargs}: {e}') from e
     said, wanted = _said(source, weights), (model_name.partition('.')[0], kwargs)
-    differs = said and json.dumps(said, sort_keys=True) != json.dumps(wanted, sort_keys=True)
+    differs = json.dumps(said, sort_keys=True) != json.dumps(wanted, sort_keys=True)
     if said and differs and _has_gates(weights.state_dict):
         # it may have the names and shapes of this one, and compute something else
         raise CheckpointError(

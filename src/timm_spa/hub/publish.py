@@ -112,10 +112,10 @@ def write_repository(
         if run.summary:
             write_summary(partial / 'summary.csv', run.summary)
         # so that the card can be made again from the folder alone
-        for name, content in (('run.json', run.record), ('card.yaml', run.facts)):
-            if content:
-                (partial / name).write_text(yaml.safe_dump(content, allow_unicode=True) if name == 'card.yaml' else (
-                    json.dumps(content, indent=2) + '\n'), encoding='utf-8')
+        if run.record:
+            (partial / 'run.json').write_text(json.dumps(run.record, indent=2) + '\n', encoding='utf-8')
+        if run.facts:
+            (partial / 'card.yaml').write_text(yaml.safe_dump(run.facts, allow_unicode=True), encoding='utf-8')
         # what an earlier call wrote may have been edited since
         cards = [folder / CARD, *([checkpoint.parent / CARD] if checkpoint.name == WEIGHTS_FILENAME else [])]
         written = next((card for card in cards if card.exists()), None)

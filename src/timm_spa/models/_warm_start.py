@@ -6,14 +6,14 @@ the weights of a convolution. Twice these make the gated model equal to the plai
 binary floating point.
 """
 import logging
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from ._gates import GATES
 
-__all__ = ['checkpoint_filter_fn', 'gated_modules', 'neutral_factors', 'warm_start']
+__all__ = ['checkpoint_filter_fn', 'gate_weights', 'gated_modules', 'neutral_factors', 'warm_start']
 
 _logger = logging.getLogger(__name__)
 
@@ -27,6 +27,11 @@ def gated_modules(model: nn.Module) -> Iterator[Tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, 'gated_parameters') and module.attn.gate_name != 'none':
             yield name, module
+
+
+def gate_weights(model: nn.Module) -> List[str]:
+    """Returns the names of the tensors of a model's gates."""
+    return [f'{name}.attn.{key}' for name, module in gated_modules(model) for key in module.attn.state_dict()]
 
 
 def neutral_factors(model: nn.Module) -> Dict[str, float]:
@@ -83,7 +88,7 @@ def checkpoint_filter_fn(
     Returns:
         Weights for `model`.
     """
-    weights = [f'{name}.attn.{key}' for name, module in gated_modules(model) for key in module.attn.state_dict()]
+    weights = gate_weights(model)
     if not weights or any(key in state_dict for key in weights):
         return state_dict
     _logger.warning(

@@ -46,7 +46,7 @@ from ._entrypoints import list_models
 from ._gated_net import adopt
 from ._gates import GATES, create_gate
 from ._pretrained import WEIGHTS_FILENAME, check_fit, locate, warm_cfg
-from ._warm_start import gated_modules, neutral_factors
+from ._warm_start import gate_weights, gated_modules, neutral_factors
 
 __all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'create_gated', 'gated']
 
@@ -381,7 +381,7 @@ def _flat(name: str) -> str:
 
 
 def _has_gates(state: Dict[str, torch.Tensor], model: nn.Module) -> bool:
-    keys = {_flat(f'{name}.attn.{key}') for name, module in gated_modules(model) for key in module.attn.state_dict()}
+    keys = set(map(_flat, gate_weights(model)))
     return any(_flat(key) in keys for key in state)
 
 
