@@ -33,7 +33,8 @@ def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]
     Returns:
         What went wrong, or None.
     """
-    name = f'{model}-seed{seed}'
+    model, *kwargs = shlex.split(model)
+    name = '-'.join([model, *kwargs, f'seed{seed}'])
     kept = args.results / name
     if (kept / 'run.json').exists():
         print(f'{name}: done before', flush=True)
@@ -43,6 +44,8 @@ def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]
     command = [
         'accelerate', 'launch', '--config_file', str(args.launch), '-m', 'timm_spa.run', 'train', *args.arguments,
         '--model', model, '--seed', str(seed), '--output', str(args.runs), '--experiment', name]
+    if kwargs:
+        command += ['--model-kwargs', *kwargs]
     checkpoint = run / 'last.pth.tar'
     resumed = checkpoint.exists()
     if resumed:
@@ -72,7 +75,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line, and returns its exit code: 1 if any run failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument('--models', nargs='+', required=True)
+    parser.add_argument(
+        '--models', nargs='+', required=True, help="names; in quotes also with arguments: 'gated base=resnet18 gate=se'")
     parser.add_argument('--seeds', nargs='+', type=int, default=[42], help='default: 42')
     parser.add_argument('--parallel', type=int, default=1, help='runs at a time (default: %(default)s)')
     parser.add_argument('--launch', type=Path, required=True, help="accelerate's configuration")
@@ -88,14 +92,15 @@ def main(argv: Optional[List[str]] = None) -> int:
         parser.error(f'--parallel must be at least 1, got {args.parallel}.')
     if not args.launch.is_file():
         parser.error(f'{args.launch} is no configuration of accelerate.')
-    import timm
-
-    import timm_spa  # noqa: F401
+    import timm_spa  # noqa: F401  registers the models
+    from timm_spa.benchmark_worker import parse_model
     from timm_spa.environment import environment
 
     for model in args.models:
-        if not timm.is_model(model):
-            parser.error(f'there is no model {model!r}.')
+        try:
+            parse_model(model)
+        except ValueError as e:
+            parser.error(str(e))
     about = environment(PACKAGES)
     jobs = [(model, seed) for seed in args.seeds for model in args.models]
     with ThreadPoolExecutor(args.parallel) as pool:
