@@ -15,9 +15,10 @@ import timm_spa  # noqa: F401
 import timm_spa_cli
 from timm_spa.predict import class_names, load_model
 from timm_spa.profile import LIST, describe
-from timm_spa_cli import demo
+from timm_spa_cli.predict import SHIPPED_MODEL, show_predictions
 
 IMAGES = resources.files('timm_spa') / 'images'
+PICTURES = sorted(path.name for path in IMAGES.iterdir() if path.name.endswith('.jpg'))
 
 
 def test_list_counts_what_the_authors_counted(capsys):
@@ -71,24 +72,39 @@ def test_list_of_nothing(capsys):
 
 
 def test_demo(capsys, tmp_path):
-    named = tmp_path / 'coffee.jpg'
-    named.write_bytes((IMAGES / 'coffee.jpg').read_bytes())
-    assert timm_spa_cli.main(['demo', str(named)]) == 0
-    out = capsys.readouterr().out
-    for name in (*demo.DEMO_PICTURES, 'spa_resnet50', 'attention neutral'):
-        assert name in out
-    shown = {*demo.DEMO_PICTURES, str(named)}
-    verdicts = [line.split()[1] for line in out.splitlines() if line.partition(' ')[0] in shown]
-    assert len(verdicts) == 5
-    assert {v for v in verdicts if '%' not in v} <= {'right', 'wrong'}
-    assert sum('%' in v for v in verdicts) == 3, 'the pictures of no known class, and the one named by the user'
+    named = tmp_path / 'mine.jpg'
+    named.write_bytes((IMAGES / 'Red-Beet.jpg').read_bytes())
+    assert timm_spa_cli.main(['demo', str(named), '--top-k', '1']) == 0
+    first, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert first == f'{SHIPPED_MODEL}: {timm.get_pretrained_cfg(SHIPPED_MODEL).description}'
+    cells = [row.split() for row in rows[:rows.index('')]]
+    assert [row[0] for row in cells] == [*PICTURES, 'mine.jpg']
+    for name, verdict, _, said in cells[:-1]:
+        assert verdict == ('right' if said == name.removesuffix('.jpg') else 'wrong')
+    assert cells[-1][1:] == cells[PICTURES.index('Red-Beet.jpg')][2:], 'what the user shows has no verdict'
+    assert 'attention neutral' in rows[-1]
 
 
-def test_every_shipped_picture_is_shown_and_described():
-    names = {p.name for p in IMAGES.iterdir() if p.name.endswith('.jpg')}
-    assert names == set(demo.DEMO_PICTURES)
-    for name in names:
-        assert f'`{name}`' in (IMAGES / 'README.md').read_text()
+def test_a_wrong_answer_is_called_wrong(capsys):
+    path = str(IMAGES / 'Red-Beet.jpg')
+    show_predictions(load_model(SHIPPED_MODEL), [path], {path: 'Anjou'}, 1)
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ['Red-Beet.jpg', 'wrong']
+
+
+def test_the_shipped_pictures_were_not_chosen_by_what_a_net_says():
+    labels = timm.get_pretrained_cfg(SHIPPED_MODEL).label_names
+    assert [f'{label}.jpg' for label in labels[:80:10]] == PICTURES
+
+
+def test_predict_by_the_shipped_model(capsys):
+    arguments = ['predict', str(IMAGES / 'Red-Beet.jpg')]
+    assert timm_spa_cli.main([*arguments, '--json']) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f'{SHIPPED_MODEL}: ')
+    assert json.loads(captured.out)[0]['classes'][0]['label'] == 'Red-Beet'
+    with pytest.raises(SystemExit, match='2'):
+        timm_spa_cli.main([*arguments, '--checkpoint', 'weights.pth'])
+    assert 'need --model' in capsys.readouterr().err
 
 
 def test_predict_reports_broken_pictures_and_goes_on(tmp_path, capsys):
@@ -121,7 +137,7 @@ def test_predict_reports_broken_pictures_and_goes_on(tmp_path, capsys):
     ('spa_mobilenetv2_075', 'No pretrained weights exist'),
 ])
 def test_a_model_that_cannot_be_loaded(model, message, capsys):
-    assert timm_spa_cli.main(['predict', str(IMAGES / 'coffee.jpg'), '--model', model]) == 1
+    assert timm_spa_cli.main(['predict', str(IMAGES / 'Red-Beet.jpg'), '--model', model]) == 1
     assert message in capsys.readouterr().err
 
 

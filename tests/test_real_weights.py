@@ -30,7 +30,8 @@ def photographs():
     transform = timm.data.create_transform(**timm.data.resolve_data_config(
         {}, pretrained_cfg=timm.get_pretrained_cfg(PLAIN).to_dict()))
     folder = resources.files('timm_spa') / 'images'
-    return torch.stack([transform(Image.open(folder / f'{name}.jpg').convert('RGB')) for name in ('coffee', 'chelsea')])
+    pictures = [Image.open(folder / f'{name}.jpg').convert('RGB') for name in ('Green-Bell-Pepper', 'Oatly-Oat-Milk')]
+    return torch.stack([transform(picture) for picture in pictures])
 
 
 def converted(source, name, folder, *options, **kwargs):
@@ -46,9 +47,7 @@ def test_the_same_logits(published, photographs, tmp_path, capsys):
     plain = converted(published, PLAIN, tmp_path)
     assert 'EfficientNet-PyTorch' in capsys.readouterr().out
     expected = plain(photographs)
-    names = timm.data.ImageNetInfo()
-    assert names.index_to_description(expected[0].argmax().item()) == 'espresso'
-    assert 'cat' in names.index_to_description(expected[1].argmax().item())
+    assert timm.data.ImageNetInfo().index_to_description(expected[0].argmax().item()) == 'bell pepper'
     for gate in ('spa', 'spa_b', 'spa_c', 'se', 'cbam', 'ge'):
         model = converted(published, f'{gate}_{PLAIN}', tmp_path)
         torch.testing.assert_close(model(photographs), expected, rtol=0, atol=1e-5)

@@ -1,25 +1,30 @@
-"""Rebuilds the table and the figure of a folder of results from the files of its runs.
+"""Rebuilds the tables and figures of a folder of results from the files of its runs.
 
-    python train_scripts/results.py train_scripts/results/tin10_cpu
+    python train_scripts/results.py train_scripts/results/grocery81
 
-A run is a folder with `summary.csv`, `args.yaml` and `run.json`, as `sweep.py` keeps them. `table.md` has the accuracy
-of the last epoch and of the best one, which was picked on the same validation images; the mean over seeds and, from two
-on, the sample standard deviation. `losses.png` has the training and the validation loss of every epoch, as the paper's
-figures 3 and 4. `--check` writes nothing and fails if the table that is there is not the one of its runs.
+A run is a folder with `summary.csv`, `args.yaml` and `run.json`, as `sweep.py` keeps them, and perhaps with what
+`evaluate.py` adds. `table.md` has the accuracy of the last epoch on the validation pictures and on those of `test.csv`:
+the mean over seeds and, from two on, the sample standard deviation. Where every picture's class is known, each run is
+compared with the plain net of the same seed on the same pictures, by McNemar's exact test. `losses.png` has the losses
+of every epoch, as the paper's figures 3 and 4, and `pyramid_weights.png` the learned weights of equation (1).
+`--check` writes nothing and fails if the table that is there is not the one of its runs.
 """
 import argparse
+import csv
+import math
 import statistics
 import sys
-from collections import defaultdict
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from timm_spa._errors import TimmSpaError
-from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results
+from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results, tested_top1, verdicts
 from timm_spa.hub.run_record import Run, RunError
 from timm_spa.models import GATES
 from timm_spa.models._entrypoints import split_gate
 from timm_spa.profile import count_cost
+
+Nets = Dict[str, Dict[str, List[Run]]]  # runs by net and label of the gate
 
 
 def read_runs(folder: Path) -> List[Run]:
@@ -34,7 +39,8 @@ def read_runs(folder: Path) -> List[Run]:
     for run in runs:
         model, seed = run.args['model'], run.args['seed']
         said = run.record.get('model'), run.record.get('seed')
-        if said != (model, seed) or run.folder.name != f'{model}-seed{seed}':
+        name = run.folder.name
+        if said != (model, seed) or not name.startswith(f'{model}-') or not name.endswith(f'-seed{seed}'):
             raise RunError(
                 f'{run.folder} has the arguments of {model} with seed {seed}, and run.json of '
                 f'{said[0]} with seed {said[1]}.')
@@ -44,33 +50,58 @@ def read_runs(folder: Path) -> List[Run]:
     return runs
 
 
+def grouped(runs: List[Run]) -> Nets:
+    """Sorts runs by net and gate, in the order of the table of gates."""
+    rows: Dict[Tuple[str, int, str], List[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.args['seed']):
+        kwargs = run.args.get('model_kwargs') or {}
+        net, gate, _ = split_gate(run.args['model'])
+        if run.args['model'] == 'gated':
+            net, gate = kwargs['base'], kwargs.get('gate', 'spa')
+        label = GATES[gate].label + (', gates as initialized' if kwargs.get('neutral') is False else '')
+        rows.setdefault((net, list(GATES).index(gate), label), []).append(run)
+    nets: Nets = {}
+    for (net, _, label), row in sorted(rows.items(), key=lambda item: item[0]):
+        nets.setdefault(net, {})[label] = row
+    return nets
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Returns the probability of a split at least as uneven if either is right as often (exact, two-sided)."""
+    n = only_first + only_second
+    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
+    return min(1., 2 * tail / 2 ** n)
+
+
 def make_table(runs: List[Run]) -> str:
-    """Returns the results as Markdown: one table for each backbone, in the order of the gates above."""
-    groups: Dict[str, Dict[str, List[Run]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        backbone, gate, _ = split_gate(run.args['model'])
-        groups[backbone][gate].append(run)
+    """Returns the results as Markdown: one table for each net, in the order of the gates above."""
     lines = []
-    for backbone, gates in groups.items():
-        base = [run.summary[-1]['eval_top1'] for run in gates.get('none', [])]
+    for net, rows in grouped(runs).items():
+        plain = rows.get(GATES['none'].label, [])
+        tested = any(verdicts(run) for row in rows.values() for run in row)
         lines += [
-            f'### {backbone}', '',
-            '| attention | parameters (M) | runs | top-1 (%), last epoch | against none | top-1 (%), best epoch '
-            '| top-5 (%), last epoch | training loss | validation loss |',
-            '|---|---|---|---|---|---|---|---|---|']
-        for gate in (gate for gate in GATES if gate in gates):
-            group = gates[gate]
-            last = [run.summary[-1] for run in group]
-            top1 = [row['eval_top1'] for row in last]
-            args = group[0].args
+            f'### {net}', '',
+            '| attention | parameters (M) | runs | top-1 (%), last epoch | against none | top-5 (%), last epoch '
+            '| training loss | validation loss |' + (' test top-1 (%) | against none | runs |' if tested else ''),
+            '|---' * (11 if tested else 8) + '|']
+        for label, row in rows.items():
+            last = [run.summary[-1] for run in row]
+            args = row[0].args
             cost = count_cost(args['model'], num_classes=args['num_classes'], **args.get('model_kwargs') or {})
-            difference = '' if gate == 'none' or not base else f'{statistics.mean(top1) - statistics.mean(base):+.2f}'
-            lines.append('| ' + ' | '.join([
-                GATES[gate].label, f'{cost.parameters / 1e6:.3f}', str(len(group)), mean_and_spread(top1), difference,
-                mean_and_spread([max(row['eval_top1'] for row in run.summary) for run in group]),
-                *(mean_and_spread([row[key] for row in last]) for key in ('eval_top5', 'train_loss', 'eval_loss')),
-            ]) + ' |')
+            top1 = [epoch['eval_top1'] for epoch in last]
+            cells = [
+                label, f'{cost.parameters / 1e6:.3f}', str(len(row)), mean_and_spread(top1),
+                _against(top1, [run.summary[-1]['eval_top1'] for run in plain], row is plain),
+                *(mean_and_spread([epoch[key] for epoch in last]) for key in ('eval_top5', 'train_loss', 'eval_loss'))]
+            if tested:
+                shares = tested_top1(row)
+                cells += [
+                    mean_and_spread(shares) if shares else '', _against(shares, tested_top1(plain), row is plain),
+                    str(len(shares))]
+            lines.append('| ' + ' | '.join(cells) + ' |')
         lines.append('')
+        if tested and plain:
+            lines += _pairs(rows, plain)
     hardware = sorted({run.record['hardware'] for run in runs})
     versions = sorted({', '.join(f'{k} {v}' for k, v in run.record['versions'].items()) for run in runs})
     seeds = sorted({run.args['seed'] for run in runs})
@@ -80,33 +111,85 @@ def make_table(runs: List[Run]) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def _against(values: List[float], plain: List[float], is_plain: bool) -> str:
+    return f'{statistics.mean(values) - statistics.mean(plain):+.2f}' if values and plain and not is_plain else ''
+
+
+def _pairs(rows: Dict[str, List[Run]], plain: List[Run]) -> List[str]:
+    """Returns the table of the runs beside the plain net of the same seed, on the same test pictures."""
+    by_seed: Dict[Any, Any] = {run.args['seed']: verdicts(run) for run in plain}
+    lines = ['| attention | seed | only none right | only it right | p (McNemar) |', '|---|---|---|---|---|']
+    count, share = 1, 0.
+    for label, row in rows.items():
+        for run in row:
+            own, base = verdicts(run), by_seed.get(run.args['seed'])
+            if row is plain or not own or not base:
+                continue
+            count, share = len(base), statistics.mean(base)
+            lost, won = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((base, own), (own, base)))
+            lines.append(f'| {label} | {run.args["seed"]} | {lost} | {won} | {mcnemar(lost, won):.2g} |')
+    error = 100 * math.sqrt(share * (1 - share) / count)
+    return [*lines, '', f'{count} test pictures: the standard error of an accuracy is {error:.2f} points.', '']
+
+
 def draw_losses(runs: List[Run], path: Path) -> None:
-    """Draws training and validation loss over epochs, one column of plots for each backbone."""
+    """Draws training and validation loss over epochs, the mean of the seeds, one column of plots for each net."""
+    pyplot = _pyplot()
+    nets = grouped(runs)
+    figure, axes = pyplot.subplots(2, len(nets), figsize=(5 * len(nets) + 1, 7), squeeze=False, sharex=True)
+    for column, (net, rows) in enumerate(nets.items()):
+        for line, (key, title) in enumerate((('train_loss', 'training loss'), ('eval_loss', 'validation loss'))):
+            axis = axes[line][column]
+            for label, row in rows.items():
+                curves = zip(*([epoch[key] for epoch in run.summary] for run in row), strict=True)
+                means = [statistics.mean(values) for values in curves]
+                axis.plot(range(1, len(means) + 1), means, label=label, linewidth=1.2)
+            axis.set(ylabel=title, title=None if line else net, xlabel='epoch' if line else None, yscale='log')
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.grid(alpha=0.3, which='both')
+    axes[0][0].legend()
+    _save(figure, path)
+
+
+def draw_pyramid_weights(runs: List[Run], path: Path) -> None:
+    """Draws the learned weights of the pyramid over the gates of each net, the mean of the seeds, if there are any."""
+    tables: Dict[str, List[List[List[float]]]] = {}
+    columns: List[str] = []
+    for net, rows in grouped(runs).items():
+        for label, row in rows.items():
+            for run in row:
+                file = run.folder / 'pyramid_weights.csv'
+                if file.exists():
+                    with open(file, newline='', encoding='utf-8') as f:
+                        columns, *body = list(csv.reader(f))
+                    tables.setdefault(f'{net}, {label}', []).append([[float(v) for v in line[1:]] for line in body])
+    if not tables:
+        return
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, len(tables), figsize=(5 * len(tables) + 1, 4), squeeze=False, sharey=True)
+    for axis, (title, seeds) in zip(axes[0], tables.items(), strict=True):
+        for level, size in enumerate(columns[1:]):
+            means = [statistics.mean(gate[level] for gate in gates) for gates in zip(*seeds, strict=True)]
+            axis.plot(range(1, len(means) + 1), means, marker='.', label=size, linewidth=1.2)
+        axis.set(title=title, xlabel='gate, from the first block to the last', ylabel='weight')
+        axis.axhline(1, color='grey', linewidth=0.6)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(title='level')
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
     import matplotlib
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    names = {id(run): split_gate(run.args['model'])[:2] for run in runs}
-    backbones = sorted({backbone for backbone, _ in names.values()})
-    figure, axes = pyplot.subplots(2, len(backbones), figsize=(5 * len(backbones), 7), squeeze=False, sharex=True)
-    colours = dict(zip(GATES, pyplot.rcParams['axes.prop_cycle'].by_key()['color'], strict=False))
-    for column, backbone in enumerate(backbones):
-        for row, (key, label) in enumerate((('train_loss', 'training loss'), ('eval_loss', 'validation loss'))):
-            axis = axes[row][column]
-            for gate in GATES:
-                curves = [
-                    [epoch[key] for epoch in run.summary] for run in runs if names[id(run)] == (backbone, gate)]
-                if curves:
-                    means = [statistics.mean(values) for values in zip(*curves, strict=True)]
-                    axis.plot(
-                        range(1, len(means) + 1), means, label=GATES[gate].label, color=colours[gate], linewidth=1.2)
-            axis.set(ylabel=label, title=backbone if row == 0 else None, xlabel='epoch' if row else None)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120, metadata={'Software': None})
-    pyplot.close(figure)
+    _pyplot().close(figure)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -130,6 +213,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 0
     path.write_text(table, encoding='utf-8')
     draw_losses(runs, args.folder / 'losses.png')
+    draw_pyramid_weights(runs, args.folder / 'pyramid_weights.png')
     print(table)
     return 0
 

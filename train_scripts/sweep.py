@@ -76,7 +76,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
-        '--models', nargs='+', required=True, help="names; in quotes also with arguments: 'gated base=resnet18 gate=se'")
+        '--models', nargs='+', required=True, help="names, in quotes also with arguments: 'gated base=resnet18'")
     parser.add_argument('--seeds', nargs='+', type=int, default=[42], help='default: 42')
     parser.add_argument('--parallel', type=int, default=1, help='runs at a time (default: %(default)s)')
     parser.add_argument('--launch', type=Path, required=True, help="accelerate's configuration")

@@ -3,11 +3,12 @@ import argparse
 import json
 import os
 import sys
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, List, Mapping, Sequence, Tuple
 
 from timm_spa_cli._table import print_table
 
 HELP = 'classify pictures with any model that timm can create'
+SHIPPED_MODEL = 'spa_tf_efficientnet_lite0.grocery81'
 
 
 def positive(text: str) -> int:
@@ -21,7 +22,8 @@ def positive(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='picture, or folder of pictures')
-    parser.add_argument('--model', required=True, help="name, or 'hf-hub:organization/name', or 'local-dir:folder'")
+    parser.add_argument(
+        '--model', help=f"name, or 'hf-hub:organization/name', or 'local-dir:folder' (default: {SHIPPED_MODEL})")
     parser.add_argument('--checkpoint', help='weights file to load in place of the published ones')
     parser.add_argument('--num-classes', type=int, help='classes of the checkpoint, if they differ')
     parser.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
@@ -33,16 +35,22 @@ def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
     if args.checkpoint == '':
         args.error('argument --checkpoint: needs the name of a file')
+    if args.model is None and (args.checkpoint, args.num_classes) != (None, None):
+        args.error('--checkpoint and --num-classes need --model: what the weights are of')
     from timm_spa.predict import load_model
 
-    model = load_model(args.model, args.checkpoint, args.num_classes, args.device)
+    model = load_model(args.model or SHIPPED_MODEL, args.checkpoint, args.num_classes, args.device)
+    if args.model is None:
+        import timm
+
+        print(f'{SHIPPED_MODEL}: {timm.get_pretrained_cfg(SHIPPED_MODEL).description}\n', file=sys.stderr)
     return show_predictions(model, args.images, {}, args.top_k, args.json)
 
 
 def show_predictions(
         model: Any,
         paths: Sequence[str],
-        expected: Dict[str, Tuple[str, ...]],
+        expected: Mapping[str, str],
         top_k: int,
         as_json: bool = False,
 ) -> int:
@@ -51,7 +59,7 @@ def show_predictions(
     Args:
         model: A timm model in eval mode.
         paths: Picture files.
-        expected: Labels that are right, for the pictures of which any are known.
+        expected: The label that is right, for the pictures of which it is known.
         top_k: Number of classes to show.
         as_json: Print JSON instead of a table.
 
@@ -66,10 +74,10 @@ def show_predictions(
     rows: List[Tuple[str, ...]] = [('picture', '', 'probability', 'class')]
     names = [os.path.basename(p.path) for p in predictions]
     for p, name in zip(predictions, names, strict=True):
-        known = expected.get(p.path, ())
+        known = expected.get(p.path)
         shown = name if names.count(name) == 1 or p.path in expected else p.path
         for rank, c in enumerate(p.classes):
-            verdict = '' if rank or not known else ('right' if c['label'] in known else 'wrong')
+            verdict = '' if rank or not known else ('right' if c['label'] == known else 'wrong')
             rows.append((shown if rank == 0 else '', verdict, f'{c["probability"]:.1%}', c['name']))
     if len(rows) > 1 and not as_json:
         print_table(rows, right_aligned=(2,))

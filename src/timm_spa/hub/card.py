@@ -110,7 +110,7 @@ def make_card(
         training=facts.get('training', '').strip(),
         evidence=_evidence(run, alone=not comparison),
         comparison=comparison,
-        evaluation=_evaluation(run, row),
+        evaluation=_evaluation(run, row, dataset.get('split')),
         limits=_limits(config, dataset, facts),
     )
 
@@ -351,7 +351,7 @@ def _evidence(run: Run, alone: bool) -> List[str]:
     return lines
 
 
-def _evaluation(run: Run, row: Optional[Mapping[str, float]]) -> str:
+def _evaluation(run: Run, row: Optional[Mapping[str, float]], split: Optional[str]) -> str:
     measured = run.facts.get('accuracy') or {}
     lines = []
     if measured.get('command'):
@@ -362,8 +362,11 @@ def _evaluation(run: Run, row: Optional[Mapping[str, float]]) -> str:
         lines.append(measured['note'].strip())
     if row:
         said = ', '.join(f'top-{k} {round(row[f"eval_top{k}"], 3)} %' for k in (1, 5) if f'eval_top{k}' in row)
-        text = f"The run's own evaluation after epoch {int(row['epoch']) + 1} of {len(run.summary)}: {said}."
-        if row['eval_top1'] == max(r['eval_top1'] for r in run.summary) and len(run.summary) > 1:
+        own = run.args.get('val_split')
+        on = f' on split "{own}"' if own and own != split else ''
+        text = f"The run's own evaluation{on} after epoch {int(row['epoch']) + 1} of {len(run.summary)}: {said}."
+        best = max(r['eval_top1'] for r in run.summary)
+        if not on and row['eval_top1'] == best and len(run.summary) > 1:
             text += ' It is the best of them on the same pictures; there is no held-out set beside these.'
         lines.append(text)
     return _paragraphs(*lines)

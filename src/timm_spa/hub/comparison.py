@@ -1,4 +1,5 @@
 """Models of a sweep that were trained alike, side by side."""
+import csv
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
@@ -7,13 +8,15 @@ from ..models._entrypoints import split_gate
 from ..profile import count_cost
 from .run_record import Run, RunError
 
-__all__ = ['check_alike', 'comparison_table', 'mean_and_spread', 'read_results']
+__all__ = ['check_alike', 'comparison_table', 'mean_and_spread', 'read_results', 'tested_top1', 'verdicts']
 
 # arguments of timm's train.py that name the run, or say where it ran and what it printed
 NAMING = frozenset((
-    'checkpoint_hist', 'data', 'data_dir', 'experiment', 'local_rank', 'log_interval', 'log_wandb', 'model', 'output',
-    'pin_mem', 'recovery_interval', 'resume', 'save_images', 'seed', 'wandb_project', 'wandb_resume_id', 'wandb_tags',
-    'workers'))
+    'checkpoint_hist', 'data', 'data_dir', 'device', 'experiment', 'local_rank', 'log_interval', 'log_wandb', 'model',
+    'output', 'pin_mem', 'recovery_interval', 'resume', 'save_images', 'seed', 'wandb_project', 'wandb_resume_id',
+    'wandb_tags', 'workers'))
+# arguments of a model that describe its gates: they name the model too
+GATING = frozenset(('base', 'gate', 'neutral', 'pyramid_sizes', 'rd_ratio', 'where'))
 
 
 def read_results(folder: Union[str, Path], architecture: Optional[str] = None) -> List[Run]:
@@ -64,16 +67,47 @@ def comparison_table(runs: List[Run], reference: Run, architecture: str) -> List
         raise RunError(
             f'The results have {", ".join(by_model)}, and no run of {architecture} that the others could be '
             'compared with.')
-    table = [['model', 'top-1 %', 'top-5 %', 'seeds', 'parameters (M)', 'GMACs']]
+    tested = ['test top-1 %'] if any(map(verdicts, runs)) else []
+    table = [['model', 'top-1 %', 'top-5 %', *tested, 'seeds', 'parameters (M)', 'GMACs']]
     for model in sorted(by_model, key=lambda name: (name == architecture, name)):
         same = by_model[model]
         cost = count_cost(model, num_classes=same[0].args.get('num_classes'), **same[0].args.get('model_kwargs') or {})
         last = [run.summary[-1] for run in same]
         seeds = ', '.join(str(seed) for seed in sorted(run.args['seed'] for run in same))
+        shares = tested_top1(same)
+        few = f' ({len(shares)} of {len(same)} runs)' if len(shares) < len(same) else ''
         table.append([
-            model, *(mean_and_spread([row[key] for row in last]) for key in ('eval_top1', 'eval_top5')), seeds,
+            model, *(mean_and_spread([row[key] for row in last]) for key in ('eval_top1', 'eval_top5')),
+            *[mean_and_spread(shares) + few if shares else 'not known'] * len(tested), seeds,
             f'{cost.parameters / 1e6:.2f}', f'{cost.macs / 1e9:.3f}'])
     return table
+
+
+def verdicts(run: Run) -> Optional[List[bool]]:
+    """Tells of each test picture whether a run was right about it.
+
+    Args:
+        run: A run, perhaps with a `test.csv` of `train_scripts/evaluate.py`.
+
+    Returns:
+        A truth value for each picture, in the same order for every run; None if there is no such file.
+
+    Raises:
+        RunError: The file cannot be read.
+    """
+    path = run.folder / 'test.csv'
+    if not path.exists():
+        return None
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            return [row['target'] == row['predicted'] for row in csv.DictReader(f)]
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as e:
+        raise RunError(f'{path} is no table of targets and predictions: {e}') from e
+
+
+def tested_top1(runs: List[Run]) -> List[float]:
+    """Returns the top-1 accuracy in percent of those runs of which the test pictures' `verdicts` are known."""
+    return [100 * statistics.mean(right) for right in map(verdicts, runs) if right]
 
 
 def _net(model: str) -> str:
@@ -92,7 +126,8 @@ def check_alike(run: Run, reference: Run) -> None:
         RunError: Their arguments differ in more than what names them, or they ended with different epochs.
     """
     def arguments(of: Run) -> Dict[str, Any]:
-        return {key: value for key, value in of.args.items() if key not in NAMING}
+        kwargs = {k: v for k, v in (of.args.get('model_kwargs') or {}).items() if k not in GATING}
+        return dict({key: value for key, value in of.args.items() if key not in NAMING}, model_kwargs=kwargs)
 
     ours, theirs = arguments(reference), arguments(run)
     different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]

@@ -70,7 +70,7 @@ def convert(
             EfficientNet-PyTorch's plain net, or of the authors' code.
         output: File to write, '*.safetensors'.
         model_name: Model that the file is for.
-        dtype: How to store values, a key of `DTYPES`.
+        dtype: How to store parameters, a key of `DTYPES`; the statistics of norm layers stay as they are.
         kind: What the source is of, one of `KINDS`; found out if None.
         overwrite: Replace `output` if it is there.
         **kwargs: Further arguments of the model, e.g. `pyramid_sizes`.
@@ -247,7 +247,9 @@ def _stored(
     too_large = []
     for name, tensor in weights.items():
         tensor = tensor.detach()
-        stored[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).contiguous().clone()
+        # statistics take little room, and running variances many sizes
+        keeps = not tensor.is_floating_point() or name.endswith(('.running_mean', '.running_var'))
+        stored[name] = tensor.to(tensor.dtype if keeps else dtype).contiguous().clone()
         if not stored[name].isfinite().all():
             too_large.append(f'{name} ({tensor.abs().max().item():g})')
         elif tensor.numel():

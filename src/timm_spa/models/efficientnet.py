@@ -233,7 +233,10 @@ def _cfgs(name: str) -> Dict[str, Any]:
     if name.endswith('_cifar'):
         return {f'{name}.untrained': cifar_cfg(first_conv='conv_stem', classifier='classifier')}
     base = split_gate(name)[0]
-    return warm_cfgs(name, 'mobilenetv2_100' if base == 'mobilenetv2' else base)
+    cfgs = warm_cfgs(name, 'mobilenetv2_100' if base == 'mobilenetv2' else base)
+    if name == 'spa_tf_efficientnet_lite0':
+        cfgs[f'{name}.grocery81'] = shipped_cfg(f'{name}.grocery81')
+    return cfgs
 
 
 default_cfgs = generate_default_cfgs({tag: cfg for name in NAMES for tag, cfg in _cfgs(name).items()})
