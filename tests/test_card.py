@@ -110,7 +110,8 @@ def test_card_config_cfg_and_results_agree(folder):
         own = max(float(row[3]) for row in rows)
         assert scores[0] == pytest.approx(own, abs=0.1), "the run's own evaluation may be in half precision"
     else:
-        kept, = ROOT.glob(f'train_scripts/results/*/{args["model"]}-seed{args["seed"]}/{result["dataset"]["split"]}.csv')
+        name = f'{args["model"]}-seed{args["seed"]}/{result["dataset"]["split"]}.csv'
+        kept, = (ROOT / 'train_scripts' / 'results').glob(f'*/{name}')
         own = [len(set(line.split(','))) == 1 for line in kept.read_text().splitlines()[1:]]
         assert scores[0] == pytest.approx(100 * sum(own) / len(own), abs=0.05), 'in float32'
     assert args['model'] == config['architecture']

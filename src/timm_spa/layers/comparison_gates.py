@@ -113,4 +113,4 @@ class GatherExciteConv(nn.Module):
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gates `x` by the gathered map, which is resized to it (nearest)."""
-        return x * self.gate(F.interpolate(self.gather(x), size=x.shape[-2:], mode='nearest'))
+        return x * self.gate(F.interpolate(self.gather(x), size=x.shape[-2:], mode='nearest').to(x.dtype))

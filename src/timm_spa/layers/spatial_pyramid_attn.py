@@ -25,8 +25,7 @@ def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) ->
 
 def _average_pool(x: torch.Tensor, size: int) -> torch.Tensor:
     if not torch.jit.is_scripting():
-        # torch < 2.7 does not tell an export from a compilation
-        is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+        is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # newer than torch 2.5
         if size > 1 and (torch.onnx.is_in_onnx_export() or is_exporting()):
             # exporters freeze adaptive pooling to the size of the example, matrix products hold for every size
             return _averages(x.shape[2], size, x) @ x @ _averages(x.shape[3], size, x).transpose(0, 1)
@@ -47,11 +46,12 @@ def apply_gate(x: torch.Tensor, gate: torch.Tensor, shortcut: Optional[torch.Ten
         # the same bits with less memory traffic; in NCHW, torch's resizing is the slower way to repeat columns
         size = gate.shape[2]
         gate = (gate.repeat_interleave(x.shape[3] // size, 3) if gate.is_contiguous() else
-                F.interpolate(gate, size=(size, x.shape[3]), mode='nearest'))
+                F.interpolate(gate, size=(size, x.shape[3]), mode='nearest').to(gate.dtype))
         gate, shape = gate.unsqueeze(3), (size, x.shape[2] // size)
         y = x.unflatten(2, shape)
         return (y * gate if shortcut is None else torch.addcmul(shortcut.unflatten(2, shape), y, gate)).flatten(2, 3)
-    gate = F.interpolate(gate, size=x.shape[-2:], mode='nearest')
+    # on CUDA, autocast resizes in float32: all that follows would be float32 too
+    gate = F.interpolate(gate, size=x.shape[-2:], mode='nearest').to(gate.dtype)
     return x * gate if shortcut is None else torch.addcmul(shortcut, x, gate)
 
 
