@@ -4,7 +4,6 @@ import contextlib
 import pytest
 import timm
 import torch
-from timm.utils import reparameterize_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import timm_spa  # noqa: F401
@@ -48,10 +47,3 @@ def test_half_precision_stays_half(name, grad):
         net = timm.create_model(name, device='cuda').train(grad)
         image = torch.empty(2, *net.pretrained_cfg['input_size'], device='cuda')
         assert float32_outputs(net, image, grad) == []
-
-
-@pytest.mark.parametrize('name', ['spa_resnet18', 'spa_c_resnet50', 'spa_mobilenetv2'])
-def test_fused(name):
-    with FakeTensorMode():
-        net = reparameterize_model(timm.create_model(name, device='cuda').eval(), inplace=True)
-        assert float32_outputs(net, torch.empty(2, 3, 96, 70, device='cuda'), grad=False) == []

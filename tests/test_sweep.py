@@ -171,3 +171,12 @@ def test_bad_arguments(sweep, tmp_path, args, message):
 @pytest.mark.parametrize('folder', KEPT, ids=lambda p: p.name)
 def test_the_tables_of_the_project_are_those_of_their_runs(folder):
     assert runpy.run_path(str(RESULTS))['main']([str(folder), '--check']) == 0
+
+
+@pytest.mark.parametrize('page', [
+    'README.md', 'train_scripts/results/README.md', 'train_scripts/recipes/finetune_photos.yaml'])
+def test_means_that_the_pages_state_are_those_of_a_table(page):
+    stated = re.findall(r'([\d.]+)(?: %)?(?:\*\*)? (?:±|\+-) ([\d.]*\d)', (ROOT / page).read_text())
+    tables = ' '.join((folder / 'table.md').read_text() for folder in KEPT)
+    assert stated
+    assert [pair for pair in stated if '{} ± {}'.format(*pair) not in tables] == []
