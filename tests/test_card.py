@@ -244,6 +244,50 @@ def test_evidence():
         assert fact in body
 
 
+HARM = 'x<script>alert(1)</script> | y\n# heading\n```\nimport os'
+
+
+def test_text_of_others_is_no_markup():
+    args = dict(ARGS, opt=HARM, sched=HARM, lr='0.1', val_split=HARM, amp=True, amp_dtype=HARM)
+    record = dict(
+        model=MODEL, seed=42, seconds=3, command=f'train --a {HARM}', hardware=HARM, python=HARM, versions={'timm': HARM})
+    facts = dict(dataset=dict(name=HARM, note=HARM, split=HARM), accuracy=dict(top1=1.0))
+    run = Run(args=args, record=record, facts=facts, summary=summary(20.0))
+    _, body = parts(str(make_card(MODEL, 'o/n', run, config=config_of(MODEL))))
+    text = re.sub(r'```.*?```', '', body, flags=re.DOTALL)
+    assert '&lt;script&gt;' in text
+    assert '<script' not in text
+    assert '\n# heading' not in body
+    assert body.count('```') == str(make_card(MODEL, 'o/n', Run(args=ARGS), config=config_of(MODEL))).count('```') + 2
+    table = [line for line in text.splitlines() if line.startswith('| ')]
+    assert all(len(re.findall(r'(?<!\\)\|', line)) == 3 for line in table)
+
+
+@pytest.mark.parametrize('count', [2, 4, 5, 6])
+def test_the_best_five_of_few_classes(count):
+    config = copy.deepcopy(config_of(MODEL))
+    config['num_classes'] = config['pretrained_cfg']['num_classes'] = count
+    run = Run(args=dict(ARGS, num_classes=count), summary=summary(20.0), facts=dict(dataset=DATASET, epoch=0))
+    assert ('top-5' in str(make_card(MODEL, 'o/n', run, config=config)).lower()) == (count > 5)
+
+
+@pytest.mark.parametrize(('args', 'start', 'hub'), [
+    (dict(model='spa_resnet18.warm_a2_in1k', pretrained=True), 'spa_resnet18.warm_a2_in1k', 'timm/resnet18.a2_in1k'),
+    (dict(model='spa_tf_efficientnet_lite0.grocery81', pretrained=True), 'spa_tf_efficientnet_lite0.grocery81', None),
+    (dict(model='gated', model_kwargs=dict(base='resnet18.a3_in1k'), pretrained=True), 'resnet18.a3_in1k',
+     'timm/resnet18.a3_in1k'),
+    (dict(model='spa_resnet18'), None, None),
+])
+def test_what_the_training_started_from(args, start, hub):
+    name = args['model'].partition('.')[0]
+    config = config_of('spa_resnet18' if name == 'gated' else name)
+    if name == 'gated':
+        config = dict(config, architecture='gated', model_args=args['model_kwargs'])
+    metadata, body = parts(str(make_card(f'{name}.x', 'o/n', Run(args=args), config=config)))
+    assert metadata.get('base_model') == hub
+    assert (f'start: the weights of `{start}`' in body) == (start is not None)
+
+
 def changed(config, **kwargs):
     config = copy.deepcopy(config)
     config['pretrained_cfg'].update(kwargs)
@@ -260,7 +304,7 @@ def changed(config, **kwargs):
     (Run(args=dict(ARGS, num_classes=100)), {}, 'number of classes is 10 by config.json, 100 by args.yaml'),
     (Run(args=dict(ARGS, initial_checkpoint='x.pth')), {}, 'base_model'),
     (Run(facts=dict(widget=[dict(src='https://x/y.jpg', picture='y.jpg')])), {}, 'needs the weights'),
-    (Run(), dict(config=changed(config_of(MODEL), license=None)), 'names no license'),
+    (Run(), dict(config=changed(config_of(MODEL), license=None)), 'Nobody but you can choose the licence'),
 ])
 def test_facts_that_are_missing_or_contradict(run, options, message):
     with pytest.raises(CardError, match=message):
@@ -356,6 +400,8 @@ def test_the_card_is_made_again_from_a_dry_run(tag, tmp_path, capsys):
     shutil.copy(weights_of(folder), run / 'best.safetensors')
     for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml'):
         shutil.copy(folder / name, run)
+    with open(run / 'card.yaml', 'a') as f:
+        f.write('license: mit\n')
     out = tmp_path / 'out'
     named = ['--model', f'spa_mobilenetv2_cifar.{tag}']
     assert timm_spa_cli.main(['publish', str(run / 'best.safetensors'), *named, '--dry-run', str(out)]) == 0

@@ -3,9 +3,11 @@ import argparse
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import struct
+from collections import OrderedDict
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -21,6 +23,8 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 import timm_spa
 import timm_spa_cli
+from timm_spa.hub.card import CardError
+from timm_spa.hub.checkpoint import read_weights
 from timm_spa.hub.publish import PublishError, publish, write_repository
 
 NAME = 'spa_mobilenetv2_cifar.tmm_tin200'
@@ -98,6 +102,7 @@ def test_a_checkpoint_of_timms_training(tmp_path, capsys):
     (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump(vars(args)))
     (tmp_path / 'run' / 'run.json').write_text(json.dumps(dict(
         command='python -m timm_spa.run train --data-dir=/home/someone/tin --config "recipes/a.yaml"')))
+    (tmp_path / 'run' / 'card.yaml').write_text('license: cc-by-4.0')
 
     assert timm_spa_cli.main([
         'publish', str(tmp_path / 'run' / 'model_best.pth.tar'), '--model', 'spa_mobilenetv2_cifar.mine_in1k',
@@ -119,6 +124,7 @@ def test_a_checkpoint_of_timms_training(tmp_path, capsys):
     cfg = loaded.pretrained_cfg
     assert (cfg['input_size'], cfg['crop_pct'], cfg['interpolation']) == ((3, 40, 40), 0.9, 'bicubic')
     assert cfg['tag'] == 'mine_in1k'
+    assert cfg['license'] == 'cc-by-4.0'
     with safetensors.safe_open(published / 'model.safetensors', framework='pt') as f:
         assert f.metadata()['epoch'] == '3'
 
@@ -190,6 +196,10 @@ BAD_WEIGHTS = {
 }
 WHOLE = SHIPPED.read_bytes()
 BAD_FILES = {
+    'model.safetensors.index.json': (b'{"metadata": {}, "weight_map": {"a": "b.safetensors"}}', 'index of weights'),
+    'old.pkl': (pickle.dumps({'a': [1.5]}, protocol=0), 'is a pickle'),
+    'ordered.pkl': (pickle.dumps(OrderedDict(a=1), protocol=0), 'is a pickle'),
+    'newer.pkl': (pickle.dumps({'a': [1.5]}, protocol=4), 'is a pickle'),
     'empty.pth.tar': (b'', 'it is empty'),
     'empty.safetensors': (b'', 'it is empty'),
     'page.pth.tar': (b'\n<!DOCTYPE html><html>404</html>', 'a web page'),
@@ -208,6 +218,7 @@ def refused(hub, checkpoint, message, capsys, name=NAME):
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.count('\n') == 1, 'one line'
+    assert 'weights_only' not in error, 'advice to run what the file says'
     assert not hub.requests, 'nothing has left the machine'
 
 
@@ -238,6 +249,74 @@ def test_more_files_that_are_not_weights(hub, owner, tmp_path, capsys):
     refused(hub, tmp_path / 'no.pth', r'no.pth holds no weights: .*\(epoch\)', capsys)
     for name in ('spa_mobilenetv2_cifar', 'spa_mobile.mine', ''):
         refused(hub, SHIPPED, f'{name!r} names no weights', capsys, name=name)
+
+
+@pytest.mark.parametrize('name', ['args.yaml', 'summary.csv', 'run.json', 'card.yaml', 'best.safetensors'])
+@pytest.mark.parametrize('kind', ['pipe', 'large', 'bomb', 'merge bomb', 'deep', 'endless'])
+def test_files_that_would_take_for_ever(hub, owner, tmp_path, capsys, name, kind):
+    if kind in ('bomb', 'merge bomb', 'endless') and not name.endswith('.yaml'):
+        pytest.skip('only YAML knows names')
+    if (name, kind) == ('best.safetensors', 'large'):
+        pytest.skip('weights may be large')
+    shutil.copy(SHIPPED, tmp_path / 'best.safetensors')
+    (tmp_path / name).unlink(missing_ok=True)
+    levels = range(1, 40)
+    text = {
+        'large': 'a: ' + 'x' * 20_000_000,
+        'bomb': 'a0: &a0 [x]\n' + ''.join(f'a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n' for i in levels),
+        'merge bomb': 'a0: &a0 {x: 1}\n' + ''.join(f'a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n' for i in levels),
+        'deep': '[' * 100_000, 'endless': 'a: &a [*a]'}
+    if kind == 'pipe':
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_text(text[kind])
+    refused(hub, tmp_path / 'best.safetensors', name, capsys)
+
+
+@pytest.mark.parametrize('key', ['model', 'model_ema', 'state_dict', 'state_dict_ema'])
+def test_the_names_that_training_scripts_give_to_weights(key, tmp_path):
+    state = safetensors.torch.load_file(SHIPPED)
+    torch.save({'model': 'spa_mobilenetv2_cifar', 'epoch': 3, key: state}, tmp_path / 'a.pth')
+    weights = read_weights(tmp_path / 'a.pth')
+    assert weights.used == key
+    assert weights.epoch == 3
+    assert set(weights.state_dict) == set(state)
+
+
+@pytest.mark.parametrize(('file', 'field', 'value'), [
+    ('args.yaml', 'args.yaml: opt_kwargs: key', dict(opt_kwargs=dict(key='hf_abcdefghijklmnopqrstuvwxyz'))),
+    ('args.yaml', 'args.yaml: data_dir', dict(data_dir='https://me:secret@example.org/data')),
+    ('run.json', 'run.json: command', dict(command='HF_TOKEN=hf_abcdefghijklmnopqrst accelerate launch')),
+    ('run.json', 'run.json: command', dict(command=f'train --wandb {OWNER}')),
+    ('card.yaml', 'card.yaml: commands', dict(commands=['git clone https://x:ghp_aaaaaaaaaaaaaaaaaaaaaaaa@host/a'])),
+])
+def test_tokens_and_passwords_are_not_published(hub, owner, tmp_path, capsys, file, field, value):
+    shutil.copy(SHIPPED, tmp_path / 'best.safetensors')
+    (tmp_path / file).write_text(json.dumps(value))  # which is YAML too
+    arguments = [str(tmp_path / 'best.safetensors'), '--model', NAME]
+    for how in (['--repo', REPO], ['--dry-run', str(tmp_path / 'out')]):
+        assert timm_spa_cli.main(['publish', *arguments, *how]) == 1
+        error = capsys.readouterr().err
+        assert f'{field} has what looks like a token' in error
+        assert 'secret' not in error
+        assert 'hf_' not in error
+    assert not hub.requests
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_password_of_the_endpoint_is_not_printed(owner, monkeypatch, weights):
+    monkeypatch.setattr(constants, 'ENDPOINT', 'http://me:secret@127.0.0.1:9')
+    with pytest.raises(PublishError, match=r'http://\*\*\*@127.0.0.1:9 does not answer') as e:
+        publish(weights, NAME, REPO)
+    assert 'secret' not in str(e.value)
+
+
+@pytest.mark.parametrize('repo', ["a/b');import os#", 'a/b/c', 'a', 'a b/c', '', 'ä/b'])
+def test_names_of_repositories_are_checked_in_a_dry_run_too(repo, tmp_path, capsys):
+    arguments = ['publish', str(SHIPPED), '--model', NAME, '--repo', repo, '--dry-run', str(tmp_path / 'out')]
+    assert timm_spa_cli.main(arguments) == 1
+    assert 'A repository is organization/name' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
 
 
 def test_publish_and_publish_again(hub, owner, weights, folder, capsys):
@@ -360,7 +439,7 @@ def test_no_network(hub, owner, weights, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(PublishError, match='HF_HUB_OFFLINE is set'):
         publish(weights, NAME, REPO)
-    with pytest.raises(PublishError, match="organization/name, and 'name'"):
+    with pytest.raises(CardError, match="organization/name, and 'name'"):
         publish(weights, NAME, 'name')
 
 

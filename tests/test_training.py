@@ -223,7 +223,7 @@ def test_class_names_travel(train_here, data, capsys):
         ['predict', picture, *named, '--checkpoint', str(checkpoint), '--num-classes', '2', '--json']) == 0
     assert {c['name'] for c in json.loads(capsys.readouterr().out)[0]['classes']} == {'dark', 'light'}
 
-    (folder / 'card.yaml').write_text('dataset: {name: two greys}\n')
+    (folder / 'card.yaml').write_text('dataset: {name: two greys}\nlicense: mit\n')
     out = train_here.output / 'out'
     assert timm_spa_cli.main(
         ['publish', str(checkpoint), '--model', 'spa_mobilenetv2_cifar.mine', '--dry-run', str(out)]) == 0

@@ -2,6 +2,8 @@
 import copy
 import hashlib
 import json
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,11 @@ def change_config(folder, **changes):
     config = json.loads((folder / 'config.json').read_text())
     config.update(changes)
     (folder / 'config.json').write_text(json.dumps(config))
+
+
+def change_cfg(folder, **changes):
+    config = json.loads((folder / 'config.json').read_text())
+    change_config(folder, pretrained_cfg={**config['pretrained_cfg'], **changes})
 
 
 def change_weights(folder, metadata=METADATA, **changes):
@@ -144,9 +151,9 @@ FAULTS = [
     (lambda folder: change_config(folder, label_names=['a', 'b']), '2 label_names for 3 classes'),
     (lambda folder: change_config(folder, model_args=dict(num_classes=3)), 'num_classes in model_args'),
     (lambda folder: change_config(folder, model_args=dict(pyramid_sizes=[0])), 'cannot be created'),
-    (lambda folder: change_config(folder, pretrained_cfg={}), 'does not set hf_hub_filename'),
+    (lambda folder: change_cfg(folder, hf_hub_filename=None), 'does not set hf_hub_filename'),
     (lambda folder: (folder / 'config.json').write_text('{'), 'config.json cannot be read'),
-    (lambda folder: (folder / 'config.json').write_text('{}'), "lacks a key: KeyError: 'architecture'"),
+    (lambda folder: (folder / 'config.json').write_text('{}'), 'lacks architecture, num_classes, pretrained_cfg'),
     (lambda folder: (folder / 'README.md').unlink(), 'no README.md'),
     (lambda folder: (folder / 'README.md').write_text('# text'), 'README.md lacks metadata'),
     (lambda folder: (folder / 'README.md').write_text('---\nlicense: mit\n---\n'), 'lacks library_name, pipeline_tag'),
@@ -159,6 +166,66 @@ def test_a_fault_is_named(folder, fault, line, capsys):
     assert timm_spa_cli.main(['verify', str(folder)]) == 1
     problems = [text for text in capsys.readouterr().out.splitlines() if text.startswith('problem: ')]
     assert any(line in problem for problem in problems), problems
+
+
+SIZES = ([3, 20000, 20000], [3, 32], [3, 32, -1], [3, 32.5, 32], [3, 'a', 32], [True, 32, 32], '3x32x32', None, {}, 7)
+HOSTILE = [
+    *(dict(architecture=value) for value in (7, None, ['spa_resnet18'], {}, '../x', 'resnet18.a1_in1k')),
+    *(dict(num_classes=value) for value in (0, -1, 2.5, '3', None, True, 10 ** 12)),
+    *(dict(num_features=value) for value in ('1280', [1280])), dict(global_pool=['avg']),
+    *(dict(label_names=value) for value in ('abc', [1, 2, 3], [None] * 3, {'a': 0}, [['a'], ['b'], ['c']])),
+    *(dict(label_descriptions=value) for value in (['a'], {'bird': 1}, 'x')),
+    *(dict(model_args=value) for value in (
+        [], 'x', dict(pretrained=True), dict(checkpoint_path='/etc/hostname'), dict(pretrained_cfg=dict(file='/etc/x')),
+        dict(pretrained_cfg_overlay=dict(url='http://127.0.0.1:9/x')), dict(features_only=True), dict(meow=1),
+        dict(cache_dir='/tmp/x'))),
+    *(dict(cfg=value) for value in ([], 'x', None, 3)),
+    *(dict(cfg=dict(input_size=value)) for value in SIZES),
+    *(dict(cfg={key: value}) for key in ('mean', 'std') for value in (
+        None, 0.5, [0.5] * 2, ['a'] * 3, [None] * 3, [float('nan')] * 3, [float('inf')] * 3)),
+    dict(cfg=dict(std=[0.0, 1.0, 1.0])), dict(cfg=dict(std=[-1.0] * 3)),
+    *(dict(cfg=dict(crop_pct=value)) for value in (0, -1, 'x', None, float('nan'), 1e9, [1.0])),
+    *(dict(cfg=dict(interpolation=value)) for value in ('x', None, 3, ['bilinear'])),
+    *(dict(cfg=dict(crop_mode=value)) for value in ('x', 3)), *(dict(cfg=dict(tag=value)) for value in (3, ['x'])),
+    *(dict(cfg=dict(url=value)) for value in ('http://127.0.0.1:9/x',)), dict(cfg=dict(file='/etc/hostname')),
+    dict(cfg=dict(hf_hub_id='org/other')), dict(cfg=dict(state_dict={'a': 1})), dict(cfg=dict(custom_load=True)),
+    dict(cfg=dict(source='url')), dict(cfg=dict(meow=1)), dict(cfg=dict(classifier=3)), dict(cfg=dict(first_conv=[3])),
+    dict(cfg=dict(num_classes='3')), dict(cfg=dict(test_input_size=[3, 99999, 99999])),
+]
+
+
+@pytest.mark.parametrize('change', HOSTILE, ids=str)
+def test_a_config_that_asks_for_harm_or_nonsense(folder, change, monkeypatch, capsys):
+    """It is a problem that is named, nothing is raised, and nothing is fetched or opened for it."""
+    def refuse(*args, **kwargs):
+        raise AssertionError(f'a file asked for {args}')
+
+    monkeypatch.setattr(socket, 'socket', refuse)
+    monkeypatch.setattr(torch, 'load', refuse)
+    if isinstance(change.get('cfg'), dict):
+        change_cfg(folder, **change['cfg'])
+    else:
+        change_config(folder, **({'pretrained_cfg': change['cfg']} if 'cfg' in change else change))
+    report = verify(folder)
+    assert report.problems
+    assert 'cannot be used' not in report.problems[0], 'found out by looking, not by an accident'
+    assert all('asked for' not in problem and len(problem) < 700 for problem in report.problems), report.problems
+
+
+@pytest.mark.parametrize('text', ['[]', '"x"', '3', 'null', '[' * 100_000, '{"a": ' * 50_000, ' ' * 3_000_000, '\xff'])
+def test_a_config_that_is_none(folder, text):
+    (folder / 'config.json').write_bytes(text.encode('latin-1'))
+    (problem,) = verify(folder).problems
+    assert problem.startswith('config.json')
+
+
+def test_files_that_are_pipes(folder):
+    for name in ('config.json', 'README.md', 'model.safetensors'):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    problems = '\n'.join(verify(folder).problems)
+    assert 'config.json' in problems
+    assert 'README.md' in problems
 
 
 def test_several_faults_are_several_lines(folder):
@@ -194,10 +261,11 @@ def test_a_repository_of_the_hub(hub, folder):
 def test_what_is_published_is_sound(hub, tmp_path, trained, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', OWNER)
     torch.save(trained, tmp_path / 'weights.pth')
+    (tmp_path / 'card.yaml').write_text('license: mit')
     publish(tmp_path / 'weights.pth', f'{NAME}.test', 'org/name', num_classes=3)
     report = verify('org/name')
     assert report.problems == []
-    assert 'one forward pass' in report.checked[-1]
+    assert 'a photograph classified' in report.checked[-1]
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'README.md'])

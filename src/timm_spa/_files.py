@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole or not at all."""
+"""Files that are written as a whole or not at all, and read only if they are what they should be."""
 import contextlib
 import os
 import shutil
@@ -9,11 +9,42 @@ from safetensors import SafetensorError
 
 from ._errors import TimmSpaError
 
-__all__ = ['WriteError', 'replacing']
+__all__ = ['ReadError', 'WriteError', 'read_text', 'replacing']
+
+LARGEST_TEXT = 2_000_000  # bytes: what a run writes has some thousand
 
 
 class WriteError(TimmSpaError, OSError):
     """A file could not be written; the message names it and the cause."""
+
+
+class ReadError(TimmSpaError, OSError):
+    """A file could not be read as text; the message names it and the cause."""
+
+
+def read_text(path: Union[str, Path]) -> str:
+    """Reads a small text file in UTF-8, with a byte order mark or without.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ReadError: It is missing, no regular file (a pipe would be waited for), larger than such files are, or no text.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise ReadError(f'{path} cannot be read: it is no regular file.')
+        if path.stat().st_size > LARGEST_TEXT:
+            raise ReadError(f'{path} cannot be read: {path.stat().st_size:,} bytes are no file of this kind.')
+        return path.read_text(encoding='utf-8-sig')
+    except (OSError, UnicodeDecodeError) as e:
+        if isinstance(e, ReadError):
+            raise
+        raise ReadError(f'{path} cannot be read: {getattr(e, "strerror", None) or e}.') from e
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Dict, List, Union
 
 from ._errors import TimmSpaError
-from ._files import replacing
+from ._files import ReadError, read_text, replacing
 
 __all__ = ['CLASSES_FILE', 'SummaryError', 'read_classes', 'read_summary', 'write_summary']
 
@@ -35,9 +35,9 @@ def read_summary(path: Union[str, Path]) -> List[Dict[str, float]]:
     rows: Dict[int, Dict[str, float]] = {}
     header: List[str] = []
     try:
-        lines = list(csv.reader(Path(path).read_text(encoding='utf-8-sig').splitlines()))
-    except (OSError, UnicodeDecodeError) as e:
-        raise SummaryError(f'{path} cannot be read: {e}') from e
+        lines = list(csv.reader(read_text(path).splitlines()))
+    except (ReadError, csv.Error) as e:
+        raise SummaryError(str(e) if isinstance(e, ReadError) else f'{path} cannot be read: {e}.') from e
     for number, cells in enumerate(lines, start=1):
         if cells[:1] == ['epoch']:
             header = cells
@@ -86,6 +86,9 @@ def read_classes(folder: Union[str, Path]) -> List[str]:
 
     Returns:
         The names, in the order of the model's outputs; empty if they were not recorded.
+
+    Raises:
+        ReadError: The file cannot be read.
     """
     path = Path(folder) / CLASSES_FILE
-    return path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
+    return read_text(path).splitlines() if path.exists() else []

@@ -2,7 +2,9 @@
 # Two nodes of eight GPUs under SLURM: one task a node, whose launcher starts the node's eight processes.
 #
 #   sbatch train_scripts/accelerate/slurm_2x8.sh --config train_scripts/recipes/a2_imagenet.yaml \
-#       --data-dir IMAGENET --model spa_resnet50 --output RUNS --experiment spa_resnet50_a2
+#       --batch-size 128 --data-dir IMAGENET --model spa_resnet50 --output RUNS --experiment spa_resnet50_a2
+#
+# The batch size is that of one process, and the recipe's that of each of eight: half of it keeps the global batch.
 #
 # A job that is requeued goes on from its last checkpoint, if --output and --experiment name its folder.
 #SBATCH --nodes=2

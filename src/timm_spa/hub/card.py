@@ -17,7 +17,7 @@ from ..profile import count_cost
 from .comparison import comparison_table, read_results
 from .run_record import Run
 
-__all__ = ['CardError', 'card_of_folder', 'make_card']
+__all__ = ['CardError', 'card_of_folder', 'check_repository_name', 'make_card']
 
 TEMPLATE = Path(__file__).with_name('card_template.md')
 # data sets that a tag names: the Hub's id and the name
@@ -62,19 +62,23 @@ def make_card(
     """
     run = run or Run()
     facts = run.facts
+    check_repository_name(repo_id)
     _check_agreement(model_name, config, run)
     row = run.row(_agreed_epoch(run, weights, epoch))
     dataset = _dataset(model_name, run)
-    scores = _scores(run, row)
+    scores = _scores(run, row, config['num_classes'])
     if scores and 'name' not in dataset:
         raise CardError(
             f'The accuracy {scores} is of an unnamed data set. Name it in card.yaml beside the checkpoint: '
             '"dataset: {name: ..., id: its id on the Hub, if it has one}".')
     cfg = config['pretrained_cfg']
-    if not cfg.get('license'):
-        raise CardError(f'The configuration of {model_name} names no license, and a card must.')
+    licence = facts.get('license') or cfg.get('license')
+    if not licence:
+        raise CardError(
+            f'Nobody but you can choose the licence of {model_name}, and a card must name it. Say in card.yaml beside '
+            'the checkpoint: "license: apache-2.0", or another identifier of the Hub.')
     data = ModelCardData(
-        license=cfg['license'],
+        license=licence,
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_spa'],
@@ -110,7 +114,7 @@ def make_card(
         training=facts.get('training', '').strip(),
         evidence=_evidence(run, alone=not comparison),
         comparison=comparison,
-        evaluation=_evaluation(run, row, dataset.get('split')),
+        evaluation=_evaluation(run, row, dataset.get('split'), scores),
         limits=_limits(config, dataset, facts),
     )
 
@@ -158,8 +162,8 @@ def _source(model_name: str, repo_id: Optional[str]) -> str:
 def _check_agreement(model_name: str, config: Mapping[str, Any], run: Run) -> None:
     architecture = model_name.partition('.')[0]
     claims = {
-        'architecture': [('config.json', config.get('architecture')), ('args.yaml', run.args.get('model')),
-                         ('run.json', run.record.get('model')), ('the name', architecture)],
+        'architecture': [('config.json', config.get('architecture')), ('args.yaml', _untagged(run.args.get('model'))),
+                         ('run.json', _untagged(run.record.get('model'))), ('the name', architecture)],
         'number of classes': [('config.json', config.get('num_classes')), ('args.yaml', run.args.get('num_classes'))],
         'seed': [('args.yaml', run.args.get('seed')), ('run.json', run.record.get('seed'))],
     }
@@ -169,6 +173,10 @@ def _check_agreement(model_name: str, config: Mapping[str, Any], run: Run) -> No
             raise CardError(f'The {what} is ' + ', '.join(f'{value} by {source}' for source, value in said) + '.')
     if not timm.is_model(architecture):
         raise CardError(f'There is no model {architecture!r} to make a card of.')
+
+
+def _untagged(name: Optional[str]) -> Optional[str]:
+    return None if name is None else str(name).partition('.')[0]
 
 
 def _metadata(weights: Optional[Union[str, Path]]) -> Dict[str, str]:
@@ -195,17 +203,19 @@ def _dataset(model_name: str, run: Run) -> Dict[str, str]:
     if loaded.startswith('hfds/'):
         dataset_id = loaded.removeprefix('hfds/')
     found = dict(id=dataset_id, name=name or dataset_id, split=run.args.get('val_split'))
-    return {k: v for k, v in dict(found, **run.facts.get('dataset', {})).items() if v is not None}
+    found.update(run.facts.get('dataset', {}))
+    return {k: ' '.join(str(v).split()) for k, v in found.items() if v is not None}
 
 
-def _scores(run: Run, row: Optional[Mapping[str, float]]) -> Dict[int, float]:
+def _scores(run: Run, row: Optional[Mapping[str, float]], num_classes: int) -> Dict[int, float]:
     """Returns the accuracy by k: what was measured on the published file, else that of the run's own evaluation."""
+    ks = (1, 5) if num_classes > 5 else (1,)  # the best five of five are always right
     measured = run.facts.get('accuracy') or {}
     if measured:
         if 'top1' not in measured:
             raise CardError("'accuracy' in card.yaml lacks 'top1'.")
-        return {k: measured[f'top{k}'] for k in (1, 5) if f'top{k}' in measured}
-    return {k: round(row[f'eval_top{k}'], 3) for k in (1, 5) if f'eval_top{k}' in row} if row else {}
+        return {k: measured[f'top{k}'] for k in ks if f'top{k}' in measured}
+    return {k: round(row[f'eval_top{k}'], 3) for k in ks if f'eval_top{k}' in row} if row else {}
 
 
 def _base_model(config: Mapping[str, Any], run: Run) -> Optional[str]:
@@ -216,10 +226,17 @@ def _base_model(config: Mapping[str, Any], run: Run) -> Optional[str]:
             raise CardError(
                 f'Training started from a file (args.yaml has {option} {run.args[option]!r}). Say in card.yaml whose '
                 'weights these are, "base_model: organization/name", or "base_model: \'\'" if they are not on the Hub.')
-    cfg = timm.get_pretrained_cfg(config['architecture'])
-    if run.args.get('pretrained') and cfg and cfg.hf_hub_id:
-        return cfg.hf_hub_id.partition('@')[0]
-    return None
+    start = _start(run)
+    cfg = timm.get_pretrained_cfg(start) if start else None
+    return cfg.hf_hub_id.partition('@')[0] if cfg and cfg.hf_hub_id else None
+
+
+def _start(run: Run) -> Optional[str]:
+    """Returns the name of the weights that training started from, if a name says them."""
+    name = str(run.args.get('model') or '')
+    if name == 'gated':
+        name = str((run.args.get('model_kwargs') or {}).get('base') or '')
+    return name if name and run.args.get('pretrained') and not run.args.get('pretrained_path') else None
 
 
 def _widget(
@@ -250,9 +267,9 @@ def _description(config: Mapping[str, Any], scores: Mapping[int, float], dataset
     text = (model_entrypoint(config['architecture']).__doc__ or '').strip()
     if not scores:
         return text
-    split = f', split "{dataset["split"]}"' if 'split' in dataset else ''
+    split = f', split "{_plain(dataset["split"])}"' if 'split' in dataset else ''
     said = ', '.join(f'top-{k} {value} %' for k, value in scores.items())
-    return f'{text}\n\n{said[0].upper()}{said[1:]} on {dataset["name"]}{split}.'
+    return f'{text}\n\n{said[0].upper()}{said[1:]} on {_plain(dataset["name"])}{split}.'
 
 
 def _details(
@@ -285,7 +302,7 @@ def _details(
         known = f' (`{dataset["id"]}`)' if 'id' in dataset else ''
         rows.append(('data set', ', '.join(filter(None, (dataset['name'] + known, dataset.get('note'))))))
     rows.append(('original', cfg.get('origin_url')))
-    return [(name, value) for name, value in rows if value]
+    return [(name, _plain(value)) for name, value in rows if value]
 
 
 def _shapes(config: Mapping[str, Any]) -> Dict[str, Any]:
@@ -316,9 +333,12 @@ def _recipe(run: Run) -> List[str]:
     for key, name in (
             ('momentum', 'momentum'), ('lr', 'learning rate'), ('weight_decay', 'weight decay'),
             ('batch_size', 'batch size of a process')):
-        if args.get(key) is not None:
-            words.append(f'{name} {args[key]:g}')
+        value = args.get(key)
+        if value is not None:
+            words.append(f'{name} {value:g}' if isinstance(value, (int, float)) else f'{name} {value}')
     lines = [', '.join(words)] if words else []
+    if _start(run):
+        lines.append(f'start: the weights of `{_start(run)}`')
     if run.summary:
         schedule = f', schedule `{args["sched"]}`' if args.get('sched') else ''
         epochs = int(run.summary[-1]['epoch']) + 1
@@ -331,7 +351,8 @@ def _recipe(run: Run) -> List[str]:
         if args.get(key) and (key != 'model_ema_decay' or args.get('model_ema'))]
     if args.get('amp'):
         extras.append(f'mixed precision {args.get("amp_dtype") or "float16"}')
-    return [*lines, *([', '.join(extras)] if extras else []), 'all arguments: `args.yaml`; every epoch: `summary.csv`']
+    lines += [', '.join(extras)] if extras else []
+    return [*map(_plain, lines), 'all arguments: `args.yaml`; every epoch: `summary.csv`']
 
 
 def _evidence(run: Run, alone: bool) -> List[str]:
@@ -348,22 +369,27 @@ def _evidence(run: Run, alone: bool) -> List[str]:
     if seed is not None:
         unknown = ': no spread is known, and nothing here compares attention with its absence' if alone else ''
         lines.append(f'one run, seed {seed}{unknown}')
-    return lines
+    return [_plain(line) for line in lines]
 
 
-def _evaluation(run: Run, row: Optional[Mapping[str, float]], split: Optional[str]) -> str:
+def _evaluation(
+        run: Run,
+        row: Optional[Mapping[str, float]],
+        split: Optional[str],
+        scores: Mapping[int, float],
+) -> str:
     measured = run.facts.get('accuracy') or {}
     lines = []
     if measured.get('command'):
-        said = ', '.join(f'top-{k} {measured[f"top{k}"]} %' for k in (1, 5) if f'top{k}' in measured)
+        said = ', '.join(f'top-{k} {value} %' for k, value in scores.items())
         lines.append(f'```bash\n{_wrapped(measured["command"])}\n```')
         lines.append(f'prints {said}.')
     if measured.get('note'):
         lines.append(measured['note'].strip())
     if row:
-        said = ', '.join(f'top-{k} {round(row[f"eval_top{k}"], 3)} %' for k in (1, 5) if f'eval_top{k}' in row)
+        said = ', '.join(f'top-{k} {round(row[f"eval_top{k}"], 3)} %' for k in scores if f'eval_top{k}' in row)
         own = run.args.get('val_split')
-        on = f' on split "{own}"' if own and own != split else ''
+        on = f' on split "{_plain(str(own))}"' if own and own != split else ''
         text = f"The run's own evaluation{on} after epoch {int(row['epoch']) + 1} of {len(run.summary)}: {said}."
         best = max(r['eval_top1'] for r in run.summary)
         if not on and row['eval_top1'] == best and len(run.summary) > 1:
@@ -387,6 +413,25 @@ def _paragraphs(*texts: Optional[str]) -> str:
     return '\n\n'.join(text.strip() for text in texts if text)
 
 
+def _plain(text: str) -> str:
+    """Returns a line of text as Markdown shows it, with nothing in it that is markup of a page or of a table."""
+    text = ' '.join(text.split()).replace('```', '').replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
+    return text.replace('|', '\\|')
+
+
+def check_repository_name(repo_id: Optional[str]) -> None:
+    """Checks that a name can stand in the code of a card.
+
+    Args:
+        repo_id: Repository, 'organization/name', or None.
+
+    Raises:
+        CardError: It is no name of a repository.
+    """
+    if repo_id is not None and not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id, re.ASCII):
+        raise CardError(f'A repository is organization/name, and {repo_id!r} is not.')
+
+
 def _listed(value: Optional[str]) -> List[str]:
     return [value] if value else []
 
@@ -403,6 +448,7 @@ def _link(paper: str) -> str:
 def _wrapped(command: str, width: int = 110) -> str:
     """Breaks a command between its words, never inside quotes or between an option and its values."""
     pieces: List[str] = []
+    command = command.replace('```', '')  # would end the block that it stands in
     for word in re.findall(r'''(?:[^\s'"]|'[^']*'|"[^"]*")+''', command):
         if pieces and pieces[-1].startswith('-') and not word.startswith('-'):
             pieces[-1] += f' {word}'

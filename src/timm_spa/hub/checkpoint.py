@@ -21,7 +21,7 @@ from ..models._pretrained import misfits, shortened
 __all__ = ['CheckpointError', 'Weights', 'check_weights', 'read_checkpoint', 'read_weights']
 
 # what is taken of a training checkpoint, the best first
-_STATE_KEYS = ('state_dict_ema', 'state_dict')
+_STATE_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
 
 class CheckpointError(TimmSpaError, ValueError):
@@ -34,8 +34,8 @@ class Weights:
 
     Attributes:
         state_dict: Tensors by name.
-        used: Where they stood in the file: 'state_dict_ema' (averaged over training steps), 'state_dict', or '' for a
-            file of nothing but tensors.
+        used: Where they stood in the file: 'state_dict_ema' or 'model_ema' (averaged over training steps),
+            'state_dict', 'model', or '' for a file of nothing but tensors.
         sha256: Digest of the file; for a published one that of the file that it was made from.
         arch: Name of the trained model, if the file has it.
         epoch: Epoch that they are of, if the file has it.
@@ -65,6 +65,8 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
     try:
         if not os.path.lexists(path):
             raise CheckpointError(f'{path} does not exist.')
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError(f'{path} cannot be read as weights: it is no regular file.')
         head = _head(path)
         if _is_safetensors(path, head):
             return safetensors.torch.load_file(path)
@@ -94,11 +96,11 @@ def read_weights(path: Union[str, Path]) -> Weights:
         CheckpointError: The file cannot be read as weights.
     """
     content = read_checkpoint(path)
-    used = next((key for key in _STATE_KEYS if content.get(key)), '')
+    used = next((key for key in _STATE_KEYS if isinstance(content.get(key), Mapping) and content[key]), '')
     state_dict = content[used] if used else content
     if not isinstance(state_dict, Mapping) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
         raise CheckpointError(
-            f'{path} holds no weights: neither {" nor ".join(_STATE_KEYS)} is in it, and its entries '
+            f'{path} holds no weights: none of {", ".join(_STATE_KEYS)} is in it, and its entries '
             f'({shortened([str(k) for k in content])}) are not all tensors.')
     if not state_dict:
         raise CheckpointError(f'{path} holds no weights: it is readable, and has no entry.')
@@ -187,11 +189,14 @@ def _what_it_is(path: Path, error: Exception) -> str:
         return (
             f'it is a truncated safetensors file, {missing} bytes are missing. Copy or download it again.' if missing
             else f'it has the name of a safetensors file, and is none ({error}).')
+    if head.lstrip().startswith(b'{') and b'"weight_map"' in path.read_bytes()[:10_000_000]:
+        return 'it is the index of weights in several files. Join the files that it names to one, and name that.'
     blocked = re.search(r'GLOBAL ([\w.]+)', str(error))
-    if blocked:
+    if blocked or re.match(rb'c[\w.]+\n\w|\((?:[dil]p?\d*\n?|c[\w.]+\n)|[\]}]\.?$|[\x80][\x01-\x05]', head):
+        wants = f' that wants {blocked[1]} when it is read in full' if blocked else ''
         return (
-            f'it is a pickle that wants {blocked[1]} when it is read in full, which may run any code and is refused. '
-            'Whoever wrote it can save its tensors alone, as a safetensors file.')
+            f'it is a pickle{wants}, which may run any code and is refused. Whoever wrote it can save its tensors '
+            'alone, as a safetensors file.')
     if head.startswith(b'PK') and not zipfile.is_zipfile(path):
         return 'it is a truncated file of torch.save. Copy or download it again.'
     return (

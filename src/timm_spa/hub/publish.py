@@ -13,7 +13,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 from timm.models import get_pretrained_cfg
@@ -22,10 +22,10 @@ from timm.models._hub import save_config_for_hf
 from .. import __version__
 from .._errors import TimmSpaError
 from .._files import replacing
-from ..models._hub_file import PROBE_TIMEOUT
+from ..models._hub_file import PROBE_TIMEOUT, endpoint, without_password
 from ..models._pretrained import WEIGHTS_FILENAME
 from ..training_log import write_summary
-from .card import make_card
+from .card import check_repository_name, make_card
 from .checkpoint import Weights, check_weights, read_weights
 from .run_record import Run
 
@@ -36,6 +36,10 @@ CARD = 'README.md'
 OWN_FILES = ('run.json', 'card.yaml')  # stay here: the card says what is in them
 RUN_FILES = ('args.yaml', 'summary.csv')
 HTTP_LIBRARIES = ('httpx', 'requests')  # that huggingface_hub used so far
+# tokens of the Hub, of GitHub and of clouds; a password in an address
+SECRETS = re.compile(
+    r'\b(?:hf_[A-Za-z0-9]{16,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|sk-[\w-]{20,})'
+    r'|://[^/\s:@]*:[^/\s:@]+@')
 # arguments of timm's train.py that pictures must be prepared with as in training
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
 
@@ -88,16 +92,18 @@ def write_repository(
 
     Raises:
         CheckpointError: The file cannot be read, or its weights do not fit the model or are not finite.
-        PublishError: The name of the model is none.
+        PublishError: The name of the model is none, or a file beside the checkpoint has a token or a password in it.
         CardError: A card cannot be made of what is known.
         RunError: A file beside the checkpoint does not hold what it should.
         SummaryError: The metrics beside the checkpoint are no table.
     """
     folder, checkpoint = Path(folder), Path(checkpoint)
     weights = read_weights(checkpoint)
+    check_repository_name(repo_id)
     run = Run.read(checkpoint.parent)
+    _refuse_secrets(dataclasses.replace(run, args=run.args or weights.args))
     run, notes = _without_private_paths(dataclasses.replace(run, args=run.args or weights.args))
-    model = _named_model(model_name, run.args, num_classes, run.classes)
+    model = _named_model(model_name, run, num_classes)
     check_weights(weights.state_dict, model, checkpoint)
     notes.insert(0, f'Weights: {weights.used or "all tensors"} of {checkpoint}' + (
         f', epoch {weights.epoch}.' if weights.epoch is not None else '.'))
@@ -163,8 +169,7 @@ def publish(
         CheckpointError: As for `write_repository`, and also its other errors; nothing has left the machine then.
     """
     repo_id = repo_id or f'{HUB_ORG}/{model_name}'
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
-        raise PublishError(f'A repository is organization/name, and {repo_id!r} is not.')
+    check_repository_name(repo_id)
     if create_pr and tag:
         raise PublishError('A tag names a commit, and a pull request has none before it is merged. Leave one out.')
     with tempfile.TemporaryDirectory() as temporary:
@@ -249,11 +254,11 @@ def _cause(error: Exception, repo_id: str) -> str:
         chain.append(chain[-1].__cause__)
     known = (e for e in chain if hasattr(e, 'response') or type(e).__module__.startswith(HTTP_LIBRARIES))
     origin = next(known, error)
-    message = f'{type(origin).__name__}: {" ".join(str(origin).split()).rstrip(".")}'
+    message = without_password(f'{type(origin).__name__}: {" ".join(str(origin).split()).rstrip(".")}')
     status = getattr(getattr(origin, 'response', None), 'status_code', None)
     if status is None:
         unanswered = type(origin).__module__.startswith(HTTP_LIBRARIES)
-        return f'{constants.ENDPOINT} does not answer ({message}).' if unanswered else f'{message}.'
+        return f'{endpoint()} does not answer ({message}).' if unanswered else f'{message}.'
     return {
         401: f'The Hub does not accept the token of this machine for {repo_id}: `hf auth login` sets another.',
         403: f'The token of this machine has no right to write to {repo_id}: ask its owner, or use one that has.',
@@ -262,10 +267,11 @@ def _cause(error: Exception, repo_id: str) -> str:
     }.get(status, f'The Hub answered with status {status} ({message}).')
 
 
-def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[int], classes: List[str]) -> Any:
+def _named_model(model_name: str, run: Run, num_classes: Optional[int]) -> Any:
     """Creates the model as it was trained, with the preprocessing of the training in its configuration."""
+    args = run.args
     architecture, _, tag = model_name.partition('.')
-    if not timm.is_model(architecture) or not tag:
+    if not timm.is_model(architecture) or not re.fullmatch(r'[\w.-]+', tag, re.ASCII):
         raise PublishError(
             f'{model_name!r} names no weights: that is architecture.tag, e.g. spa_resnet50.tmm_in1k, the tag saying '
             'how it was trained and on what. `timm-spa list` has the architectures.')
@@ -277,7 +283,7 @@ def _named_model(model_name: str, args: Dict[str, Any], num_classes: Optional[in
     if not registered:  # the default configuration is that of other weights
         overlay.update(
             tag=tag, hf_hub_id=None, hf_hub_filename=None, url=None, file=None, description=None, notes=None,
-            label_names=classes or None, label_descriptions=None)
+            label_names=run.classes or None, label_descriptions=None, license=run.facts.get('license'))
     channels = args.get('in_chans') or get_pretrained_cfg(architecture).input_size[0]
     size = args.get('img_size')
     if args.get('input_size') or size:
@@ -323,6 +329,26 @@ def _write_config(path: Path, model: Any) -> Dict[str, Any]:
         config['pretrained_cfg'].pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     return config
+
+
+def _refuse_secrets(run: Run) -> None:
+    """Raises an error that names the field in which something looks like a token or a password."""
+    own = get_token()
+
+    def look(value: Any, field: str) -> None:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                look(part, f'{field}: {key}')
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                look(part, field)
+        elif isinstance(value, str) and (SECRETS.search(value) or (own and own in value)):
+            raise PublishError(
+                f'{field} has what looks like a token or a password in it, which would be published. Take it out of '
+                'the file, and withdraw it if others could see it.')
+
+    for name, content in (('args.yaml', run.args), ('run.json', run.record), ('card.yaml', run.facts)):
+        look(content, name)
 
 
 def _without_private_paths(run: Run) -> Tuple[Run, List[str]]:

@@ -7,9 +7,12 @@ from typing import Any, Dict, List, Optional, Union
 import yaml
 
 from .._errors import TimmSpaError
+from .._files import ReadError, read_text
 from ..training_log import read_classes, read_summary
 
-__all__ = ['FACTS', 'Run', 'RunError']
+__all__ = ['FACTS', 'Run', 'RunError', 'load_yaml']
+
+LARGEST_DOCUMENT = 100_000  # values
 
 # keys of card.yaml, and of the mappings in it
 FACTS: Dict[str, Any] = dict(
@@ -18,6 +21,7 @@ FACTS: Dict[str, Any] = dict(
     accuracy=('top1', 'top5', 'command', 'note'),
     epoch=int,
     base_model=str,
+    license=str,
     commands=list,
     training=str,
     limits=str,
@@ -42,8 +46,8 @@ class Run:
             'about' (a paragraph below the title), 'dataset' (with 'name', its Hub 'id', 'type', 'split' that the
             accuracy is of, 'note'), 'accuracy' (measured on the published file: 'top1', 'top5', the 'command' that
             prints it, 'note'), 'epoch' (the one in summary.csv that the weights are of), 'base_model' (its Hub id),
-            'commands' (if the one of run.json is not all), 'training' and 'limits' (paragraphs), 'widget' (a list of a
-            picture's address 'src' and its file 'picture').
+            'license' (of the weights, which nobody else can choose), 'commands' (if the one of run.json is not all),
+            'training' and 'limits' (paragraphs), 'widget' (a list of a picture's address 'src' and its file 'picture').
         classes: `classes.txt`, the names of the classes in the order of the model's outputs.
         folder: Where these were read; files that `facts` names are relative to it.
     """
@@ -72,7 +76,7 @@ class Run:
         summary = folder / 'summary.csv'
         return cls(
             args=_read_mapping(folder / 'args.yaml'),
-            summary=read_summary(summary) if summary.is_file() else [],
+            summary=read_summary(summary) if summary.exists() else [],
             record=_read_mapping(folder / 'run.json'),
             facts=_checked_facts(folder / 'card.yaml'),
             classes=read_classes(folder),
@@ -85,16 +89,59 @@ class Run:
 
 
 def _read_mapping(path: Path) -> Dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        text = path.read_text(encoding='utf-8')
-        content = json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise RunError(f'{path} cannot be read: {e}') from e
+        text = read_text(path)
+        content = json.loads(text) if path.suffix == '.json' else load_yaml(text)
+    except (ReadError, ValueError, RecursionError, yaml.YAMLError) as e:
+        cause = ' '.join(str(e).split())
+        raise RunError(cause if isinstance(e, ReadError) else f'{path} cannot be read: {cause}') from e
     if not isinstance(content, dict):
         raise RunError(f'{path} should hold names with values, and holds a {type(content).__name__}.')
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Knows no merge keys, which can grow without end."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Leaves a merge key as it is, which then is an error."""
+
+
+def load_yaml(text: str) -> Any:
+    """Reads a YAML document that may come from anywhere.
+
+    Args:
+        text: The document.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: It is larger than a description of a run, once what it repeats by a name is written out.
+        yaml.YAMLError: It is no YAML of plain values.
+    """
+    try:
+        content = yaml.load(text, _Loader)  # noqa: S506  a safe one
+        _count(content, {})
+    except RecursionError:
+        raise ValueError('it is nested too deeply.') from None
+    return content
+
+
+def _count(value: Any, counted: Dict[int, Optional[int]]) -> int:
+    """Counts the values of a document as they would be written out, those that YAML repeats by a name too."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in counted:
+        counted[id(value)] = None  # until its parts are counted
+        counted[id(value)] = 1 + sum(
+            _count(part, counted) for part in (value.values() if isinstance(value, dict) else value))
+    size = counted[id(value)]
+    if size is None or size > LARGEST_DOCUMENT:
+        raise ValueError('it repeats parts of itself without end.' if size is None else f'it holds {size:,} values.')
+    return size
 
 
 def _checked_facts(path: Path) -> Dict[str, Any]:

@@ -3,22 +3,27 @@ import dataclasses
 import json
 import re
 import zipfile
+from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 import timm
 import torch
 import yaml
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from safetensors import safe_open
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy
 
+from .._files import ReadError, read_text
+from ..models._hub_file import endpoint, without_password
 from ..models._pretrained import WEIGHTS_FILENAME, misfits, shortened
-from ..predict import for_inference
+from ..predict import for_inference, load_model, predict
 from .checkpoint import CheckpointError, read_weights
+from .config_file import config_problems
+from .run_record import load_yaml
 
 __all__ = ['Report', 'verify']
 
@@ -70,12 +75,15 @@ def verify(
         folder = _download(str(source).removeprefix('hf-hub:'), revision, report)
     if folder is None:
         return report
-    _check_files(folder, report)
-    model = _check_config(folder, report)
-    if model is not None and _check_weights(folder, model, report):
-        _check_forward(model, report)
-        if images is not None:
-            _measure(for_inference(model, device), Path(images), split, batch_size, device, report)
+    try:
+        _check_files(folder, report)
+        model = _check_config(folder, report)
+        if model is not None and _check_weights(folder, model, report):
+            _check_use(folder, model, report)
+            if images is not None:
+                _measure(for_inference(model, device), Path(images), split, batch_size, device, report)
+    except Exception as e:  # what a file may hold has no end, and a report should name it
+        report.problems.append(f'{folder} cannot be used: {type(e).__name__}: {" ".join(str(e).split())[:500]}')
     return report
 
 
@@ -92,8 +100,8 @@ def _download(repo_id: str, revision: Optional[str], report: Report) -> Optional
         wanted = [file.path for file in files if not PICKLE_NAMES.search(file.path)]
         folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted))
     except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
-        cause = ' '.join(str(e).split())
-        report.problems.append(f'{named} cannot be had from {constants.ENDPOINT}: {type(e).__name__}: {cause}')
+        cause = without_password(' '.join(str(e).split()))
+        report.problems.append(f'{named} cannot be had from {endpoint()}: {type(e).__name__}: {cause}')
         return None
     for name in (file.path for file in files if file.path not in wanted):
         report.problems.append(f'{name} has the name of a pickle, which can run code when it is opened; not downloaded')
@@ -127,9 +135,9 @@ def _check_files(folder: Path, report: Report) -> None:
         report.problems.append('there is no README.md')
         return
     try:
-        metadata = yaml.safe_load(card.read_text(encoding='utf-8').split('---\n')[1])
+        metadata = load_yaml(read_text(card).split('---\n')[1])
         missing = [key for key in ('license', 'library_name', 'pipeline_tag') if not metadata.get(key)]
-    except (IndexError, AttributeError, UnicodeDecodeError, yaml.YAMLError):
+    except (IndexError, AttributeError, ReadError, ValueError, yaml.YAMLError):
         missing = ['metadata that can be read']
     if missing:
         report.problems.append(f'README.md lacks {", ".join(missing)}')
@@ -153,22 +161,23 @@ def _check_config(folder: Path, report: Report) -> Optional[Any]:
     """Returns the model that config.json describes, in eval mode; None if it describes none."""
     report.checked.append('config.json: the model that it describes')
     try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        architecture, count, cfg = config['architecture'], config['num_classes'], config['pretrained_cfg']
-        model_args = dict(config.get('model_args') or {})
-    except (OSError, ValueError, TypeError, KeyError) as e:
-        report.problems.append(f'config.json cannot be read, or lacks a key: {type(e).__name__}: {e}')
+        config = json.loads(read_text(folder / 'config.json'))
+    except (ReadError, ValueError, RecursionError) as e:
+        report.problems.append(f'config.json cannot be read: {e}')
         return None
-    if not timm.is_model(architecture):
-        report.problems.append(f'config.json names the architecture {architecture!r}, which is none that is registered')
+    problems = config_problems(config)
+    if problems:
+        report.problems += problems
         return None
+    architecture, count, cfg = config['architecture'], config['num_classes'], config['pretrained_cfg']
+    model_args = dict(config.get('model_args') or {})
     if 'num_classes' in model_args:
         report.problems.append('config.json has num_classes in model_args too, which transformers refuses')
         del model_args['num_classes']
     if cfg.get('hf_hub_filename') != WEIGHTS_FILENAME:
         report.problems.append(
             f'config.json does not set hf_hub_filename to {WEIGHTS_FILENAME}: timm may look for a pickle')
-    if cfg.get('num_classes', count) != count:
+    if (cfg.get('num_classes') or count) != count:
         report.problems.append(f'config.json has {count} classes, and {cfg["num_classes"]} in pretrained_cfg')
     labels = config.get('label_names')
     if labels is not None and (len(labels) != count or len(set(labels)) != count):
@@ -220,7 +229,8 @@ def _check_weights(folder: Path, model: Any, report: Report) -> bool:
     return True
 
 
-def _check_forward(model: Any, report: Report) -> None:
+def _check_use(folder: Path, model: Any, report: Report) -> None:
+    """Runs the model, and loads the folder once more as a user does, to classify a photograph."""
     size = model.pretrained_cfg['input_size']
     with torch.inference_mode():
         logits = model(torch.zeros(2, *size))
@@ -229,6 +239,11 @@ def _check_forward(model: Any, report: Report) -> None:
             f'a forward pass of {tuple(size)} gave {tuple(logits.shape)}, '
             f'{int((~logits.isfinite()).sum())} values of it not finite')
     report.checked.append(f'one forward pass of {tuple(size)}: {model.num_classes} finite values a picture')
+    photograph = resources.files(__package__.partition('.')[0]) / 'images' / 'Red-Beet.jpg'
+    (answer,) = predict(load_model(f'local-dir:{folder}'), [str(photograph)])
+    if answer.error:
+        report.problems.append(f'a photograph could not be classified: {answer.error}')
+    report.checked.append('loaded by timm.create_model, a photograph classified')
 
 
 def _measure(model: Any, images: Path, split: str, batch_size: int, device: str, report: Report) -> None:

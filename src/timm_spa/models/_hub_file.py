@@ -16,7 +16,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from .._errors import TimmSpaError
 
-__all__ = ['HubWeightsError', 'locate_weights']
+__all__ = ['HubWeightsError', 'endpoint', 'locate_weights', 'without_password']
 
 _logger = logging.getLogger(__name__)
 
@@ -25,6 +25,16 @@ PROBE_TIMEOUT = 5  # seconds
 
 class HubWeightsError(TimmSpaError, RuntimeError):
     """Weights of the Hub can't be had or can't be used; the message names file, repository, cause and ways out."""
+
+
+def without_password(text: str) -> str:
+    """Masks names and passwords in the addresses of a text."""
+    return re.sub(r'://[^/\s@]*@', '://***@', text)
+
+
+def endpoint() -> str:
+    """Returns the address of the Hub, as it may be printed."""
+    return without_password(constants.ENDPOINT)
 
 
 def locate_weights(
@@ -57,11 +67,11 @@ def locate_weights(
             try:
                 path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
             except Exception as e:  # whatever the HTTP library of the day raises, and a full disk
-                problem = f'the download failed: {type(e).__name__}: {e}'
+                problem = f'the download failed: {type(e).__name__}: {without_password(str(e))}'
         if not path:
             raise HubWeightsError(
                 f'No weights: {filename} of {repo_id} is not in the cache, and {problem}. Three ways out: connect to '
-                f'{constants.ENDPOINT} (`hf auth login` first, if the repository is private); or set HF_HUB_OFFLINE=1 '
+                f'{endpoint()} (`hf auth login` first, if the repository is private); or set HF_HUB_OFFLINE=1 '
                 f'and HF_HOME to a cache that holds it (from a connected machine); or name a local file with '
                 f"timm.create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file='model.safetensors')).")
         if problem:
@@ -80,7 +90,7 @@ def _probe(repo_id: str, filename: str, revision: Optional[str]) -> Optional[str
     try:
         response = get_session().head(url, headers=build_hf_headers(), timeout=PROBE_TIMEOUT, follow_redirects=False)
     except Exception as e:  # whatever the HTTP library of the day raises, the file can't be had
-        return f'the Hub cannot be reached ({type(e).__name__}: {e})'
+        return f'the Hub cannot be reached ({type(e).__name__}: {without_password(str(e))})'
     status = response.status_code
     if status < 400:
         return None
@@ -90,7 +100,7 @@ def _probe(repo_id: str, filename: str, revision: Optional[str]) -> Optional[str
     }.get(response.headers.get('X-Error-Code', ''))
     if reason is None and status in (401, 403, 404):
         reason = 'the Hub has no such file or repository that this account may read'
-    return f'{reason or "the Hub does not serve it"} (status {status} for {url})'
+    return f'{reason or "the Hub does not serve it"} (status {status} for {without_password(url)})'
 
 
 def _damage(path: Path) -> Optional[str]:
