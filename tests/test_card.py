@@ -250,7 +250,8 @@ HARM = 'x<script>alert(1)</script> | y\n# heading\n```\nimport os'
 def test_text_of_others_is_no_markup():
     args = dict(ARGS, opt=HARM, sched=HARM, lr='0.1', val_split=HARM, amp=True, amp_dtype=HARM)
     record = dict(
-        model=MODEL, seed=42, seconds=3, command=f'train --a {HARM}', hardware=HARM, python=HARM, versions={'timm': HARM})
+        model=MODEL, seed=42, seconds=3, command=f'train --a {HARM}', hardware=HARM, python=HARM,
+        versions={'timm': HARM})
     facts = dict(dataset=dict(name=HARM, note=HARM, split=HARM), accuracy=dict(top1=1.0))
     run = Run(args=args, record=record, facts=facts, summary=summary(20.0))
     _, body = parts(str(make_card(MODEL, 'o/n', run, config=config_of(MODEL))))

@@ -1,10 +1,12 @@
 """Metrics files and the watch over training, without timm's scripts: see test_training.py for both together."""
+import argparse
 import subprocess
 import sys
 
 import pytest
 import timm.data
 import torch
+from PIL import Image
 from timm import utils
 
 from timm_spa.train_guard import TrainingError, guarded_training
@@ -110,6 +112,53 @@ def test_losses_that_are_no_numbers(tmp_path):
             meter.update(value)
         with pytest.raises(TrainingError, match='The loss was nan for 5 steps in a row'):
             meter.update(float('nan'))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A data set of twelve pictures of a size."""
+    def make(size):
+        for label in 'ab':
+            (tmp_path / label).mkdir()
+            for i in range(6):
+                Image.new('RGB', (size, size)).save(tmp_path / label / f'{i}.png')
+        return timm.data.create_dataset('', str(tmp_path))
+    return make
+
+
+def load(dataset, batch_size, **kwargs):
+    with guarded_training():
+        return timm.data.create_loader(
+            dataset, input_size=(3, 32, 32), batch_size=batch_size, use_prefetcher=False, num_workers=0,
+            persistent_workers=False, **kwargs)
+
+
+def test_pictures_that_a_step_leaves_out_are_told(pictures, caplog):
+    dataset = pictures(40)
+    told = '12 pictures make 1 steps of 8 an epoch, and 4 pictures are left out'
+    for batch_size, said in ((12, ''), (4, ''), (8, told)):
+        caplog.clear()
+        assert len(load(dataset, batch_size, is_training=True)) == 12 // batch_size
+        assert said in caplog.text
+        assert bool(said) == bool(caplog.text)
+    with pytest.raises(TrainingError, match=r'12 pictures are less than one batch of 13: .* smaller --batch-size'):
+        load(dataset, 13, is_training=True)
+    assert len(load(dataset, 13)) == 1, 'a validation leaves none out'
+
+
+@pytest.mark.parametrize(('size', 'scale', 'ratio', 'told'), [
+    (32, [0.64, 0.64], [1., 1.], True), (40, [0.64, 0.64], [1., 1.], False), (32, [0.35, 1.], [0.75, 1.33], False),
+    (32, [1., 1.], [1., 1.], False), (32, None, None, False)])
+def test_pictures_that_were_not_padded_are_told(pictures, caplog, size, scale, ratio, told):
+    load(pictures(size), 4, is_training=True, scale=scale, ratio=ratio)
+    message = 'windows of 32x32 out of pictures of 40x40, and the first picture to train on has 32x32'
+    assert (message in caplog.text) == told
+
+
+def test_no_such_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with guarded_training(), pytest.raises(TrainingError, match=r'finds no CUDA device. Try --device cpu'):
+        utils.init_distributed_device(argparse.Namespace(device='cuda'))
 
 
 def saver(folder, model):

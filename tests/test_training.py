@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 import timm_spa_cli
@@ -208,6 +209,24 @@ def test_data_that_cannot_be_read(train_here, tmp_path, folder, cause):
     message = errors.splitlines()[-1]
     assert str(tmp_path / folder) in message
     assert cause in message
+
+
+def test_a_warm_start_without_a_network(train_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    code, errors = train_here('--pretrained', model='spa_resnet18')
+    assert code == 1
+    assert 'Traceback' not in errors
+    message = errors.splitlines()[-1]
+    assert message.startswith('timm_spa.run: No weights: ')
+    assert message.endswith('Here that is --pretrained-path FILE.')
+
+
+def test_no_gpu(train_here):
+    code, errors = train_here('--device', 'cuda')
+    assert code == (not torch.cuda.is_available())
+    assert 'Traceback' not in errors
+    assert 'Try --device cpu' in errors or not code
 
 
 def test_class_names_travel(train_here, data, capsys):

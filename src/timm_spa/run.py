@@ -134,7 +134,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: Name of the script and its arguments; those of the process if None.
 
     Returns:
-        Exit code: 2 if the script could not be had, 1 if training could not go on (see `train_guard`). What the
+        Exit code: 2 if the script could not be had, 1 if it could not go on (see `train_guard`). What the
         script raises otherwise, `SystemExit` included, passes through.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -149,13 +149,16 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 2
     import timm_spa  # noqa: F401  registers the models before the script asks for one
 
-    from .train_guard import TrainingError, guarded_training
+    from .models._hub_file import HubWeightsError
+    from .train_guard import guarded_training
     sys.argv = [str(script), *rest]
     try:
         with guarded_training() if argv[0] == 'train' else nullcontext():
             runpy.run_path(str(script), run_name='__main__')
-    except TrainingError as e:
-        print(f'timm_spa.run: {e}', file=sys.stderr)
+    except TimmSpaError as e:
+        file = dict(train='--pretrained-path', validate='--checkpoint', inference='--checkpoint').get(argv[0])
+        here = f' Here that is {file} FILE.' if file and isinstance(e, HubWeightsError) else ''
+        print(f'timm_spa.run: {e}{here}', file=sys.stderr)
         return 1
     return 0
 

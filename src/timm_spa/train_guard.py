@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Iterator, List
 
 import timm.data
+import torch
+from PIL import Image
 from timm import utils
 
 from ._errors import TimmSpaError
@@ -121,7 +123,46 @@ def _create_dataset(name: str, root: Any = None, split: str = 'validation', **kw
     return dataset
 
 
+def _create_loader(dataset: Any, input_size: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get('is_training') and hasattr(dataset, '__len__'):
+        steps, left = divmod(len(dataset), batch_size)
+        if not steps:
+            raise TrainingError(
+                f'{len(dataset)} pictures are less than one batch of {batch_size}: there would be no step. Set a '
+                'smaller --batch-size.')
+        if left > len(dataset) / 20:
+            _logger.warning(
+                f'{len(dataset)} pictures make {steps} steps of {batch_size} an epoch, and {left} pictures are left '
+                'out of each epoch. A smaller --batch-size uses more of them.')
+        _check_padding(dataset, input_size, kwargs.get('scale'), kwargs.get('ratio'))
+    return _timm_create_loader(dataset, input_size, batch_size, *args, **kwargs)
+
+
+def _check_padding(dataset: Any, input_size: Any, scale: Any, ratio: Any) -> None:
+    """Warns if crops of one size, which are windows of padded pictures, would be made of other pictures."""
+    if not (scale and ratio and len({*scale}) == len({*ratio}) == 1 and scale[0] < 1 and hasattr(dataset, 'reader')):
+        return
+    wanted = round(input_size[-1] / math.sqrt(scale[0]))
+    file, _ = dataset.reader[0]
+    with file, Image.open(file) as image:
+        size = image.size
+    if size != (wanted, wanted):
+        _logger.warning(
+            f'The recipe takes windows of {input_size[-1]}x{input_size[-1]} out of pictures of {wanted}x{wanted}, and '
+            f'the first picture to train on has {size[0]}x{size[1]}: what is cut out will be resized. Pad the pictures '
+            'first (train_scripts/prepare_data.py pad).')
+
+
+def _init_distributed_device(args: Any) -> Any:
+    if str(args.device).startswith('cuda') and not torch.cuda.is_available():
+        raise TrainingError(
+            f'--device {args.device}: torch {torch.__version__} finds no CUDA device. Try --device cpu.')
+    return _timm_init_distributed_device(args)
+
+
 _timm_create_dataset = timm.data.create_dataset
+_timm_create_loader = timm.data.create_loader
+_timm_init_distributed_device = utils.init_distributed_device
 _class_names: List[str] = []  # of the data set to train on, in the order of the model's outputs
 
 
@@ -130,12 +171,14 @@ def guarded_training() -> Iterator[None]:
     """Puts the checks of this module where timm's train.py finds them, until the block ends.
 
     Raises:
-        TrainingError: The loss or the weights are not finite, a checkpoint or the metrics cannot be written, or the
-            data cannot be opened. Checkpoints of earlier epochs are left as they were.
+        TrainingError: The loss or the weights are not finite, a checkpoint or the metrics cannot be written, the data
+            cannot be opened or make no step, or there is no such device. Checkpoints of earlier epochs are left as
+            they were.
     """
     replaced = [
         (utils, 'AverageMeter', _AverageMeter), (utils, 'CheckpointSaver', _CheckpointSaver),
-        (utils, 'update_summary', _update_summary), (timm.data, 'create_dataset', _create_dataset)]
+        (utils, 'update_summary', _update_summary), (utils, 'init_distributed_device', _init_distributed_device),
+        (timm.data, 'create_dataset', _create_dataset), (timm.data, 'create_loader', _create_loader)]
     originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, ours in replaced:
         setattr(module, name, ours)
