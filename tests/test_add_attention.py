@@ -284,7 +284,7 @@ class TestTools:
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if name in ('resnet18', 'ghostnet_100') else pytest.mark.slow) for name in KINDS])
+    pytest.param(name, marks=() if name == 'resnet18' else pytest.mark.slow) for name in KINDS])
 def test_compiled_in_one_graph_and_exported(name):
     model = trained(name)
     torch._dynamo.reset()

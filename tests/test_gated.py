@@ -109,7 +109,7 @@ def test_published_and_verified(tmp_path, capsys):
     torch.save({'state_dict': model.state_dict(), 'arch': 'gated', 'epoch': 0}, tmp_path / 'run' / 'model_best.pth.tar')
     (tmp_path / 'run' / 'args.yaml').write_text(
         'model: gated\nnum_classes: 1000\nmodel_kwargs: {base: resnet18, pyramid_sizes: [1, 2]}\nimg_size: 64\n')
-    (tmp_path / 'run' / 'card.yaml').write_text('dataset: {name: none}\n')
+    (tmp_path / 'run' / 'card.yaml').write_text('dataset: {name: none}\nlicense: mit\n')
     out = tmp_path / 'out'
     command = ['publish', str(tmp_path / 'run' / 'model_best.pth.tar'), '--model', 'gated.mine', '--dry-run', str(out)]
     assert timm_spa_cli.main(command) == 0, capsys.readouterr()

@@ -227,11 +227,19 @@ def test_faults_of_a_download(published, shipped, fault, cause, load):
     assert f'model.safetensors of {REPO}' in message
     assert 'pytorch_model.bin' not in message
     published.heal()
-    if 'flip' in fault:
-        delete_named_file(message)
-    else:
-        assert not cached(), 'half a file is visible'
+    assert not cached(), 'half a file, or a damaged one, is visible'
     assert torch.equal(load(), shipped)
+
+
+def test_damage_on_the_way_where_there_are_no_links(published, shipped, monkeypatch):
+    """As on Windows: the name of the file in the cache does not tell its digest."""
+    monkeypatch.setattr('huggingface_hub.file_download.are_symlinks_supported', lambda cache_dir=None: False)
+    published.fail('GET', CONTENT, flip=True)
+    with pytest.raises(HubWeightsError, match='its bytes changed on the way'):
+        answer()
+    published.heal()
+    assert torch.equal(answer(), shipped)
+    assert not cached()[0].is_symlink()
 
 
 def test_a_passing_fault_is_no_failure(published, shipped):
@@ -249,7 +257,6 @@ def delete_named_file(message):
 @pytest.mark.parametrize(('damage', 'cause'), [
     (lambda content: content[:len(content) // 2], 'truncated'),
     (lambda content: b'', 'truncated'),
-    (lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], 'its bytes changed'),
 ])
 @pytest.mark.parametrize('load', [answer, by_name])
 def test_a_damaged_cache(published, shipped, monkeypatch, damage, cause, load):

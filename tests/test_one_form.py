@@ -189,7 +189,7 @@ QUICK = ('spa_c_resnet18',)  # to export by the newer ways, which take long for 
 
 @pytest.mark.parametrize(('name', 'dynamo'), [
     *(pytest.param(name, False, marks=() if name in ONNX[2:8] else pytest.mark.slow) for name in ONNX),
-    *(pytest.param(name, True, marks=() if name in QUICK else pytest.mark.slow) for name in ONNX)])
+    *(pytest.param(name, True, marks=pytest.mark.slow) for name in ONNX)])
 @torch.no_grad()
 def test_onnx_agrees_at_every_batch_and_size(name, dynamo, tmp_path):
     """Also where the pyramid's sizes divide no side of a map, and where they divide that of the example."""

@@ -1,5 +1,7 @@
 """The preparation of data: exact pixels, broken images, interrupted work."""
+import contextlib
 import hashlib
+import importlib
 import io
 import pickle
 import subprocess
@@ -16,10 +18,19 @@ from timm.data import create_dataset, create_transform
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / 'train_scripts' / 'prepare_data.py'
+sys.path.append(str(SCRIPT.parent))
+prepare_data = importlib.import_module('prepare_data')
 
 
-def prepare(*args, **kwargs):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, **kwargs)
+def prepare(*args):
+    """Runs the script in this process, which saves the imports."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = prepare_data.main([*map(str, args)])
+        except SystemExit as e:
+            code = e.code
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -128,8 +139,9 @@ def test_two_pictures_of_one_name(pictures):
     (['classes', '.', 'out'], 1, 'holds no folder with images'),
     (['cifar100', '.', 'out'], 1, 'cifar-100-python.tar.gz does not exist'),
 ])
-def test_bad_arguments(args, code, message, tmp_path):
-    done = prepare(*args, cwd=tmp_path)
+def test_bad_arguments(args, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = prepare(*args)
     assert done.returncode == code
     assert message in done.stderr
     assert not (tmp_path / 'out').exists()

@@ -1,11 +1,15 @@
 """Recipes and launch configurations by name, from a checkout and from a wheel."""
+import json
+import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import timm_spa_cli
 from timm_spa import run
@@ -45,13 +49,60 @@ def test_a_recipe_by_name(arguments, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_a_wheel_has_them(tmp_path):
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '-w', tmp_path, ROOT], check=True)
-    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as wheel:
-        wheel.extractall(tmp_path / 'installed')
+def test_a_source_distribution_is_the_whole_project(tmp_path):
+    """What git knows, so that its tests pass where it was unpacked."""
+    if not (ROOT / '.git').exists():
+        pytest.skip('needs a checkout of git')
+    known = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    subprocess.run(
+        [sys.executable, '-m', 'build', '--sdist', '--outdir', tmp_path, ROOT], check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive:
+        packed = {name.partition('/')[2] for name in archive.getnames()}
+    assert [name for name in known.split('\0') if name not in packed] == []
+
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    """Environment variables by which Python finds the package of a wheel, and not that of the checkout."""
+    folder = tmp_path_factory.mktemp('wheel')
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '-w', folder, ROOT], check=True)
+    with zipfile.ZipFile(next(folder.glob('*.whl'))) as wheel:
+        wheel.extractall(folder / 'installed')
+    return dict(os.environ, PYTHONPATH=str(folder / 'installed'))
+
+
+@pytest.mark.slow
+def test_a_wheel_has_them(installed):
     code = 'import timm_spa._shipped as s; print(s.__file__, *s.shipped_files())'
-    environment = {'PYTHONPATH': str(tmp_path / 'installed')}
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=installed)
     file, *names = done.stdout.split()
-    assert Path(file).is_relative_to(tmp_path)
+    assert Path(file).is_relative_to(installed['PYTHONPATH'])
     assert set(names) == set(shipped_files())
+
+
+@pytest.mark.slow
+def test_from_an_image_folder_to_names_by_the_wheel(installed, timm_scripts, tmp_path):
+    """Training, publishing and prediction as after `pip install`, in a folder without a checkout."""
+    for split in ('train', 'validation'):
+        for label, colour in (('dusk', 40), ('noon', 220)):
+            (tmp_path / 'data' / split / label).mkdir(parents=True)
+            for i in range(8):
+                picture = Image.new('RGB', (40, 40), (colour, colour, 100 + i))
+                picture.save(tmp_path / 'data' / split / label / f'{i}.png')
+
+    def call(*command):
+        done = subprocess.run(
+            [sys.executable, '-m', *command], cwd=tmp_path, env=installed, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    call('timm_spa.run', 'train', '--timm-scripts', str(timm_scripts), '--config', 'recipe:tmm_small_image', '--model',
+         'spa_mobilenetv2_cifar', '--num-classes', '2', '--data-dir', 'data', '--val-split', 'validation', '--device',
+         'cpu', '--workers', '0', '--batch-size', '8', '--epochs', '2', '--output', 'runs', '--experiment', 'first')
+    (tmp_path / 'runs' / 'first' / 'card.yaml').write_text('dataset: {name: two greys}\nlicense: cc0-1.0\n')
+    named = ['--model', 'spa_mobilenetv2_cifar.greys']
+    call('timm_spa', 'publish', 'runs/first/last.pth.tar', *named, '--dry-run', 'out')
+    assert 'No problem found' in call('timm_spa', 'verify', 'out')
+    picture = 'data/validation/noon/0.png'
+    (entry,) = json.loads(call('timm_spa', 'predict', picture, '--model', 'local-dir:out', '--json'))
+    assert {c['name'] for c in entry['classes']} == {'dusk', 'noon'}

@@ -51,7 +51,7 @@ def test_a_warm_start_for_every_tag_of_timm():
             continue
         plain = {'mobilenetv2': 'mobilenetv2_100'}.get(split_gate(name)[0], split_gate(name)[0])
         tags = {tag.partition('.')[2] for tag in timm.list_pretrained(f'{plain}.*')}
-        assert {f'{name}.warm_{tag}' for tag in tags} == {*timm.list_pretrained(f'{name}.*')}
+        assert {f'{name}.warm_{tag}' for tag in tags} == {*timm.list_pretrained(f'{name}.warm_*')}
         assert not tags or timm.get_pretrained_cfg(name).tag.startswith('warm_')
     assert not timm.list_pretrained('mobilenetv2_075.*')
 

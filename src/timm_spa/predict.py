@@ -1,24 +1,38 @@
 """Classes of pictures, by any model that timm can create."""
 import dataclasses
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import timm
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from timm.data import (
+    ImageNetInfo,
+    create_dataset,
+    create_loader,
+    create_transform,
+    resolve_data_config,
+    resolve_model_data_config,
+)
 from timm.utils import reparameterize_model
 
 from ._errors import TimmSpaError
 from .hub.checkpoint import check_weights, read_weights
+from .models._pretrained import shortened
 from .training_log import read_classes
 
-__all__ = ['ModelError', 'Prediction', 'class_names', 'for_inference', 'load_model', 'predict']
+__all__ = [
+    'ModelError', 'PictureError', 'Prediction', 'class_names', 'for_inference', 'labelled_batches', 'load_model',
+    'picture_reader', 'predict']
 
 
 class ModelError(TimmSpaError, RuntimeError):
     """A model could not be loaded; the message names it."""
+
+
+class PictureError(TimmSpaError, OSError):
+    """A picture, or a folder of them, cannot be used; the message names it and says why."""
 
 
 @dataclasses.dataclass
@@ -120,6 +134,66 @@ def _pictures(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
         yield from found or [path]
 
 
+def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tensor]:
+    """Makes a function that reads a picture as a model wants it.
+
+    Args:
+        model: A timm model.
+
+    Returns:
+        A function of a file, which returns the picture (C, H, W), upright, cropped, resized and normalized. It raises
+        PictureError if the file cannot be read.
+    """
+    config = resolve_model_data_config(model)
+    is_grey = getattr(model, 'in_chans', 3) == 1
+    if is_grey:  # with one mean and deviation, as timm has for the weights of the first convolution
+        config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
+    transform: Any = create_transform(**config, is_training=False)
+
+    def read(path: Union[str, Path]) -> torch.Tensor:
+        try:
+            with Image.open(path) as image:
+                return transform(ImageOps.exif_transpose(image).convert('L' if is_grey else 'RGB'))
+        except Exception as e:  # whatever a decoder raises for a broken file
+            raise PictureError(f'{type(e).__name__}: {e}' if not isinstance(e, OSError) else str(e)) from e
+
+    return read
+
+
+def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_size: int) -> Tuple[Any, int]:
+    """Opens an image folder whose folders are named after the classes of a model.
+
+    Args:
+        model: A timm model; the names are the labels of its configuration, or any of the right number if it has none.
+        images: Image folder, a folder for each class.
+        split: Subfolder of `images`, if there is one of this name.
+        batch_size: Pictures at a time.
+
+    Returns:
+        An iterable of pictures (N, C, H, W) and their classes, and the number of pictures.
+
+    Raises:
+        PictureError: There is no such folder, or it is of other classes.
+    """
+    cfg = model.pretrained_cfg
+    labels = cfg.get('label_names')
+    class_map = {label: i for i, label in enumerate(labels)} if labels else None
+    try:
+        dataset: Any = create_dataset('', root=str(images), split=split, class_map=class_map)
+    except Exception as e:  # timm's folder readers raise several kinds
+        raise PictureError(f'{images} cannot be read as an image folder: {e}') from e
+    found = {p.name for p in Path(dataset.reader.root).iterdir() if p.is_dir()}
+    known = set(class_map or dataset.reader.class_to_idx)
+    if class_map and not found <= known or not class_map and len(known) != model.num_classes:
+        odd = shortened(sorted(found - known)) if class_map else f'{len(known)} folders'
+        raise PictureError(f'{images} is of other classes than the {model.num_classes} of the model: {odd}')
+    config = resolve_data_config(pretrained_cfg=cfg)
+    return create_loader(
+        dataset, input_size=config['input_size'], batch_size=batch_size, use_prefetcher=False, num_workers=0,
+        persistent_workers=False, mean=config['mean'], std=config['std'], interpolation=config['interpolation'],
+        crop_pct=config['crop_pct'], crop_mode=config['crop_mode']), len(dataset)
+
+
 def predict(model: nn.Module, paths: Iterable[Union[str, Path]], top_k: int = 5) -> Iterator[Prediction]:
     """Classifies pictures one after another.
 
@@ -131,19 +205,13 @@ def predict(model: nn.Module, paths: Iterable[Union[str, Path]], top_k: int = 5)
     Yields:
         A prediction for each picture, in order; one that can't be read carries the error.
     """
-    config = resolve_model_data_config(model)
-    is_grey = getattr(model, 'in_chans', 3) == 1
-    if is_grey:  # with one mean and deviation, as timm has for the weights of the first convolution
-        config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
-    transform = create_transform(**config, is_training=False)
-    names = class_names(model)
+    read, names = picture_reader(model), class_names(model)
     device = next(model.parameters()).device
     for path in _pictures(paths):
         try:
-            with Image.open(path) as image:
-                pixels = transform(ImageOps.exif_transpose(image).convert('L' if is_grey else 'RGB'))
-        except Exception as e:  # whatever a decoder raises for a broken file
-            yield Prediction(str(path), error=f'{type(e).__name__}: {e}' if not isinstance(e, OSError) else str(e))
+            pixels = read(path)
+        except PictureError as e:
+            yield Prediction(str(path), error=str(e))
             continue
         with torch.inference_mode():
             probabilities = model(pixels.unsqueeze(0).to(device)).float().softmax(1)[0].cpu()

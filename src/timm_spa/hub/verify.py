@@ -14,13 +14,12 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from safetensors import safe_open
-from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import AverageMeter, accuracy
 
 from .._files import ReadError, read_text
 from ..models._hub_file import endpoint, without_password
 from ..models._pretrained import WEIGHTS_FILENAME, misfits, shortened
-from ..predict import for_inference, load_model, predict
+from ..predict import PictureError, for_inference, labelled_batches, load_model, predict
 from .checkpoint import CheckpointError, read_weights
 from .config_file import config_problems
 from .run_record import load_yaml
@@ -248,25 +247,11 @@ def _check_use(folder: Path, model: Any, report: Report) -> None:
 
 def _measure(model: Any, images: Path, split: str, batch_size: int, device: str, report: Report) -> None:
     """Measures the accuracy; the folders' names are matched with the labels of the configuration, if it has any."""
-    cfg = model.pretrained_cfg
-    labels = cfg.get('label_names')
-    class_map = {label: i for i, label in enumerate(labels)} if labels else None
     try:
-        dataset = create_dataset('', root=str(images), split=split, class_map=class_map)
-    except Exception as e:  # timm's folder readers raise several kinds
-        report.problems.append(f'{images} cannot be read as an image folder: {e}')
+        loader, count = labelled_batches(model, images, split, batch_size)
+    except PictureError as e:
+        report.problems.append(str(e))
         return
-    found = {p.name for p in Path(dataset.reader.root).iterdir() if p.is_dir()}
-    known = set(class_map or dataset.reader.class_to_idx)
-    if class_map and not found <= known or not class_map and len(known) != model.num_classes:
-        odd = shortened(sorted(found - known)) if class_map else f'{len(known)} folders'
-        report.problems.append(f'{images} is of other classes than the {model.num_classes} of the model: {odd}')
-        return
-    config = resolve_data_config(pretrained_cfg=cfg)
-    loader = create_loader(
-        dataset, input_size=config['input_size'], batch_size=batch_size, use_prefetcher=False, num_workers=0,
-        persistent_workers=False, mean=config['mean'], std=config['std'], interpolation=config['interpolation'],
-        crop_pct=config['crop_pct'], crop_mode=config['crop_mode'], device=torch.device(device))
     ranks = (1, min(5, model.num_classes))
     meters = [AverageMeter(), AverageMeter()]
     with torch.inference_mode():
@@ -276,4 +261,4 @@ def _measure(model: Any, images: Path, split: str, batch_size: int, device: str,
                 meter.update(value.item(), len(target))
     report.accuracy = {k: round(meter.avg, 3) for k, meter in zip(ranks, meters, strict=True)}
     said = ', '.join(f'top-{k} {value:.3f} %' for k, value in report.accuracy.items())
-    report.checked.append(f'{len(dataset)} pictures of {images}: {said}')
+    report.checked.append(f'{count} pictures of {images}: {said}')

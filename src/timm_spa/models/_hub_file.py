@@ -7,11 +7,11 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Optional, Union
+from typing import Optional, Tuple, Union
 
 import safetensors
-from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.utils import build_hf_headers, get_session
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from .._errors import TimmSpaError
@@ -56,13 +56,14 @@ def locate_weights(
 
     Raises:
         HubWeightsError: The file is not cached, and offline mode is on, the Hub can't be reached, or it has no such
-            file; or the file is damaged.
+            file; or the file is truncated, or not what the Hub says once it is downloaded.
     """
     cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
     path = cached if isinstance(cached, str) else ''
     is_commit = re.fullmatch(r'[0-9a-f]{40}', revision or '')  # which never changes: no need to ask
     if not (path and is_commit):
-        problem = 'HF_HUB_OFFLINE is set' if constants.HF_HUB_OFFLINE else _probe(repo_id, filename, revision)
+        digest, problem = ('', 'HF_HUB_OFFLINE is set') if constants.HF_HUB_OFFLINE else _ask(
+            hf_hub_url(repo_id, filename, revision=revision), revision)
         if problem is None:
             try:
                 path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
@@ -76,46 +77,40 @@ def locate_weights(
                 f"timm.create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file='model.safetensors')).")
         if problem:
             _logger.info(f'Using the cached {filename} of {repo_id}: {problem}.')
-    damage = _damage(Path(path))
-    if damage:
+        elif path != cached and re.fullmatch(r'[0-9a-f]{64}', digest) and _sha256(path) != digest:
+            os.unlink(os.path.realpath(path))  # or it would be taken for the right one from now on
+            raise HubWeightsError(
+                f'Damaged weights: {filename} of {repo_id} is not what was published: its bytes changed on the way '
+                f'(the Hub says SHA-256 {digest}). It is deleted; load it again.')
+    try:
+        with safetensors.safe_open(path, framework='pt'):
+            pass
+    except Exception as e:  # safetensors has its own error, and hands on those of the file system
         raise HubWeightsError(
-            f'Damaged weights: {filename} of {repo_id} is not what was published: {damage}. Delete '
-            f'{os.path.realpath(path)} and load it again with a connection to the Hub.')
+            f'Damaged weights: {filename} of {repo_id} is not what was published: it is truncated or no safetensors '
+            f'file ({e}). Delete {os.path.realpath(path)} and load it again with a connection to the Hub.') from e
     return path
 
 
-def _probe(repo_id: str, filename: str, revision: Optional[str]) -> Optional[str]:
-    """Asks once for the file's head, and returns what stands in the way of a download, if anything does."""
-    url = hf_hub_url(repo_id, filename, revision=revision)
+def _ask(url: str, revision: Optional[str]) -> Tuple[str, Optional[str]]:
+    """Asks once for a file's head; returns its digest, and what stands in the way of a download, if anything does."""
     try:
-        response = get_session().head(url, headers=build_hf_headers(), timeout=PROBE_TIMEOUT, follow_redirects=False)
-    except Exception as e:  # whatever the HTTP library of the day raises, the file can't be had
-        return f'the Hub cannot be reached ({type(e).__name__}: {without_password(str(e))})'
-    status = response.status_code
-    if status < 400:
-        return None
-    reason = {
-        'EntryNotFound': 'the repository has no such file',
-        'RevisionNotFound': f'the repository has no revision {revision!r}',
-    }.get(response.headers.get('X-Error-Code', ''))
-    if reason is None and status in (401, 403, 404):
-        reason = 'the Hub has no such file or repository that this account may read'
-    return f'{reason or "the Hub does not serve it"} (status {status} for {without_password(url)})'
+        return get_hf_file_metadata(url, timeout=PROBE_TIMEOUT).etag or '', None
+    except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
+        status = getattr(getattr(e, 'response', None), 'status_code', None)
+        if status is None:
+            return '', f'the Hub cannot be reached ({type(e).__name__}: {without_password(str(e))})'
+        if isinstance(e, RevisionNotFoundError):
+            reason = f'the repository has no revision {revision!r}'
+        elif isinstance(e, EntryNotFoundError):
+            reason = 'the repository has no such file'
+        elif status in (401, 403, 404):
+            reason = 'the Hub has no such file or repository that this account may read'
+        else:
+            reason = 'the Hub does not serve it'
+        return '', f'{reason} (status {status} for {without_password(url)})'
 
 
-def _damage(path: Path) -> Optional[str]:
-    """Returns what is wrong with a file of the cache, if anything is."""
-    if path.suffix == '.safetensors':
-        try:
-            with safetensors.safe_open(path, framework='pt'):
-                pass
-        except Exception as e:  # safetensors has its own error, and hands on those of the file system
-            return f'it is truncated or no safetensors file ({e})'
-    # the cache links to a large file by its digest
-    digest = Path(os.readlink(path)).name if path.is_symlink() else ''
-    if re.fullmatch(r'[0-9a-f]{64}', digest):
-        with open(path, 'rb') as f:
-            found = sha_fileobj(f).hex()
-        if found != digest:
-            return f'its bytes changed (their SHA-256 is {found}, and was {digest})'
-    return None
+def _sha256(path: str) -> str:
+    with open(path, 'rb') as f:
+        return sha_fileobj(f).hex()

@@ -1,0 +1,165 @@
+"""What the attention of a net does: its gates for given pictures, its pyramid weights, and what it loses without them.
+
+Hooks are gone afterwards, and the model is as it was, also after an error.
+"""
+import contextlib
+import dataclasses
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+from ._errors import TimmSpaError
+from .layers import SpatialPyramidAttention
+from .layers.fused_branch import FusedBranch
+
+__all__ = ['ExplainError', 'ScaleWeights', 'ablate', 'gate_maps', 'neutral_gates', 'scale_weights']
+
+NEUTRAL = 0.5  # what a gate is at a warm start, everywhere
+
+
+class ExplainError(TimmSpaError, ValueError):
+    """There is nothing to show of a model; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleWeights:
+    """The learned weights of equation (1), of one gate.
+
+    Attributes:
+        sizes: Side lengths of the averages, in cells, the largest first.
+        weights: The weight of each.
+    """
+    sizes: Tuple[int, ...]
+    weights: Tuple[float, ...]
+
+
+def _gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Dict[str, Any]:
+    """Finds the modules that end in a gate of SPA, by the name of their block, in the order of the net."""
+    if hasattr(model, '_orig_mod'):
+        raise ExplainError('A compiled model does not call the hooks of its modules: give the model that was compiled.')
+    found: Dict[str, Any] = {}
+    for name, module in model.named_modules():
+        is_fused = isinstance(module, FusedBranch) and (len(module.pyramid_sizes) > 1 or module.pyramid_sizes != [1])
+        if isinstance(module, SpatialPyramidAttention) or is_fused:
+            found[name.removesuffix('.attn').removesuffix('.drop')] = module
+    if not found:
+        raise ExplainError(f'{type(model).__name__} has no gate of Spatial Pyramid Attention.')
+    unknown = [name for name in blocks or () if name not in found]
+    if unknown:
+        raise ExplainError(f'There is no gated block {unknown[0]!r}. There are {", ".join(found)}.')
+    return found if blocks is None else {name: found[name] for name in found if name in blocks}
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, for as long as the block lasts."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def _hooks(modules: Iterable[Tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module, hook in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gate_maps(model: nn.Module, x: torch.Tensor, blocks: Optional[Sequence[str]] = None) -> Dict[str, torch.Tensor]:
+    """Computes the gates of every block for a batch, equation (2), at their own resolution.
+
+    Args:
+        model: A net with SPA, as it is built or fused, not compiled.
+        x: Images (N, C, H, W), prepared for the model, on its device.
+        blocks: Names of blocks; all if None.
+
+    Returns:
+        For each block, by its name and in the order of the net, its gate (N, channels, P, P) in float32 on the CPU:
+        P is the largest size of the pyramid, and the gate acts on the cells of a P x P grid over the block's map.
+
+    Raises:
+        ExplainError: The model has no gate of SPA, is compiled, or has no block of such a name.
+    """
+    found: Dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, out: found.update({name: out.detach().float().cpu()})
+
+    with _evaluating(model), _hooks((module.gate, keep(name)) for name, module in _gates(model, blocks).items()):
+        model(x)
+    return found
+
+
+def scale_weights(model: nn.Module) -> Dict[str, ScaleWeights]:
+    """Reads the learned weights of the pyramid, equation (1).
+
+    Args:
+        model: A net with SPA, as it is built or fused.
+
+    Returns:
+        The weights of each block, by its name and in the order of the net.
+
+    Raises:
+        ExplainError: The model has no gate of SPA, or is compiled.
+    """
+    return {
+        name: ScaleWeights(tuple(module.pyramid_sizes), tuple(module.pyramid_weight.detach().float().tolist()))
+        for name, module in _gates(model).items()}
+
+
+@contextlib.contextmanager
+def neutral_gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Iterator[None]:
+    """Sets gates to 1/2 everywhere, what they are at a warm start, until the block ends.
+
+    Args:
+        model: A net with SPA, as it is built or fused, not compiled.
+        blocks: Names of blocks, as `gate_maps` has them; all if None.
+
+    Raises:
+        ExplainError: The model has no gate of SPA, is compiled, or has no block of such a name.
+    """
+    chosen = _gates(model, blocks).values()
+    with _hooks((module.gate, lambda m, args, out: torch.full_like(out, NEUTRAL)) for module in chosen):
+        yield
+
+
+def ablate(
+        model: nn.Module,
+        batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
+        progress: Callable[[int], None] = lambda seen: None,
+) -> Dict[str, Tuple[int, int]]:
+    """Counts the right answers of a net as it is, without each of its gates, and without any.
+
+    Args:
+        model: A net with SPA, as it is built or fused, not compiled.
+        batches: Images (N, C, H, W), prepared for the model, and the classes of each, on its device.
+        progress: Is told after each batch how many images there were so far.
+
+    Returns:
+        Right answers and images: under '' of the net as it is, under the name of a block with its gates set to 1/2, and
+        under '*' with all of them set to that.
+
+    Raises:
+        ExplainError: The model has no gate of SPA, or is compiled.
+    """
+    names = tuple(_gates(model))
+    settings: Dict[str, Sequence[str]] = {'': (), **{name: (name,) for name in names}, '*': names}
+    right = dict.fromkeys(settings, 0)
+    seen = 0
+    with _evaluating(model):
+        for images, target in batches:
+            for name, blocks in settings.items():
+                with neutral_gates(model, blocks):
+                    right[name] += int((model(images).argmax(-1) == target).sum())
+            seen += len(target)
+            progress(seen)
+    return {name: (count, seen) for name, count in right.items()}

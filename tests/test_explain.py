@@ -1,0 +1,219 @@
+"""What the attention of a net does, in numbers and pictures."""
+import copy
+import csv
+import json
+from importlib import resources
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from timm.utils import reparameterize_model
+
+import timm_spa
+import timm_spa_cli
+from timm_spa.explain import ExplainError, ablate, gate_maps, neutral_gates, scale_weights
+from timm_spa.predict import load_model
+
+PICTURE = str(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
+NETS = ('spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet18', 'spa_mobilenetv2_cifar', 'spa_densenet_cifar', 'gated')
+
+
+def make(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **(dict(base='regnety_002', neutral=False) if name == 'gated' else {}))
+    for module in model.modules():
+        if isinstance(module, timm_spa.SpatialPyramidAttention):
+            nn.init.normal_(module.pyramid_weight, 1.)
+    size = model.pretrained_cfg['input_size'][-1]
+    return model, torch.randn(2, 3, min(size, 64), min(size, 64))
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_gates_are_what_the_map_is_multiplied_by(name):
+    """The layer's output over its input, at one place of each cell."""
+    model, x = make(name)
+    model.eval()
+    seen = {}
+    for n, m in model.named_modules():
+        if isinstance(m, timm_spa.SpatialPyramidAttention):
+            m.register_forward_hook(lambda m, args, out, n=n: seen.update({n: (args[0].clone(), out.clone())}))
+    gates = gate_maps(model, x)
+    assert len(gates) == len(seen) > 3
+    for (block, gate), (n, (before, after)) in zip(gates.items(), seen.items(), strict=True):
+        assert n in (f'{block}.attn', f'{block}.drop.attn')
+        size = gate.shape[-1]
+        assert gate.shape == (2, before.shape[1], size, size)
+        enlarged = F.interpolate(gate, size=before.shape[-2:], mode='nearest')
+        torch.testing.assert_close(before * enlarged, after)
+
+
+@pytest.mark.parametrize('name', ['spa_resnet18', 'spa_mobilenetv2_cifar'])
+def test_fused_nets_have_the_same_gates(name):
+    model, x = make(name)
+    model.eval()
+    expected, weights = gate_maps(model, x), scale_weights(model)
+    fused = reparameterize_model(model)
+    assert scale_weights(fused) == weights
+    for (block, gate), (other, same) in zip(expected.items(), gate_maps(fused, x).items(), strict=True):
+        assert block == other
+        torch.testing.assert_close(gate, same, rtol=1e-4, atol=1e-5)
+
+
+def state_of(model):
+    hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
+    return hooks, [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()], {
+        k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_the_model_is_as_it_was(fails):
+    model, x = make('spa_resnet18')
+    model.train()
+    model.layer2.eval()
+    model.conv1.weight.requires_grad_(False)
+    before = state_of(model)
+    images = x[:, :1] if fails else x
+    for call in (lambda: gate_maps(model, images), lambda: ablate(model, [(images, torch.zeros(2))])):
+        if fails:
+            with pytest.raises(RuntimeError):
+                call()
+        else:
+            call()
+        after = state_of(model)
+        assert after[:3] == before[:3]
+        assert all(torch.equal(a, b) for a, b in zip(after[3].values(), before[3].values(), strict=True))
+
+
+def test_scale_weights():
+    model, _ = make('spa_resnet18')
+    weights = scale_weights(model)
+    assert list(weights) == [f'layer{i}.{j}' for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert weights['layer3.1'].sizes == (7, 4, 1)
+    assert weights['layer3.1'].weights == pytest.approx(model.layer3[1].attn.pyramid_weight.tolist())
+
+
+def test_neutral_gates():
+    """A warm start computes what the plain net does: with every gate at 1/2 it is one, whatever it has learned."""
+    plain = timm.create_model('resnet18', zero_init_last=False).eval()
+    model = timm_spa.add_attention(copy.deepcopy(plain)).eval()
+    gates = [m for m in model.modules() if isinstance(m, timm_spa.SpatialPyramidAttention)]
+    for gate in gates:
+        nn.init.normal_(gate.fc2.weight)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), plain(x), atol=1e-3)
+        with neutral_gates(model):
+            torch.testing.assert_close(model(x), plain(x))
+        block = next(iter(gate_maps(model, x)))
+        learned = model(x)
+        with neutral_gates(model, [block]):
+            one = model(x)
+        nn.init.zeros_(gates[0].fc2.weight)
+        torch.testing.assert_close(model(x), one)
+        assert not torch.allclose(one, learned)
+
+
+def test_ablate():
+    model, x = make('spa_mobilenetv2_cifar')
+    model.eval()
+    with torch.no_grad():
+        target = model(x).argmax(-1)
+    found = ablate(model, [(x, target), (x, (target + 1) % 100)])
+    blocks = list(gate_maps(model, x))
+    assert list(found) == ['', *blocks, '*']
+    assert found[''] == (2, 4)
+    for name in (*blocks, '*'):
+        with torch.no_grad(), neutral_gates(model, None if name == '*' else [name]):
+            said = model(x).argmax(-1)
+        assert found[name] == ((said == target).sum() + (said == (target + 1) % 100).sum(), 4)
+
+
+def test_nothing_to_explain():
+    x = torch.randn(1, 3, 64, 64)
+    for name in ('resnet18', 'seresnet18'):
+        with pytest.raises(ExplainError, match='ResNet has no gate of Spatial Pyramid Attention'):
+            gate_maps(timm.create_model(name), x)
+    model, _ = make('spa_resnet18')
+    with pytest.raises(ExplainError, match="no gated block 'layer9'. There are layer1.0, layer1.1,"):
+        gate_maps(model, x, ['layer9'])
+    with pytest.raises(ExplainError, match='compiled'):
+        gate_maps(torch.compile(model), x)
+
+
+def explain(*arguments):
+    return timm_spa_cli.main(['explain', *map(str, arguments)])
+
+
+def test_gates_by_command(tmp_path, capsys):
+    broken = tmp_path / 'broken.jpg'
+    broken.write_bytes(b'no picture')
+    named = ['--blocks', 'blocks.0.0', 'blocks.5.0']
+    for folder in ('a', 'b'):
+        assert explain('gates', PICTURE, broken, *named, '--out', tmp_path / folder) == 1
+    captured = capsys.readouterr()
+    assert 'broken.jpg could not be read' in captured.err
+    files = sorted(path.name for path in (tmp_path / 'a').iterdir())
+    assert files == ['Red-Beet-gates.csv', 'Red-Beet-gates.png', 'Red-Beet-gates.svg']
+    for name in files:
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes(), 'the same bytes'
+    with Image.open(tmp_path / 'a' / 'Red-Beet-gates.png') as image:
+        assert image.width > 900
+        assert len(image.convert('RGB').getcolors(1 << 24)) > 50
+    with open(tmp_path / 'a' / 'Red-Beet-gates.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert explain('gates', PICTURE, *named, '--json') == 0
+    assert json.loads(capsys.readouterr().out) == {PICTURE: rows}
+    model = load_model('spa_tf_efficientnet_lite0.grocery81')
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    with Image.open(PICTURE) as image:
+        gates = gate_maps(model, transform(image.convert('RGB'))[None])
+    assert [row['block'] for row in rows] == named[1:]
+    for row in rows:
+        gate = gates[row['block']]
+        assert float(row['mean distance from 1/2']) == pytest.approx((gate - 0.5).abs().mean().item(), abs=1e-4)
+
+
+def test_scales_by_command(tmp_path, capsys):
+    shipped = ['spa_tf_efficientnet_lite0.grocery81', 'spa_mobilenetv2_cifar.tmm_tin200']
+    named = [word for name in shipped for word in ('--model', name)]
+    assert explain('scales', *named, '--out', tmp_path) == 0
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ['.csv', '.png', '.svg']
+    assert (tmp_path / 'scales.png').read_bytes().startswith(b'\x89PNG')
+    capsys.readouterr()
+    assert explain('scales', *named, '--json') == 0
+    printed = json.loads(capsys.readouterr().out)
+    for name in shipped:
+        weights = scale_weights(timm.create_model(name, pretrained=True))
+        assert [row['block'] for row in printed[name]] == list(weights)
+        for row, of_block in zip(printed[name], weights.values(), strict=True):
+            assert [float(value) for key, value in row.items() if key != 'block'] == pytest.approx(
+                of_block.weights, abs=1e-4)
+
+
+def test_ablate_by_command(tmp_path, capsys):
+    labels = timm.get_pretrained_cfg('spa_tf_efficientnet_lite0.grocery81').label_names
+    for i, label in enumerate(('Red-Beet', 'Oatly-Oat-Milk')):
+        (tmp_path / 'test' / label).mkdir(parents=True)
+        source = resources.files('timm_spa') / 'images' / ('Red-Beet.jpg', 'Green-Bell-Pepper.jpg')[i]
+        (tmp_path / 'test' / label / 'a.jpg').write_bytes(source.read_bytes())
+    assert {'Red-Beet', 'Oatly-Oat-Milk'} <= set(labels)
+    assert explain('ablate', '--images', tmp_path, '--json', '--out', tmp_path / 'out') == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[0] == {'gates set to 1/2': 'none', 'right': '1', 'top-1 %': '50.00', 'against none': ''}
+    assert rows[-1]['gates set to 1/2'] == 'all'
+    assert len(rows) == 18
+    assert (tmp_path / 'out' / 'ablate.csv').read_text().count('\n') == 19
+    assert explain('ablate', '--images', tmp_path / 'none') == 1
+    assert 'none cannot be read as an image folder' in capsys.readouterr().err
+
+
+def test_bad_arguments(capsys):
+    assert explain('gates', PICTURE, '--blocks', 'blocks.9') == 1
+    assert "no gated block 'blocks.9'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='2'):
+        explain('scales', '--checkpoint', 'x.pth')
+    with pytest.raises(SystemExit, match='2'):
+        explain()
