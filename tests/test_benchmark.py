@@ -25,7 +25,9 @@ def bench(*arguments):
 
 @pytest.mark.parametrize(('mode', 'options'), [
     ('infer', []),
-    ('train', ['--compile-with', 'eager', '--amp', '--channels-last', '--threads', 1, '--base', PAIR[1]]),
+    pytest.param(
+        'train', ['--compile-with', 'eager', '--amp', '--channels-last', '--threads', 1, '--base', PAIR[1]],
+        marks=pytest.mark.slow),
 ])
 def test_two_models(mode, options, tmp_path, capfd):
     """All of it, in processes: the table and the file say what the raw rounds say."""

@@ -147,7 +147,8 @@ def test_as_many_feature_maps_as_the_plain_net(name):
     assert ours.reduction() == theirs.reduction()
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=pytest.mark.slow if name == 'spa_c_densenet_cifar' else ()) for name in KINDS])
 def test_scripted(name):
     images = images_of(name)
     for kwargs in ({}, dict(features_only=True)):

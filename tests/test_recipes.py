@@ -35,7 +35,8 @@ def test_list_show_and_copy(tmp_path, capsys):
     assert 'Did you mean tmm_small_image?' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('arguments', [['--config', 'recipe:finetune_warm'], ['--config=recipe:finetune_warm']])
+@pytest.mark.parametrize('arguments', [
+    ['--config', 'recipe:finetune_warm'], pytest.param(['--config=recipe:finetune_warm'], marks=pytest.mark.slow)])
 def test_a_recipe_by_name(arguments, tmp_path, capfd):
     (tmp_path / 'train.py').write_text('import sys; print(*sys.argv[1:])')
     command = [sys.executable, '-m', 'timm_spa.run', 'train', '--timm-scripts', str(tmp_path), *arguments]

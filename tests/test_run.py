@@ -125,7 +125,8 @@ def test_usage(capsys):
     assert run.main([]) == 2
 
 
-@pytest.mark.parametrize('launcher', [[], ['-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1']])
+@pytest.mark.parametrize('launcher', [[], pytest.param(
+    ['-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1'], marks=pytest.mark.slow)])
 def test_runs_the_script_as_main_with_our_models(tmp_path, launcher):
     """Directly and under `accelerate launch`: arguments and exit code pass through, wherever our own option stands."""
     (tmp_path / 'train.py').write_bytes(SCRIPT)

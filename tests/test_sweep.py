@@ -5,7 +5,6 @@ import re
 import runpy
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,14 +43,25 @@ with open(os.path.join(folder, 'summary.csv'), 'a') as f:
 
 
 @pytest.fixture
-def sweep(tmp_path):
+def sweep(tmp_path, monkeypatch, capfd):
     (tmp_path / 'train.py').write_text(TRAIN)
     (tmp_path / 'launch.yaml').write_text((ROOT / 'train_scripts' / 'accelerate' / 'cpu.yaml').read_text())
 
     def call(*args, **env):
-        return subprocess.run(
-            [sys.executable, SWEEP, '--launch', 'launch.yaml', '--runs', 'runs', '--results', 'results', *args],
-            capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ, TIMM_SCRIPTS=str(tmp_path), **env))
+        """Runs the script in this process, which saves the imports."""
+        for name, value in dict(TIMM_SCRIPTS=str(tmp_path), **env).items():
+            monkeypatch.setenv(name, value)
+        try:
+            code = runpy.run_path(str(SWEEP))['main'](
+                ['--launch', 'launch.yaml', '--runs', 'runs', '--results', 'results', *args])
+        except SystemExit as e:
+            code = e.code
+        for name in env:
+            monkeypatch.delenv(name)
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(args, code, out, err)
+
+    monkeypatch.chdir(tmp_path)
     return call
 
 

@@ -79,9 +79,9 @@ def digest(path):
 
 
 @pytest.mark.parametrize('model', [
-    'spa_resnet18', 'gated', *(
+    'spa_resnet18', *(
         pytest.param(name, marks=pytest.mark.slow) for name in (
-            'spa_mobilenetv2_050', 'spa_densenet121', 'spa_b_preresnet18_cifar', 'spa_c_mobilenetv2_cifar',
+            'gated', 'spa_mobilenetv2_050', 'spa_densenet121', 'spa_b_preresnet18_cifar', 'spa_c_mobilenetv2_cifar',
             'spa_densenet_cifar', 'spa_vgg16_cifar'))])
 def test_each_family_trains_under_accelerate(train, model):
     """An epoch of two steps under `accelerate launch`, with the recipe of its kind."""
@@ -167,6 +167,7 @@ def test_killed_and_resumed(train, kill):
     assert not (folder / 'tmp.pth.tar').exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_and_the_last_checkpoint_survives(train):
     """A limit on the size of a file stands for the disk."""
     recipe = ('--config', RECIPES / 'tmm_small_image.yaml', '--lr', 0.01)
