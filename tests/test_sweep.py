@@ -1,6 +1,5 @@
 """Sweeps and the table of their results, with a script in the place of timm's train.py."""
 import json
-import os
 import re
 import runpy
 import statistics
