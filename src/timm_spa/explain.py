@@ -40,7 +40,8 @@ def _gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Dict[str
         raise ExplainError('A compiled model does not call the hooks of its modules: give the model that was compiled.')
     found: Dict[str, Any] = {}
     for name, module in model.named_modules():
-        is_fused = isinstance(module, FusedBranch) and (len(module.pyramid_sizes) > 1 or module.pyramid_sizes != [1])
+        # the fused form of squeeze-and-excitation has the one size 1
+        is_fused = isinstance(module, FusedBranch) and module.pyramid_sizes != [1]
         if isinstance(module, SpatialPyramidAttention) or is_fused:
             found[name.removesuffix('.attn').removesuffix('.drop')] = module
     if not found:
