@@ -19,17 +19,24 @@ import torch.nn as nn
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 import timm_spa
+from timm_spa._errors import TimmSpaError
 from timm_spa._files import replacing
-from timm_spa.hub.run_record import Run
+from timm_spa.hub.checkpoint import read_checkpoint
+from timm_spa.hub.run_record import Run, RunError
 
 
 def load(run: Run, runs: Path, device: str) -> nn.Module:
-    """Returns the net of a run with the weights of its last epoch."""
+    """Returns the net of a run with the weights of its last epoch.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        RunError: It is of another epoch.
+    """
     kwargs = run.args['model_kwargs'] or {}
     net = timm.create_model(run.args['model'], num_classes=run.args['num_classes'], **kwargs)
-    checkpoint = torch.load(runs / run.folder.name / 'last.pth.tar', map_location='cpu', weights_only=False)
+    checkpoint = read_checkpoint(runs / run.folder.name / 'last.pth.tar')
     if checkpoint['epoch'] != run.args['epochs'] - 1:
-        raise ValueError(f'{run.folder.name} ended after epoch {checkpoint["epoch"]} of {run.args["epochs"]}.')
+        raise RunError(f'{run.folder.name} ended after epoch {checkpoint["epoch"]}, and has {run.args["epochs"]}.')
     net.load_state_dict(checkpoint['state_dict'])
     return net.eval().to(device)
 
@@ -57,7 +64,11 @@ def main(argv: Optional[List[str]] = None) -> int:
     runs = [Run.read(path.parent) for path in sorted(args.results.glob('*/run.json'))]
     if not runs:
         parser.error(f'{args.results} holds no run.')
-    nets = [load(run, args.runs, args.device) for run in runs]
+    try:
+        nets = [load(run, args.runs, args.device) for run in runs]
+    except (OSError, TimmSpaError) as e:
+        print(f'evaluate: {e}', file=sys.stderr)
+        return 1
     configs = [resolve_data_config(run.args, model=net) for run, net in zip(runs, nets, strict=True)]
     if any(config != configs[0] for config in configs):
         parser.error('the runs prepare their pictures in different ways.')
