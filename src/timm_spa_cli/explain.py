@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 from timm_spa_cli._table import print_table
-from timm_spa_cli.predict import SHIPPED_MODEL
+from timm_spa_cli.predict import SHIPPED_MODEL, load_named
 
 HELP = 'show what the attention of a net does: its gates, its pyramid weights, its worth'
 LIMITS = (
@@ -43,14 +43,6 @@ def run(args: argparse.Namespace) -> int:
     return {'gates': _gates, 'scales': _scales, 'ablate': _ablate}[args.kind](args)
 
 
-def _load(args: argparse.Namespace, name: Any, device: str = 'cpu') -> Any:
-    from timm_spa.predict import load_model
-
-    if name is None and (args.checkpoint, args.num_classes) != (None, None):
-        args.error('--checkpoint and --num-classes need --model: what the weights are of')
-    return load_model(name or SHIPPED_MODEL, args.checkpoint, args.num_classes, device)
-
-
 def _gates(args: argparse.Namespace) -> int:
     import torch
     from PIL import Image
@@ -58,7 +50,7 @@ def _gates(args: argparse.Namespace) -> int:
     from timm_spa import explain, figures
     from timm_spa.predict import PictureError, picture_reader
 
-    model = _load(args, args.model, args.device)
+    model = load_named(args, args.model, args.device)
     read = picture_reader(model)
     cfg = model.pretrained_cfg
     code = 0
@@ -96,7 +88,7 @@ def _scales(args: argparse.Namespace) -> int:
     names = args.models or [None]
     if args.checkpoint and len(names) != 1:
         args.error('--checkpoint is of one model')
-    weights = {name or SHIPPED_MODEL: explain.scale_weights(_load(args, name)) for name in names}
+    weights = {name or SHIPPED_MODEL: explain.scale_weights(load_named(args, name)) for name in names}
     rows = {name: figures.scale_rows(of_net) for name, of_net in weights.items()}
     if args.json:
         print(json.dumps({name: _records(of_net) for name, of_net in rows.items()}, indent=2))
@@ -116,7 +108,7 @@ def _ablate(args: argparse.Namespace) -> int:
     from timm_spa import explain
     from timm_spa.predict import labelled_batches
 
-    model = _load(args, args.model, args.device)
+    model = load_named(args, args.model, args.device)
     loader, count = labelled_batches(model, args.images, args.split, args.batch_size)
     batches = ((images.to(args.device), target.to(args.device)) for images, target in loader)
     shown = sys.stderr.isatty()

@@ -3,7 +3,7 @@ import argparse
 import json
 import os
 import sys
-from typing import Any, List, Mapping, Sequence, Tuple
+from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
 from timm_spa_cli._table import print_table
 
@@ -33,18 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
-    if args.checkpoint == '':
-        args.error('argument --checkpoint: needs the name of a file')
-    if args.model is None and (args.checkpoint, args.num_classes) != (None, None):
-        args.error('--checkpoint and --num-classes need --model: what the weights are of')
-    from timm_spa.predict import load_model
-
-    model = load_model(args.model or SHIPPED_MODEL, args.checkpoint, args.num_classes, args.device)
+    model = load_named(args, args.model, args.device)
     if args.model is None:
         import timm
 
         print(f'{SHIPPED_MODEL}: {timm.get_pretrained_cfg(SHIPPED_MODEL).description}\n', file=sys.stderr)
     return show_predictions(model, args.images, {}, args.top_k, args.json)
+
+
+def load_named(args: argparse.Namespace, name: Optional[str], device: str = 'cpu') -> Any:
+    """Loads the model that a command names, the shipped one if it names none.
+
+    Args:
+        args: Arguments of the verb, with `checkpoint`, `num_classes` and `error`.
+        name: Name of the model, or None.
+        device: Device to run on.
+
+    Returns:
+        A timm model in eval mode.
+    """
+    if args.checkpoint == '':
+        args.error('argument --checkpoint: needs the name of a file')
+    if name is None and (args.checkpoint, args.num_classes) != (None, None):
+        args.error('--checkpoint and --num-classes need --model: what the weights are of')
+    from timm_spa.predict import load_model
+
+    return load_model(name or SHIPPED_MODEL, args.checkpoint, args.num_classes, device)
 
 
 def show_predictions(

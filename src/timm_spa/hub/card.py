@@ -15,6 +15,7 @@ from .._errors import TimmSpaError
 from ..predict import load_model, predict
 from ..profile import count_cost
 from .comparison import comparison_table, read_results
+from .markdown import link, listed, numbers, paragraphs, plain, wrapped
 from .run_record import Run
 
 __all__ = ['CardError', 'card_of_folder', 'check_repository_name', 'make_card']
@@ -104,12 +105,12 @@ def make_card(
         data,
         template_str=TEMPLATE.read_text(encoding='utf-8'),
         title=model_name,
-        about=_paragraphs(_description(config, scores, dataset), facts.get('about')),
+        about=paragraphs(_description(config, scores, dataset), facts.get('about')),
         details=_details(config, dataset, weights),
         source=_source(model_name, repo_id),
         top_k=min(5, config['num_classes']),
         **_shapes(config),
-        commands=[_wrapped(command) for command in facts.get('commands') or _listed(run.record.get('command'))],
+        commands=[wrapped(command) for command in facts.get('commands') or listed(run.record.get('command'))],
         recipe=_recipe(run),
         training=facts.get('training', '').strip(),
         evidence=_evidence(run, alone=not comparison),
@@ -267,9 +268,9 @@ def _description(config: Mapping[str, Any], scores: Mapping[int, float], dataset
     text = (model_entrypoint(config['architecture']).__doc__ or '').strip()
     if not scores:
         return text
-    split = f', split "{_plain(dataset["split"])}"' if 'split' in dataset else ''
+    split = f', split "{plain(dataset["split"])}"' if 'split' in dataset else ''
     said = ', '.join(f'top-{k} {value} %' for k, value in scores.items())
-    return f'{text}\n\n{said[0].upper()}{said[1:]} on {_plain(dataset["name"])}{split}.'
+    return f'{text}\n\n{said[0].upper()}{said[1:]} on {plain(dataset["name"])}{split}.'
 
 
 def _details(
@@ -286,7 +287,7 @@ def _details(
         ('parameters', f'{cost.parameters / 1e6:.2f} M ({cost.parameters:,})'),
         ('GMACs', f'{cost.macs / 1e9:.3f}'),
         ('activations', f'{cost.activations / 1e6:.2f} M'),
-        ('image', f'{height}x{width}, {channels} channels, mean {_numbers(cfg["mean"])}, std {_numbers(cfg["std"])}, '
+        ('image', f'{height}x{width}, {channels} channels, mean {numbers(cfg["mean"])}, std {numbers(cfg["std"])}, '
                   f'{cfg["interpolation"]} interpolation, centre crop of {cfg["crop_pct"]}'),
         ('classes', str(config['num_classes']) + (
             ', in the order of `label_names` in config.json' if config.get('label_names') else '')),
@@ -297,12 +298,12 @@ def _details(
         names = dict(F32='float32', F16='float16', BF16='bfloat16')
         stored = ', '.join(sorted(names.get(d, d) for d in dtypes))
         rows.append(('storage', f'{stored}, {os.path.getsize(weights) / 1e6:.1f} MB'))
-    rows.append(('papers', ', '.join(_link(p) for p in ([papers] if isinstance(papers, str) else papers))))
+    rows.append(('papers', ', '.join(link(p) for p in ([papers] if isinstance(papers, str) else papers))))
     if 'name' in dataset:
         known = f' (`{dataset["id"]}`)' if 'id' in dataset else ''
         rows.append(('data set', ', '.join(filter(None, (dataset['name'] + known, dataset.get('note'))))))
     rows.append(('original', cfg.get('origin_url')))
-    return [(name, _plain(value)) for name, value in rows if value]
+    return [(name, plain(value)) for name, value in rows if value]
 
 
 def _shapes(config: Mapping[str, Any]) -> Dict[str, Any]:
@@ -352,7 +353,7 @@ def _recipe(run: Run) -> List[str]:
     if args.get('amp'):
         extras.append(f'mixed precision {args.get("amp_dtype") or "float16"}')
     lines += [', '.join(extras)] if extras else []
-    return [*map(_plain, lines), 'all arguments: `args.yaml`; every epoch: `summary.csv`']
+    return [*map(plain, lines), 'all arguments: `args.yaml`; every epoch: `summary.csv`']
 
 
 def _evidence(run: Run, alone: bool) -> List[str]:
@@ -369,7 +370,7 @@ def _evidence(run: Run, alone: bool) -> List[str]:
     if seed is not None:
         unknown = ': no spread is known, and nothing here compares attention with its absence' if alone else ''
         lines.append(f'one run, seed {seed}{unknown}')
-    return [_plain(line) for line in lines]
+    return [plain(line) for line in lines]
 
 
 def _evaluation(
@@ -382,20 +383,20 @@ def _evaluation(
     lines = []
     if measured.get('command'):
         said = ', '.join(f'top-{k} {value} %' for k, value in scores.items())
-        lines.append(f'```bash\n{_wrapped(measured["command"])}\n```')
+        lines.append(f'```bash\n{wrapped(measured["command"])}\n```')
         lines.append(f'prints {said}.')
     if measured.get('note'):
         lines.append(measured['note'].strip())
     if row:
         said = ', '.join(f'top-{k} {round(row[f"eval_top{k}"], 3)} %' for k in scores if f'eval_top{k}' in row)
         own = run.args.get('val_split')
-        on = f' on split "{_plain(str(own))}"' if own and own != split else ''
+        on = f' on split "{plain(str(own))}"' if own and own != split else ''
         text = f"The run's own evaluation{on} after epoch {int(row['epoch']) + 1} of {len(run.summary)}: {said}."
         best = max(r['eval_top1'] for r in run.summary)
         if not on and row['eval_top1'] == best and len(run.summary) > 1:
             text += ' It is the best of them on the same pictures; there is no held-out set beside these.'
         lines.append(text)
-    return _paragraphs(*lines)
+    return paragraphs(*lines)
 
 
 def _limits(config: Mapping[str, Any], dataset: Mapping[str, str], facts: Mapping[str, Any]) -> str:
@@ -406,17 +407,7 @@ def _limits(config: Mapping[str, Any], dataset: Mapping[str, str], facts: Mappin
         text += (
             ' Classes and pictures come from ImageNet, collected from the web for research, with known biases in who '
             'and what is shown.')
-    return _paragraphs(text, 'Not for any decision about people.', facts.get('limits'))
-
-
-def _paragraphs(*texts: Optional[str]) -> str:
-    return '\n\n'.join(text.strip() for text in texts if text)
-
-
-def _plain(text: str) -> str:
-    """Returns a line of text as Markdown shows it, with nothing in it that is markup of a page or of a table."""
-    text = ' '.join(text.split()).replace('```', '').replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
-    return text.replace('|', '\\|')
+    return paragraphs(text, 'Not for any decision about people.', facts.get('limits'))
 
 
 def check_repository_name(repo_id: Optional[str]) -> None:
@@ -430,33 +421,3 @@ def check_repository_name(repo_id: Optional[str]) -> None:
     """
     if repo_id is not None and not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id, re.ASCII):
         raise CardError(f'A repository is organization/name, and {repo_id!r} is not.')
-
-
-def _listed(value: Optional[str]) -> List[str]:
-    return [value] if value else []
-
-
-def _numbers(values: Any) -> str:
-    return '(' + ', '.join(f'{v:g}' for v in values) + ')'
-
-
-def _link(paper: str) -> str:
-    kind, _, number = paper.partition(':')
-    return {'doi': f'https://doi.org/{number}', 'arxiv': f'https://arxiv.org/abs/{number}'}.get(kind.lower(), paper)
-
-
-def _wrapped(command: str, width: int = 110) -> str:
-    """Breaks a command between its words, never inside quotes or between an option and its values."""
-    pieces: List[str] = []
-    command = command.replace('```', '')  # would end the block that it stands in
-    for word in re.findall(r'''(?:[^\s'"]|'[^']*'|"[^"]*")+''', command):
-        if pieces and pieces[-1].startswith('-') and not word.startswith('-'):
-            pieces[-1] += f' {word}'
-        else:
-            pieces.append(word)
-    lines = ['']
-    for piece in pieces:
-        if lines[-1].strip() and len(lines[-1]) + len(piece) > width:
-            lines.append('   ')
-        lines[-1] += f' {piece}' if lines[-1] else piece
-    return ' \\\n'.join(lines)
