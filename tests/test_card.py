@@ -20,7 +20,7 @@ from timm_spa.hub.run_record import Run, RunError
 from timm_spa.profile import count_cost
 
 ROOT = Path(__file__).parent.parent
-CARDS = sorted((ROOT / 'hub_cards').iterdir())
+CARDS = sorted(path.parent for path in (ROOT / 'hub_cards').glob('*/config.json'))
 MODEL = 'spa_preresnet18_cifar'
 ARGS = dict(
     model=MODEL, seed=42, num_classes=10, opt='sgd', lr=0.1, momentum=0.9, weight_decay=5e-4, batch_size=256, epochs=2,

@@ -2,7 +2,9 @@
 import copy
 import csv
 import json
+import re
 from importlib import resources
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,7 +16,7 @@ from timm.utils import reparameterize_model
 
 import timm_spa
 import timm_spa_cli
-from timm_spa.explain import ExplainError, ablate, gate_maps, neutral_gates, scale_weights
+from timm_spa.explain import ExplainError, ablate, figures, gate_maps, neutral_gates, scale_weights
 from timm_spa.predict import load_model
 
 PICTURE = str(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
@@ -160,7 +162,7 @@ def test_gates_by_command(tmp_path, capsys):
     for name in files:
         assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes(), 'the same bytes'
     with Image.open(tmp_path / 'a' / 'Red-Beet-gates.png') as image:
-        assert image.width > 700
+        assert image.width == 420, 'two columns'
         assert len(image.convert('RGB').getcolors(1 << 24)) > 50
     with open(tmp_path / 'a' / 'Red-Beet-gates.csv', newline='') as f:
         rows = list(csv.DictReader(f))
@@ -191,6 +193,55 @@ def test_scales_by_command(tmp_path, capsys):
         for row, of_block in zip(printed[name], weights.values(), strict=True):
             assert [float(value) for key, value in row.items() if key != 'block'] == pytest.approx(
                 of_block.weights, abs=1e-4)
+
+
+def test_pictures_of_the_same_name(tmp_path):
+    for folder in ('a', 'b'):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'x.jpg').write_bytes(Path(PICTURE).read_bytes())
+    assert explain(
+        'gates', tmp_path / 'a' / 'x.jpg', tmp_path / 'b' / 'x.jpg', '--blocks', 'blocks.6.0', '--out', tmp_path) == 0
+    assert sorted(path.name for path in tmp_path.glob('*.csv')) == ['x-1-gates.csv', 'x-2-gates.csv']
+
+
+def test_curves_by_command(tmp_path, capsys):
+    for seed, shift in (('41', 0), ('42', 2)):
+        for name, kwargs in (('spa_resnet18', {}), ('gated', dict(base='resnet18'))):
+            run = tmp_path / 'runs' / f'{name}-seed{seed}'
+            run.mkdir(parents=True)
+            (run / 'args.yaml').write_text(json.dumps(dict(model=name, model_kwargs=kwargs)))
+            epochs = [f'{i},{3 - i},{4 - i},{10 * i + shift},0' for i in range(3 if shift else 4)]
+            (run / 'summary.csv').write_text('\n'.join(['epoch,train_loss,eval_loss,eval_top1,eval_top5', *epochs]))
+    bare = tmp_path / 'mine-seed7'
+    bare.mkdir()
+    (bare / 'summary.csv').write_bytes((run / 'summary.csv').read_bytes())
+    for folder in ('a', 'b'):
+        assert explain('curves', tmp_path / 'runs', bare, '--out', tmp_path / folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.split('  +', line) for line in lines[1:4]] == [
+        ['gated base=resnet18', '2', '3', '1.000', '2.000', '21.000'],
+        ['spa_resnet18', '2', '3', '1.000', '2.000', '21.000'], ['mine', '1', '3', '1.000', '2.000', '22.000']]
+    for suffix in ('csv', 'png', 'svg'):
+        assert (tmp_path / 'a' / f'curves.{suffix}').read_bytes() == (tmp_path / 'b' / f'curves.{suffix}').read_bytes()
+    assert explain('curves', bare, '--json') == 0
+    assert json.loads(capsys.readouterr().out)[1] == {
+        'trained': 'mine', 'run': 1, 'epoch': 1, 'train_loss': 2, 'eval_loss': 3, 'eval_top1': 12}
+    assert explain('curves', tmp_path / 'none') == 1
+    assert 'none is no folder of a run' in capsys.readouterr().err
+    (bare / 'summary.csv').write_text('epoch,eval_top1\n0,1\n')
+    assert explain('curves', bare) == 1
+    assert 'summary.csv has no column train_loss' in capsys.readouterr().err
+
+
+def test_mean_and_band_of_the_curves():
+    """What matplotlib was given to draw."""
+    runs = [[dict(epoch=i, train_loss=a + i, eval_loss=1, eval_top1=2) for i in range(3)] for a in (1, 2, 6)]
+    figure = figures.draw_curves({'net': {'SPA-A': runs, 'none': runs[:1]}})
+    first = figure.axes[0]
+    assert first.lines[0].get_xydata().tolist() == [[1, 3], [2, 4], [3, 5]]
+    band = first.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == (1, 8)
+    assert len(first.collections) == 1, 'no band around a single run'
 
 
 def test_ablate_by_command(tmp_path, capsys):

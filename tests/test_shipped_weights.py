@@ -17,7 +17,7 @@ import timm_spa  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [name for name in timm.list_pretrained('spa_*') if timm.get_pretrained_cfg(name).file]
-CARDS = sorted((ROOT / 'hub_cards').iterdir())
+CARDS = sorted(path.parent for path in (ROOT / 'hub_cards').glob('*/config.json'))
 SIZES = {'spa_mobilenetv2_cifar.tmm_tin200': (32, 200), 'spa_tf_efficientnet_lite0.grocery81': (224, 81)}
 
 

@@ -116,7 +116,7 @@ def test_the_table_has_mean_and_spread_and_stands_on_its_files(tmp_path):
     main = runpy.run_path(str(RESULTS))['main']
     assert main([str(tmp_path)]) == 0
     table = (tmp_path / 'table.md').read_text()
-    assert (tmp_path / 'losses.png').read_bytes().startswith(b'\x89PNG')
+    assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
     assert not (tmp_path / 'pyramid_weights.png').exists()
     for label, parameters, values in (
             ('none', '2.297', tops['mobilenetv2_cifar']), ('SPA-A', '2.326', tops['spa_mobilenetv2_cifar'])):

@@ -5,8 +5,9 @@
 A run is a folder with `summary.csv`, `args.yaml` and `run.json`, as `sweep.py` keeps them, and perhaps with what
 `evaluate.py` adds. `table.md` has the accuracy of the last epoch on the validation pictures and on those of `test.csv`:
 the mean over seeds and, from two on, the sample standard deviation. Where every picture's class is known, each run is
-compared with the plain net of the same seed on the same pictures, by McNemar's exact test. `losses.png` has the losses
-of every epoch, as the paper's figures 3 and 4, and `pyramid_weights.png` the learned weights of equation (1).
+compared with the plain net of the same seed on the same pictures, by McNemar's exact test. `curves.png` has losses
+and accuracy of every epoch, as the paper's figures 3 and 4, and `pyramid_weights.png` the learned weights of
+equation (1).
 `--check` writes nothing and fails if the table that is there is not the one of its runs.
 """
 import argparse
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 from timm_spa._errors import TimmSpaError
+from timm_spa._files import read_text
+from timm_spa.explain import ScaleWeights, figures
 from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results, tested_top1, verdicts
 from timm_spa.hub.run_record import Run, RunError
 from timm_spa.models import GATES
@@ -132,64 +135,22 @@ def _pairs(rows: Dict[str, List[Run]], plain: List[Run]) -> List[str]:
     return [*lines, '', f'{count} test pictures: the standard error of an accuracy is {error:.2f} points.', '']
 
 
-def draw_losses(runs: List[Run], path: Path) -> None:
-    """Draws training and validation loss over epochs, the mean of the seeds, one column of plots for each net."""
-    pyplot = _pyplot()
-    nets = grouped(runs)
-    figure, axes = pyplot.subplots(2, len(nets), figsize=(5 * len(nets) + 1, 7), squeeze=False, sharex=True)
-    for column, (net, rows) in enumerate(nets.items()):
-        for line, (key, title) in enumerate((('train_loss', 'training loss'), ('eval_loss', 'validation loss'))):
-            axis = axes[line][column]
-            for label, row in rows.items():
-                curves = zip(*([epoch[key] for epoch in run.summary] for run in row), strict=True)
-                means = [statistics.mean(values) for values in curves]
-                axis.plot(range(1, len(means) + 1), means, label=label, linewidth=1.2)
-            axis.set(ylabel=title, title=None if line else net, xlabel='epoch' if line else None, yscale='log')
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.grid(alpha=0.3, which='both')
-    axes[0][0].legend()
-    _save(figure, path)
-
-
-def draw_pyramid_weights(runs: List[Run], path: Path) -> None:
-    """Draws the learned weights of the pyramid over the gates of each net, the mean of the seeds, if there are any."""
-    tables: Dict[str, List[List[List[float]]]] = {}
-    columns: List[str] = []
+def mean_pyramid_weights(runs: List[Run]) -> Dict[str, Dict[str, ScaleWeights]]:
+    """Averages the learned weights of the pyramids over seeds: of each net that has any, those of its gates."""
+    found: Dict[str, Dict[str, ScaleWeights]] = {}
     for net, rows in grouped(runs).items():
         for label, row in rows.items():
-            for run in row:
-                file = run.folder / 'pyramid_weights.csv'
-                if file.exists():
-                    with open(file, newline='', encoding='utf-8') as f:
-                        columns, *body = list(csv.reader(f))
-                    tables.setdefault(f'{net}, {label}', []).append([[float(v) for v in line[1:]] for line in body])
-    if not tables:
-        return
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, len(tables), figsize=(5 * len(tables) + 1, 4), squeeze=False, sharey=True)
-    for axis, (title, seeds) in zip(axes[0], tables.items(), strict=True):
-        for level, size in enumerate(columns[1:]):
-            means = [statistics.mean(gate[level] for gate in gates) for gates in zip(*seeds, strict=True)]
-            axis.plot(range(1, len(means) + 1), means, marker='.', label=size, linewidth=1.2)
-        axis.set(title=title, xlabel='gate, from the first block to the last', ylabel='weight')
-        axis.axhline(1, color='grey', linewidth=0.6)
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(title='level')
-    _save(figure, path)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata={'Software': None})
-    _pyplot().close(figure)
+            files = [run.folder / 'pyramid_weights.csv' for run in row]
+            seeds = [list(csv.reader(read_text(file).splitlines())) for file in files if file.exists()]
+            if not seeds:
+                continue
+            sizes = tuple(int(name.split('x')[0]) for name in seeds[0][0][1:])
+            of_net = found[f'{net}, {label}'] = {}
+            for gates in zip(*(seed[1:] for seed in seeds), strict=True):
+                name, *levels = zip(*gates, strict=True)
+                of_net[name[0].removesuffix('.attn').removesuffix('.drop')] = ScaleWeights(
+                    sizes, tuple(statistics.mean(map(float, level)) for level in levels))
+    return found
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -212,8 +173,13 @@ def main(argv: Optional[List[str]] = None) -> int:
             return 1
         return 0
     path.write_text(table, encoding='utf-8')
-    draw_losses(runs, args.folder / 'losses.png')
-    draw_pyramid_weights(runs, args.folder / 'pyramid_weights.png')
+    curves = {
+        net: {label: [run.summary for run in row] for label, row in rows.items()}
+        for net, rows in grouped(runs).items()}
+    figures.save(figures.draw_curves(curves), args.folder / 'curves')
+    weights = mean_pyramid_weights(runs)
+    if weights:
+        figures.save(figures.draw_scales(weights), args.folder / 'pyramid_weights')
     print(table)
     return 0
 

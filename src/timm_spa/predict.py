@@ -1,5 +1,6 @@
 """Classes of pictures, by any model that timm can create."""
 import dataclasses
+import difflib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
@@ -23,8 +24,8 @@ from .models._pretrained import shortened
 from .training_log import read_classes
 
 __all__ = [
-    'ModelError', 'PictureError', 'Prediction', 'class_names', 'for_inference', 'labelled_batches', 'load_model',
-    'picture_reader', 'predict']
+    'ModelError', 'PictureError', 'Prediction', 'class_names', 'find_class', 'for_inference', 'labelled_batches',
+    'load_model', 'picture_reader', 'picture_seen', 'predict']
 
 
 class ModelError(TimmSpaError, RuntimeError):
@@ -126,6 +127,28 @@ def class_names(model: nn.Module) -> List[Dict[str, Optional[str]]]:
     return [dict(label=None, name=f'class {i}') for i in range(count)]
 
 
+def find_class(model: nn.Module, label: str) -> int:
+    """Finds a class of a model.
+
+    Args:
+        model: A timm model.
+        label: Name or label, as `class_names` has them, in any case, or a number.
+
+    Returns:
+        Its number.
+
+    Raises:
+        ModelError: There is none of this name; the message has the nearest.
+    """
+    names = class_names(model)
+    for i, entry in enumerate(names):
+        if label.lower() in (str(i), str(entry['label']).lower(), str(entry['name']).lower()):
+            return i
+    near = difflib.get_close_matches(label, [str(entry['name']) for entry in names], n=1, cutoff=0.4)
+    hint = f' Did you mean {near[0]!r}?' if near else ''
+    raise ModelError(f'The model has no class {label!r}.{hint} Its {len(names)} classes have numbers too, from 0.')
+
+
 def _pictures(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
     """Yields files, and for a folder the pictures in it, in the order of their names."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -158,6 +181,15 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
             raise PictureError(f'{type(e).__name__}: {e}' if not isinstance(e, OSError) else str(e)) from e
 
     return read
+
+
+def picture_seen(model: nn.Module, pixels: torch.Tensor) -> Image.Image:
+    """Returns a picture (C, H, W) that was prepared for a model as it looks: cropped and resized."""
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key]).mean() if len(pixels) == 1 else torch.tensor(config[key]).view(-1, 1, 1)
+                 for key in ('mean', 'std'))
+    values = ((pixels * std + mean).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(values.permute(1, 2, 0).squeeze(-1).numpy())
 
 
 def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_size: int) -> Tuple[Any, int]:

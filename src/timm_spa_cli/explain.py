@@ -2,70 +2,151 @@
 import argparse
 import csv
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from timm_spa_cli._table import print_table
 from timm_spa_cli.predict import SHIPPED_MODEL, load_named
 
-HELP = 'show what the attention of a net does: its gates, its pyramid weights, its worth'
+HELP = 'show what a net looks at, and what its attention does: class activation, gates, pyramid weights, its worth'
 LIMITS = (
-    'A gate acts on channels, and a mean over them hides what single ones do. That a gate differs from 1/2 does not '
-    'say that it helps: `ablate` does.')
+    'A class activation map shows which places raise a score, and is no proof of reasoning. A gate acts on channels, '
+    'and a mean over them hides what single ones do. That a gate differs from 1/2 does not say that it helps: `ablate` '
+    'does.')
+Rows = List[Tuple[Any, ...]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.epilog = LIMITS
     kinds = parser.add_subparsers(dest='kind', required=True, metavar='WHAT')
-    gates = kinds.add_parser('gates', help='the gates of every block for pictures', epilog=LIMITS)
+
+    def add(name: str, about: str) -> argparse.ArgumentParser:
+        kind = kinds.add_parser(name, help=about, description=f'{about[0].upper()}{about[1:]}.', epilog=LIMITS)
+        kind.set_defaults(error=kind.error)
+        return kind
+
+    cam = add('cam', "class activation maps of any CNNs for pictures, the paper's figure 5")
+    cam.add_argument('images', nargs='+', metavar='IMAGE', help='picture')
+    cam.add_argument('--compare', nargs='+', default=[], metavar='MODEL', help='further models, a row of maps for each')
+    cam.add_argument('--class', dest='label', help='class to explain: name, label or number (default: the likeliest)')
+    cam.add_argument(
+        '--method', default='gradcam', metavar='METHOD',
+        help="gradcam, gradcam++, smoothgradcam++, xgradcam, layercam or scorecam (default: %(default)s)")
+    cam.add_argument('--layer', help='module whose output is weighted (default: the last map before pooling)')
+    gates = add('gates', 'the gates of every block for pictures')
     gates.add_argument('images', nargs='+', metavar='IMAGE', help='picture')
     gates.add_argument('--blocks', nargs='+', metavar='NAME', help='only these; all by default')
-    scales = kinds.add_parser('scales', help="the learned weights of the pyramid by block, the paper's figure 6")
+    scales = add('scales', "the learned weights of the pyramid by block, the paper's figure 6")
     scales.add_argument('--model', dest='models', action='append', metavar='MODEL', help='can be given again')
-    ablate = kinds.add_parser('ablate', help='accuracy without the gates of each block, and without any')
+    ablate = add('ablate', 'accuracy without the gates of each block, and without any')
     ablate.add_argument('--images', required=True, metavar='DIR', help='image folder, a folder for each class')
     ablate.add_argument('--split', default='test', help='subfolder of it, if it is there (default: %(default)s)')
     ablate.add_argument('--batch-size', type=int, default=64, help='pictures at a time (default: %(default)s)')
-    for kind in (gates, ablate):
+    curves = add('curves', "losses and accuracy of training runs, the paper's figures 3 and 4")
+    curves.add_argument(
+        'runs', nargs='+', metavar='RUN', help='folder with summary.csv, or folder of such folders; seeds are averaged')
+    for kind in (cam, gates, ablate):
         kind.add_argument('--model', help=f'as for `timm-spa predict` (default: {SHIPPED_MODEL})')
         kind.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
-    for kind in (gates, scales, ablate):
+    for kind in (cam, gates, scales, ablate):
         kind.add_argument('--checkpoint', help='weights file to load in place of the published ones')
         kind.add_argument('--num-classes', type=int, help='classes of the checkpoint, if they differ')
+    for kind in (cam, gates, scales, ablate, curves):
         kind.add_argument('--out', metavar='DIR', help='write figures and CSV files there')
         kind.add_argument('--json', action='store_true', help='print JSON')
+        if kind is not ablate:
+            kind.add_argument('--dark', action='store_true', help='draw on a dark background')
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
-    return {'gates': _gates, 'scales': _scales, 'ablate': _ablate}[args.kind](args)
+    return {'cam': _cam, 'gates': _gates, 'scales': _scales, 'ablate': _ablate, 'curves': _curves}[args.kind](args)
+
+
+def _read(reader: Any, path: str) -> Any:
+    """Reads a picture, or says why it cannot be read and returns None."""
+    from timm_spa.predict import PictureError
+
+    try:
+        return reader(path)
+    except PictureError as e:
+        print(f'timm-spa: {path} could not be read: {e}', file=sys.stderr)
+        return None
+
+
+def _cam(args: argparse.Namespace) -> int:
+    import torch
+
+    from timm_spa.explain import cam
+    from timm_spa.predict import class_names, find_class, load_model, picture_reader, picture_seen
+
+    models = {args.model or SHIPPED_MODEL: load_named(args, args.model, args.device)}
+    models.update({name: load_model(name, device=args.device) for name in args.compare})
+    drawn: Dict[str, List[Any]] = {}
+    printed: List[Dict[str, Any]] = []
+    failed = set()
+    for name, model in models.items():
+        reader, names = picture_reader(model), class_names(model)
+        chosen = None if args.label is None else torch.tensor([find_class(model, args.label)])
+        for path in args.images:
+            pixels = None if path in failed else _read(reader, path)
+            if pixels is None:
+                failed.add(path)
+                continue
+            found = cam(model, pixels.unsqueeze(0).to(args.device), chosen, args.method, args.layer)
+            label, share = names[int(found.classes)]['name'], found.probabilities.item()
+            drawn.setdefault(name, []).append((picture_seen(model, pixels), found.maps[0], f'{label} {share:.1%}'))
+            printed.append({
+                'picture': path, 'model': name, 'class': label, 'probability': round(share, 4), 'layer': found.layer,
+                'map': [[round(value, 4) for value in row] for row in found.maps[0].tolist()]})
+    if args.json:
+        print(json.dumps(printed, indent=2))
+    elif printed:
+        rows: Rows = [('picture', 'model', 'class', 'probability', 'layer', 'cells')]
+        rows += [(
+            os.path.basename(p['picture']), p['model'], p['class'], f'{p["probability"]:.1%}', p['layer'],
+            f'{len(p["map"])}x{len(p["map"][0])}') for p in printed]
+        print_table(rows, right_aligned=(3,))
+    if args.out and printed:
+        from timm_spa.explain import figures
+
+        cells: Rows = [('picture', 'model', 'class', 'probability', 'row', 'column', 'activation')]
+        cells += [
+            (p['picture'], p['model'], p['class'], p['probability'], y, x, value)
+            for p in printed for y, line in enumerate(p['map']) for x, value in enumerate(line)]
+        _write(args.out, 'cam', cells)
+        count = len(args.images) - len(failed)
+        for start in range(0, count, figures.COLUMNS):
+            part = {name: panels[start:start + figures.COLUMNS] for name, panels in drawn.items()}
+            suffix = f'-{start // figures.COLUMNS + 1}' if count > figures.COLUMNS else ''
+            figures.save(figures.draw_cams(part, args.dark), Path(args.out) / f'cam{suffix}')
+    return 1 if failed else 0
 
 
 def _gates(args: argparse.Namespace) -> int:
-    import torch
-    from PIL import Image
-
-    from timm_spa import explain, figures
-    from timm_spa.predict import PictureError, picture_reader
+    from timm_spa.explain import figures, gate_maps
+    from timm_spa.predict import picture_reader, picture_seen
 
     model = load_named(args, args.model, args.device)
-    read = picture_reader(model)
-    cfg = model.pretrained_cfg
+    reader = picture_reader(model)
     code = 0
     printed: Dict[str, Any] = {}
-    for path in args.images:
-        try:
-            pixels = read(path)
-        except PictureError as e:
-            print(f'timm-spa: {path} could not be read: {e}', file=sys.stderr)
+    stems = [Path(path).stem for path in args.images]
+    for number, path in enumerate(args.images):
+        pixels = _read(reader, path)
+        if pixels is None:
             code = 1
             continue
         gates = {
-            name: gate[0] for name, gate in explain.gate_maps(
-                model, pixels.unsqueeze(0).to(args.device), args.blocks).items()}
-        rows = figures.gate_rows(gates)
+            name: gate[0]
+            for name, gate in gate_maps(model, pixels.unsqueeze(0).to(args.device), args.blocks).items()}
+        rows: Rows = [('block', 'channels', 'cells', 'mean', 'smallest', 'largest', 'mean distance from 1/2')]
+        for name, gate in gates.items():
+            rows.append((name, str(gate.shape[0]), f'{gate.shape[1]}x{gate.shape[2]}', *(
+                f'{value.item():.4f}' for value in (gate.mean(), gate.min(), gate.max(), (gate - 0.5).abs().mean()))))
         if args.json:
             printed[path] = _records(rows)
         else:
@@ -73,34 +154,40 @@ def _gates(args: argparse.Namespace) -> int:
             print_table(rows, right_aligned=range(1, 7))
             print()
         if args.out:
-            mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-            seen = ((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(-1).numpy()
-            name = f'{Path(path).stem}-gates'
-            _write(args.out, name, rows, figures.draw_gates(Image.fromarray(seen), gates))
+            # pictures of the same name in different folders
+            stem = stems[number] if stems.count(stems[number]) == 1 else f'{stems[number]}-{number + 1}'
+            figure = figures.draw_gates(picture_seen(model, pixels), gates, args.dark)
+            _write(args.out, f'{stem}-gates', rows, figure)
     if args.json:
         print(json.dumps(printed, indent=2))
     return code
 
 
 def _scales(args: argparse.Namespace) -> int:
-    from timm_spa import explain, figures
+    from timm_spa.explain import figures, scale_weights
 
     names = args.models or [None]
     if args.checkpoint and len(names) != 1:
         args.error('--checkpoint is of one model')
-    weights = {name or SHIPPED_MODEL: explain.scale_weights(load_named(args, name)) for name in names}
-    rows = {name: figures.scale_rows(of_net) for name, of_net in weights.items()}
+    weights = {name or SHIPPED_MODEL: scale_weights(load_named(args, name)) for name in names}
+    rows: Dict[str, Rows] = {}
+    for name, of_net in weights.items():
+        sizes = next(iter(of_net.values())).sizes
+        rows[name] = [('block', *(f'{size}x{size}' for size in sizes))]
+        rows[name] += [(block, *(f'{value:.4f}' for value in of_block.weights)) for block, of_block in of_net.items()]
     if args.json:
         print(json.dumps({name: _records(of_net) for name, of_net in rows.items()}, indent=2))
     else:
-        for name, of_net in rows.items():
+        for name, table in rows.items():
             print(f'{name}\n')
-            print_table(of_net, right_aligned=range(1, len(of_net[0])))
+            print_table(table, right_aligned=range(1, len(table[0])))
             print()
     if args.out:
-        table = [('model', *next(iter(rows.values()))[0])]
-        table += [(name, *row) for name, of_net in rows.items() for row in of_net[1:]]
-        _write(args.out, 'scales', table, figures.draw_scales(weights))
+        cells: Rows = [('model', 'block', 'size', 'weight')]
+        cells += [
+            (name, block, size, f'{value:.4f}') for name, of_net in weights.items()
+            for block, of_block in of_net.items() for size, value in zip(*vars(of_block).values(), strict=True)]
+        _write(args.out, 'scales', cells, figures.draw_scales(weights, args.dark))
     return 0
 
 
@@ -116,7 +203,7 @@ def _ablate(args: argparse.Namespace) -> int:
         model, batches, lambda seen: print(f'\r{seen} of {count}', end='', file=sys.stderr) if shown else None)
     whole, seen = found['']
     names = {'': 'none', '*': 'all'}
-    rows: List[Tuple[Any, ...]] = [('gates set to 1/2', 'right', 'top-1 %', 'against none')]
+    rows: Rows = [('gates set to 1/2', 'right', 'top-1 %', 'against none')]
     for name, (right, _) in found.items():
         change = f'{100 * (right - whole) / seen:+.2f}' if name else ''
         rows.append((names.get(name, name), str(right), f'{100 * right / seen:.2f}', change))
@@ -130,17 +217,43 @@ def _ablate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _curves(args: argparse.Namespace) -> int:
+    import statistics
+
+    from timm_spa.explain import figures
+    from timm_spa.explain.curves import read_curves
+
+    found = read_curves(args.runs)
+    rows: Rows = [('trained', 'runs', 'epochs', *figures.CURVES.values())]
+    cells: Rows = [('trained', 'run', 'epoch', *figures.CURVES)]
+    for label, runs in found.items():
+        epochs = min(map(len, runs))
+        last = [[run[epochs - 1][key] for run in runs] for key in figures.CURVES]
+        rows.append((label, str(len(runs)), str(epochs), *(f'{statistics.mean(values):.3f}' for values in last)))
+        cells += [
+            (label, number, int(row['epoch']), *(row[key] for key in figures.CURVES))
+            for number, run in enumerate(runs, start=1) for row in run]
+    if args.json:
+        print(json.dumps(_records(cells), indent=2))
+    else:
+        print_table(rows, right_aligned=range(1, 6))
+        print('\nMeans of the runs, at the last epoch that all of them have.')
+    if args.out:
+        _write(args.out, 'curves', cells, figures.draw_curves({'': found}, args.dark))
+    return 0
+
+
 def _records(rows: Sequence[Tuple[Any, ...]]) -> List[Dict[str, Any]]:
     return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
 
 
-def _write(folder: str, name: str, rows: Sequence[Tuple[Any, ...]], figure: Any = None) -> None:
+def _write(folder: str, name: str, rows: Sequence[Tuple[Any, ...]], figure: Optional[Any] = None) -> None:
     from timm_spa._files import replacing
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     with replacing(Path(folder) / f'{name}.csv') as partial, open(partial, 'w', newline='', encoding='utf-8') as f:
         csv.writer(f, lineterminator='\n').writerows(rows)
     if figure is not None:
-        from timm_spa import figures
+        from timm_spa.explain import figures
 
         figures.save(figure, Path(folder) / name)

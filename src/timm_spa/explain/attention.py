@@ -9,9 +9,9 @@ from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, 
 import torch
 import torch.nn as nn
 
-from ._errors import TimmSpaError
-from .layers import SpatialPyramidAttention
-from .layers.fused_branch import FusedBranch
+from .._errors import TimmSpaError
+from ..layers import SpatialPyramidAttention
+from ..layers.fused_branch import FusedBranch
 
 __all__ = ['ExplainError', 'ScaleWeights', 'ablate', 'gate_maps', 'neutral_gates', 'scale_weights']
 
@@ -34,10 +34,15 @@ class ScaleWeights:
     weights: Tuple[float, ...]
 
 
-def _gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Dict[str, Any]:
-    """Finds the modules that end in a gate of SPA, by the name of their block, in the order of the net."""
+def refuse_compiled(model: nn.Module) -> None:
+    """Raises ExplainError for a compiled model."""
     if hasattr(model, '_orig_mod'):
         raise ExplainError('A compiled model does not call the hooks of its modules: give the model that was compiled.')
+
+
+def _gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Dict[str, Any]:
+    """Finds the modules that end in a gate of SPA, by the name of their block, in the order of the net."""
+    refuse_compiled(model)
     found: Dict[str, Any] = {}
     for name, module in model.named_modules():
         # the fused form of squeeze-and-excitation has the one size 1
@@ -53,13 +58,12 @@ def _gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Dict[str
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, for as long as the block lasts."""
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, for as long as the block lasts."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
@@ -95,7 +99,8 @@ def gate_maps(model: nn.Module, x: torch.Tensor, blocks: Optional[Sequence[str]]
     def keep(name: str) -> Callable[..., None]:
         return lambda module, args, out: found.update({name: out.detach().float().cpu()})
 
-    with _evaluating(model), _hooks((module.gate, keep(name)) for name, module in _gates(model, blocks).items()):
+    hooks = [(module.gate, keep(name)) for name, module in _gates(model, blocks).items()]
+    with in_eval_mode(model), torch.no_grad(), _hooks(hooks):
         model(x)
     return found
 
@@ -156,7 +161,7 @@ def ablate(
     settings: Dict[str, Sequence[str]] = {'': (), **{name: (name,) for name in names}, '*': names}
     right = dict.fromkeys(settings, 0)
     seen = 0
-    with _evaluating(model):
+    with in_eval_mode(model), torch.no_grad():
         for images, target in batches:
             for name, blocks in settings.items():
                 with neutral_gates(model, blocks):

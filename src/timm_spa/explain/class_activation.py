@@ -1,0 +1,125 @@
+"""Class activation maps: which places of a picture speak for a class. The methods are torchcam's."""
+import dataclasses
+from typing import Any, List, Optional
+
+import torch
+import torch.nn as nn
+
+from .attention import ExplainError, in_eval_mode, refuse_compiled
+
+__all__ = ['METHODS', 'ClassActivation', 'cam', 'last_map_layer']
+
+# names for users, and torchcam's classes
+METHODS = {
+    'gradcam': 'GradCAM',
+    'gradcam++': 'GradCAMpp',
+    'smoothgradcam++': 'SmoothGradCAMpp',
+    'xgradcam': 'XGradCAM',
+    'layercam': 'LayerCAM',
+    'scorecam': 'ScoreCAM',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassActivation:
+    """Class activation maps of a batch.
+
+    Attributes:
+        maps: Maps (N, H, W) in float32 on the CPU, at the resolution of the layer. The largest value of each is 1, or
+            0 where nothing speaks for the class.
+        classes: The class (N,) that each map is of.
+        probabilities: The probability (N,) that the model gives it.
+        layer: Name of the layer whose output was weighted.
+    """
+    maps: torch.Tensor
+    classes: torch.Tensor
+    probabilities: torch.Tensor
+    layer: str
+
+
+def last_map_layer(model: nn.Module, x: torch.Tensor) -> str:
+    """Finds the layer that gives the last map before global pooling.
+
+    Args:
+        model: A timm CNN in eval mode.
+        x: Images (N, C, H, W), prepared for the model.
+
+    Returns:
+        Name of the outermost module whose output is what `forward_features` returns.
+
+    Raises:
+        ExplainError: The model has no `forward_features`, or that returns no map (N, C, H, W).
+    """
+    if not hasattr(model, 'forward_features'):
+        raise ExplainError(f'{type(model).__name__} has no forward_features, as models of timm have: name a layer.')
+    finished: List[Any] = []
+    names = {module: name for name, module in model.named_modules()}
+    handles = [
+        module.register_forward_hook(lambda m, args, out: finished.append((m, out)))
+        for module, name in names.items() if name]
+    try:
+        with torch.no_grad():
+            features: Any = model.forward_features(x)  # type: ignore[operator]
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(features, torch.Tensor) or features.ndim != 4:
+        raise ExplainError(
+            f'{type(model).__name__} has no map (N, C, H, W) before its pooling: class activation maps are for CNNs.')
+    for module, out in reversed(finished):
+        if out is features:
+            return names[module]
+    raise ExplainError(f'No layer of {type(model).__name__} gives its last map: name one.')
+
+
+def cam(
+        model: nn.Module,
+        x: torch.Tensor,
+        classes: Optional[torch.Tensor] = None,
+        method: str = 'gradcam',
+        layer: Optional[str] = None,
+) -> ClassActivation:
+    """Computes class activation maps.
+
+    The model is afterwards as it was: its modes, its hooks and the gradients of its parameters, also after an error.
+
+    Args:
+        model: A timm CNN with any gate or none, as it is built or fused, not compiled.
+        x: Images (N, C, H, W), prepared for the model, on its device.
+        classes: The class (N,) to explain for each image; the likeliest if None.
+        method: A key of `METHODS`. Grad-CAM (Selvaraju et al., ICCV 2017) is what the paper's figure 5 shows.
+        layer: Name of a module; the last map before pooling if None.
+
+    Returns:
+        The maps.
+
+    Raises:
+        ExplainError: There is no such method, layer or class, torchcam is not installed, or the model is no CNN or is
+            compiled.
+    """
+    if method not in METHODS:
+        raise ExplainError(f'There is no method {method!r}. There are {", ".join(METHODS)}.')
+    try:
+        from torchcam import methods
+    except ImportError as e:
+        raise ExplainError(
+            'Class activation maps need torchcam and Python 3.11: pip install "timm_spa[explain]".') from e
+    refuse_compiled(model)
+    if layer is not None and layer not in dict(model.named_modules()):
+        children = ', '.join(name for name, _ in model.named_children())
+        raise ExplainError(f'There is no layer {layer!r}. The layers of the top level are {children}.')
+    # gradients are needed also where the caller wants none, and for a net whose parameters are all frozen
+    with in_eval_mode(model), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # SmoothGrad adds noise
+        x = x.detach().clone().requires_grad_()
+        layer = layer or last_map_layer(model, x)
+        with getattr(methods, METHODS[method])(model, layer, input_shape=tuple(x.shape[1:])) as extract:
+            scores = model(x)
+            probabilities = scores.detach().float().softmax(1)
+            chosen = probabilities.argmax(1) if classes is None else classes.to(scores.device)
+            if not 0 <= int(chosen.min()) <= int(chosen.max()) < scores.shape[1]:
+                raise ExplainError(f'The classes are 0 to {scores.shape[1] - 1}, and {chosen.tolist()} were asked for.')
+            maps = extract(chosen.tolist(), scores, normalized=False)[0].detach().float().clamp(min=0).cpu()
+    largest = maps.flatten(1).amax(1).clamp(min=torch.finfo(maps.dtype).tiny)[:, None, None]
+    return ClassActivation(
+        maps / largest, chosen.cpu(), probabilities.gather(1, chosen[:, None])[:, 0].cpu(), layer)

@@ -1,0 +1,42 @@
+"""The metrics of training runs, sorted into what was trained alike but for the seed."""
+import re
+from pathlib import Path
+from typing import Dict, Iterable, List, Union
+
+from ..hub.run_record import Run
+from ..training_log import SummaryError, read_summary
+from .figures import CURVES, Summary
+
+__all__ = ['read_curves']
+
+
+def read_curves(paths: Iterable[Union[str, Path]]) -> Dict[str, List[Summary]]:
+    """Reads the metrics of runs.
+
+    Args:
+        paths: Folders of runs of timm's train.py, with their summary.csv; and folders of such folders.
+
+    Returns:
+        The metrics of each epoch of the runs, by what was trained: the model and its arguments in args.yaml, or where
+        there is none the folder's name without its seed.
+
+    Raises:
+        SummaryError: A folder is no run and has none in it, or the metrics of a run are no table or lack a
+            column.
+        RunError: An args.yaml cannot be read.
+    """
+    found: Dict[str, List[Summary]] = {}
+    for path in map(Path, paths):
+        folders = [path] if (path / 'summary.csv').exists() else sorted(p.parent for p in path.glob('*/summary.csv'))
+        if not folders:
+            raise SummaryError(f'{path} is no folder of a run, and has none in it: there is no summary.csv.')
+        for folder in folders:
+            args = Run.read(folder).args
+            kwargs = ' '.join(f'{key}={value}' for key, value in (args.get('model_kwargs') or {}).items())
+            label = f'{args["model"]} {kwargs}'.strip() if 'model' in args else re.sub(r'-seed\d+$', '', folder.name)
+            summary = read_summary(folder / 'summary.csv')
+            missing = [key for key in CURVES if any(key not in row for row in summary)]
+            if missing:
+                raise SummaryError(f'{folder / "summary.csv"} has no column {missing[0]}.')
+            found.setdefault(label, []).append(summary)
+    return found

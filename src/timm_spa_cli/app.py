@@ -1,0 +1,32 @@
+"""`timm-spa app`: a page in the browser, where a picture can be dropped."""
+import argparse
+import signal
+import sys
+from typing import Any
+
+HELP = 'open a page where you drop a picture and see what the net looks at'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    parser.add_argument(
+        '--model', dest='models', action='append', metavar='MODEL',
+        help='offer this model, any CNN that timm can create; can be given again (default: the shipped ones)')
+    parser.add_argument('--host', default='127.0.0.1', help='address to listen on (default: %(default)s)')
+    parser.add_argument('--port', type=int, help='port (default: the first free one from 7860)')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb, and returns the exit code."""
+    from timm_spa.explain import app
+    from timm_spa.predict import load_model
+
+    for name in args.models or ():
+        load_model(name)  # an unknown one ends here, and not on the page
+
+    def stop(number: int, frame: Any) -> None:
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, stop)  # so that the temporary folder is removed
+    app.serve(args.models or app.SHIPPED, args.host, args.port)
+    return 0

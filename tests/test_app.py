@@ -1,0 +1,144 @@
+"""The page: what it computes, and what a browser shows of it."""
+import contextlib
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import timm
+import yaml
+
+from timm_spa.explain import app
+from timm_spa.predict import PictureError, load_model
+
+pytest.importorskip('torchcam', reason='torchcam needs Python 3.11')
+
+ROOT = Path(__file__).parent.parent
+SPACE = ROOT / 'hub_cards' / 'space'
+BEET = resources.files('timm_spa') / 'images' / 'Red-Beet.jpg'
+
+
+@pytest.mark.parametrize('name', app.SHIPPED)
+def test_what_is_shown_of_a_picture(name):
+    classes, *pictures = app.look(load_model(name), BEET)
+    assert len(classes) == 5
+    assert list(classes.values()) == sorted(classes.values(), reverse=True)
+    for picture in pictures:
+        assert len(picture.getcolors(1 << 24)) > 20
+
+
+def test_a_plain_net_has_no_gates():
+    classes, activation, gates, pyramid = app.look(timm.create_model('resnet18').eval(), BEET)
+    assert activation is not None
+    assert gates is pyramid is None
+
+
+def test_requests(tmp_path):
+    """What the browser sends, as it comes: nothing else than a name that is offered is loaded."""
+    show = next(f.fn for f in app.build().fns.values() if f.name == 'show')
+    first, second = app.SHIPPED
+    *cells, column = show({'path': str(BEET)}, first, app.NOTHING)
+    assert cells[0]
+    assert cells[4:] == [None] * 4
+    assert column['visible'] is False
+    *cells, column = show({'path': str(BEET)}, second, first)
+    assert cells[4]
+    assert column['visible'] is True
+    assert show(None, first, second)[:-1] == [None] * 8
+    assert show({'path': str(BEET)}, 'local-dir:/', 'resnet18')[:-1] == [None] * 8
+    broken = tmp_path / 'x.jpg'
+    broken.write_text('no picture')
+    with pytest.raises(Exception, match='holiday.jpg is no picture that can be read') as e:
+        show({'path': str(broken), 'orig_name': 'holiday.jpg'}, first, second)
+    assert isinstance(e.value.__cause__, PictureError)
+
+
+def test_the_space():
+    """What the Hub's builder reads."""
+    import gradio
+
+    front = yaml.safe_load((SPACE / 'README.md').read_text().split('---')[1])
+    assert front['sdk'] == 'gradio'
+    assert front['sdk_version'].split('.')[0] == gradio.__version__.split('.')[0]
+    assert len(front['short_description']) <= 60
+    assert (SPACE / front['app_file']).exists()
+    assert (SPACE / 'requirements.txt').read_text().split() == ['timm_spa[app]']
+    assert runpy.run_path(str(SPACE / 'app.py'))['app'] is app
+
+
+@pytest.fixture
+def page(tmp_path):
+    """A page in a browser, of a server in a process of its own."""
+    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if chromium is None:
+        pytest.skip('needs chromium: apt-get install chromium')
+    from playwright.sync_api import sync_playwright
+
+    temporary = tmp_path / 'tmp'
+    temporary.mkdir()
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(subprocess.Popen(
+            [sys.executable, '-u', '-m', 'timm_spa', 'app', '--port', '7899'], stdout=subprocess.PIPE, text=True,
+            env=dict(os.environ, TMPDIR=str(temporary), HF_HUB_OFFLINE='1')))
+        stack.callback(server.kill)
+        url = re.search(r'http://127.0.0.1:\d+', server.stdout.readline())[0]
+        for _ in range(100):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(url)
+                break
+            time.sleep(0.1)
+        browser = stack.enter_context(sync_playwright()).chromium.launch(
+            executable_path=chromium, args=['--no-sandbox'])
+        page = browser.new_page(viewport=dict(width=1280, height=900))
+        asked = []
+        page.on('request', lambda request: asked.append(request.url))
+        page.goto(url)
+        page.wait_for_selector('#picture')
+        yield page
+        hosts = {address.split('/')[2] for address in asked if address.startswith('http')}
+        assert hosts == {url.removeprefix('http://')}, 'no fonts or scripts from elsewhere'
+        browser.close()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0
+        assert not list(temporary.glob('timm_spa_app*')), 'no upload stays'
+
+
+def upload(page, file):
+    with page.expect_file_chooser() as chooser:
+        page.get_by_label('Drop an image file').click()
+    chooser.value.set_files(file)
+
+
+@pytest.mark.timeout(300)
+def test_in_a_browser(page, tmp_path):
+    page.locator('.gallery-item').first.click()
+    page.wait_for_selector('#pyramid1 img')
+    assert 'Alpro-Blueberry-Soyghurt' in page.locator('#classes1').inner_text()
+    assert not page.locator('#classes2').is_visible()
+    page.locator('#second input').click()
+    page.get_by_role('option', name=app.SHIPPED[1]).click()
+    page.wait_for_selector('#pyramid2 img')
+    page.get_by_label('Remove Image').click()
+    upload(page, str(BEET))
+    page.wait_for_function("document.querySelector('#classes1').innerText.includes('Red-Beet')")
+    page.set_viewport_size(dict(width=390, height=844))
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390, 'nothing beyond the edge of a telephone'
+    page.get_by_label('Remove Image').click()
+    broken = tmp_path / 'broken.jpg'
+    broken.write_text('no picture')
+    upload(page, str(broken))
+    page.get_by_text('broken.jpg is no picture that can be read.').wait_for()
+    page.reload()
+    page.wait_for_selector('#picture')
+    huge = tmp_path / 'huge.jpg'
+    huge.write_bytes(BEET.read_bytes() + bytes(21_000_000))
+    upload(page, str(huge))
+    page.get_by_text('exceed the maximum allowed size of 20').wait_for()

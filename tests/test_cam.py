@@ -1,0 +1,181 @@
+"""Class activation maps, against Grad-CAM written out by hand and against known layers."""
+import csv
+import json
+from importlib import resources
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.utils import reparameterize_model
+
+import timm_spa
+import timm_spa_cli
+from timm_spa.explain import METHODS, ExplainError, cam
+from timm_spa.explain.class_activation import last_map_layer
+from timm_spa.predict import class_names, load_model, picture_reader
+
+pytest.importorskip('torchcam', reason='torchcam needs Python 3.11')
+
+IMAGES = resources.files('timm_spa') / 'images'
+BEET, PEPPER = str(IMAGES / 'Red-Beet.jpg'), str(IMAGES / 'Green-Bell-Pepper.jpg')
+SHIPPED = 'spa_tf_efficientnet_lite0.grocery81'
+GATED = dict(base='regnety_002', neutral=False)
+# the layer that gives the last map, by what a name has in it
+LAST = {
+    'resnet': 'layer4', 'resnext': 'layer4', 'mobilenetv2': 'bn2', 'mobilenetv4': 'blocks', 'efficientnet': 'bn2',
+    'densenet': 'features', 'vgg': 'features', 'gated': 'layer4'}
+
+
+def make(name, **kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **(GATED if name == 'gated' else {}), **kwargs).eval()
+    return model, torch.randn(2, 3, 64, 64)
+
+
+@pytest.mark.parametrize('name', timm_spa.list_models())
+def test_the_layer_is_the_last_map_of_the_family(name):
+    with torch.device('meta'):
+        model = timm.create_model(name).eval()
+        found = last_map_layer(model, torch.empty(1, *model.pretrained_cfg['input_size']))
+    expected = next(layer for part, layer in LAST.items() if part in name)
+    assert found == expected
+
+
+@pytest.mark.parametrize('name', [
+    'spa_resnet18', 'spa_preresnet18_cifar', 'spa_mobilenetv2', 'spa_mobilenetv4_conv_small', 'spa_densenet_cifar',
+    'spa_vgg16_cifar', 'gated', 'resnet18', 'convnext_atto', 'regnety_002', 'ghostnetv2_100', 'efficientnet_b0'])
+def test_grad_cam_by_hand(name):
+    """Gradients of the class's score, averaged over the map, weight the channels; what is negative is cut off."""
+    model, x = make(name)
+    if 'cifar' in name:
+        x = x[:, :, :32, :32]
+    features = model.forward_features(x).detach().requires_grad_()
+    scores = model.forward_head(features)
+    classes = torch.tensor([3, 7])
+    scores.gather(1, classes[:, None]).sum().backward()
+    expected = (features.grad.mean((2, 3), keepdim=True) * features).sum(1).clamp(min=0).detach()
+    expected = expected / expected.amax((1, 2), keepdim=True).clamp(min=1e-30)
+    found = cam(model, x, classes)
+    assert found.maps.shape == (2, *features.shape[2:])
+    torch.testing.assert_close(found.maps, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.probabilities, scores.softmax(1).gather(1, classes[:, None])[:, 0].detach())
+    assert cam(model, x).classes.tolist() == scores.argmax(1).tolist()
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method(method):
+    model, x = make('spa_resnet18')
+    first, second = (cam(model, x, method=method, layer='layer2') for _ in range(2))
+    assert torch.equal(first.maps, second.maps), 'also where the method draws random numbers'
+    assert first.maps.shape == (2, 8, 8)
+    assert first.layer == 'layer2'
+    assert 0 <= first.maps.min() <= first.maps.max() <= 1
+    assert first.maps.amax((1, 2)).tolist() == [1, 1]
+
+
+def state_of(model):
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()]
+    parameters = [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    return hooks, [m.training for m in model.modules()], parameters, [v.clone() for v in model.state_dict().values()]
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('fails', [False, True])
+def test_the_model_is_as_it_was(method, fails):
+    model, x = make('spa_resnet18')
+    model.train()
+    model.layer2.eval()
+    model.conv1.weight.requires_grad_(False)
+    model.fc.weight.grad = torch.ones_like(model.fc.weight)
+    before, random = state_of(model), torch.get_rng_state()
+    if fails:
+        with pytest.raises((RuntimeError, ExplainError)):
+            cam(model, x, torch.tensor([0, 1000]), method, 'layer1')
+        with pytest.raises(RuntimeError):
+            cam(model, x[:, :1], method=method, layer='layer1')
+    else:
+        cam(model, x, method=method, layer='layer1')
+    after = state_of(model)
+    assert after[:2] == before[:2]
+    for (needed, gradient), (needs, now) in zip(before[2], after[2], strict=True):
+        assert needed == needs
+        assert (gradient is None) == (now is None)
+        assert gradient is None or torch.equal(gradient, now)
+    assert all(torch.equal(a, b) for a, b in zip(before[3], after[3], strict=True))
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def test_every_form_of_a_model():
+    model, x = make('spa_resnet18')
+    expected = cam(model, x)
+    with torch.inference_mode():
+        assert torch.equal(cam(model, x.clone()).maps, expected.maps)
+    frozen, _ = make('spa_resnet18')
+    frozen.requires_grad_(False)
+    assert torch.equal(cam(frozen, x).maps, expected.maps)
+    for other in (make('spa_resnet18')[0].to(memory_format=torch.channels_last), reparameterize_model(model)):
+        found = cam(other, x)
+        assert found.layer == 'layer4'
+        torch.testing.assert_close(found.maps, expected.maps, rtol=1e-3, atol=1e-4)
+    half = cam(make('spa_resnet18')[0].bfloat16(), x.bfloat16())
+    assert half.maps.dtype == torch.float32
+    assert (half.maps - expected.maps).abs().mean() < 0.1
+
+
+def test_what_cannot_be_explained():
+    model, x = make('spa_resnet18')
+    with pytest.raises(ExplainError, match="no method 'campp'. There are gradcam, gradcam"):
+        cam(model, x, method='campp')
+    with pytest.raises(ExplainError, match="no layer 'layer9'. .* conv1, bn1, act1, maxpool, layer1,"):
+        cam(model, x, layer='layer9')
+    with pytest.raises(ExplainError, match='classes are 0 to 999'):
+        cam(model, x, torch.tensor([0, 1000]))
+    with pytest.raises(ExplainError, match='compiled'):
+        cam(torch.compile(model), x)
+    with pytest.raises(ExplainError, match='VisionTransformer has no map'):
+        cam(timm.create_model('test_vit').eval(), torch.randn(1, 3, 160, 160))
+    with pytest.raises(ExplainError, match='Sequential has no forward_features'):
+        cam(torch.nn.Sequential(model), x)
+
+
+def explain(*arguments):
+    return timm_spa_cli.main(['explain', *map(str, arguments)])
+
+
+def test_by_command(tmp_path, capsys):
+    broken = tmp_path / 'broken.jpg'
+    broken.write_bytes(b'no picture')
+    arguments = ['cam', BEET, broken, PEPPER, '--compare', 'spa_mobilenetv2_cifar.tmm_tin200']
+    for folder in ('a', 'b'):
+        assert explain(*arguments, '--out', tmp_path / folder) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count('broken.jpg could not be read') == 2, 'once a call'
+    files = sorted(path.name for path in (tmp_path / 'a').iterdir())
+    assert files == ['cam.csv', 'cam.png', 'cam.svg']
+    for name in files:
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes(), 'the same bytes'
+    explain(*arguments, '--json')
+    printed = json.loads(capsys.readouterr().out)
+    assert [p['picture'] for p in printed] == [BEET, PEPPER] * 2
+    model = load_model(SHIPPED)
+    found = cam(model, picture_reader(model)(BEET)[None])
+    assert printed[0]['class'] == class_names(model)[found.classes.item()]['name']
+    assert printed[0]['probability'] == pytest.approx(found.probabilities.item(), abs=1e-4)
+    torch.testing.assert_close(torch.tensor(printed[0]['map']), found.maps[0], atol=1e-4, rtol=0)
+    with open(tmp_path / 'a' / 'cam.csv', newline='') as f:
+        rows = [row for row in csv.DictReader(f) if row['picture'] == BEET and row['model'] == SHIPPED]
+    assert [float(row['activation']) for row in rows] == pytest.approx(found.maps.flatten().tolist(), abs=1e-4)
+
+
+def test_a_chosen_class_and_many_pictures(tmp_path, capsys):
+    pictures = sorted(str(path) for path in IMAGES.iterdir() if path.name.endswith('.jpg'))[:5]
+    assert explain('cam', *pictures, '--class', 'red-beet', '--out', tmp_path, '--dark', '--json') == 0
+    assert {p['class'] for p in json.loads(capsys.readouterr().out)} == {'Red-Beet'}
+    assert sorted(path.name for path in tmp_path.glob('*.png')) == ['cam-1.png', 'cam-2.png']
+    with Image.open(tmp_path / 'cam-1.png') as image:
+        assert sum(image.convert('RGB').getpixel((0, 0))) < 60
+    assert explain('cam', BEET, '--class', 'Red-Beets') == 1
+    assert "no class 'Red-Beets'. Did you mean 'Red-Beet'? Its 81 classes have numbers too" in capsys.readouterr().err
+    assert explain('cam', BEET, '--method', 'cam') == 1
+    assert "no method 'cam'" in capsys.readouterr().err
