@@ -16,6 +16,7 @@ from PIL import Image
 import timm_spa  # noqa: F401
 import timm_spa_cli
 from timm_spa.hub.card import CardError, card_of_folder, make_card
+from timm_spa.hub.publish import write_repository
 from timm_spa.hub.run_record import Run, RunError
 from timm_spa.profile import count_cost
 
@@ -81,7 +82,8 @@ def test_card_config_cfg_and_results_agree(folder):
     metadata, body = parts((folder / 'README.md').read_text())
     config = json.loads((folder / 'config.json').read_text())
     cfg = timm.get_pretrained_cfg(folder.name, allow_unregistered=False)
-    assert {p.name for p in folder.iterdir()} <= {
+    facts = yaml.safe_load((folder / 'card.yaml').read_text())
+    assert {p.name for p in folder.iterdir()} <= {*(figure['file'] for figure in facts.get('figures', ()))} | {
         'README.md', 'config.json', 'args.yaml', 'summary.csv', 'run.json', 'card.yaml', 'model.safetensors'}
     assert f'{config["architecture"]}.{config["pretrained_cfg"]["tag"]}' == folder.name
     assert metadata['license'] == config['pretrained_cfg']['license'] == cfg.license
@@ -360,6 +362,30 @@ def test_widget_shows_what_the_weights_say(tmp_path):
         expected = dict(zip('abc', model(((pixels - mean) / std)[None]).softmax(1)[0].tolist(), strict=True))
     assert entry['src'] == 'https://example.org/orange.png'
     assert {e['label']: e['score'] for e in entry['output']} == pytest.approx(expected, abs=1e-4)
+
+
+def test_figures(tmp_path):
+    """They are shown, and go with the card to where it goes, and nothing else does."""
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'a.png').write_bytes(b'picture')
+    (tmp_path / 'b.png').write_bytes(b'private')
+    name = CARDS[0].name
+    shutil.copy(weights_of(CARDS[0]), folder / 'best.safetensors')
+
+    def facts(**figure):
+        (folder / 'card.yaml').write_text(yaml.safe_dump(dict(license='mit', figures=[figure])))
+
+    facts(file='a.png', text='Gates [of] <b>one</b> block')
+    write_repository(tmp_path / 'out', folder / 'best.safetensors', name)
+    assert (tmp_path / 'out' / 'a.png').read_bytes() == b'picture'
+    shown = '![Gates (of) &lt;b&gt;one&lt;/b&gt; block](a.png)\n\nGates [of] &lt;b&gt;one&lt;/b&gt; block\n'
+    assert shown in (tmp_path / 'out' / 'README.md').read_text()
+    for figure in (dict(file='none.png'), dict(file='../b.png'), dict(file='card.yaml'), dict(text='x'), dict(file=3)):
+        facts(**figure)
+        with pytest.raises(CardError, match="'figures' in card.yaml has"):
+            write_repository(tmp_path / 'other', folder / 'best.safetensors', name)
+        assert not (tmp_path / 'other').exists()
 
 
 @pytest.mark.parametrize(('text', 'message'), [

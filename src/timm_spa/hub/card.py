@@ -116,6 +116,7 @@ def make_card(
         evidence=_evidence(run, alone=not comparison),
         comparison=comparison,
         evaluation=_evaluation(run, row, dataset.get('split'), scores),
+        figures=_figures(run),
         limits=_limits(config, dataset, facts),
     )
 
@@ -397,6 +398,19 @@ def _evaluation(
             text += ' It is the best of them on the same pictures; there is no held-out set beside these.'
         lines.append(text)
     return paragraphs(*lines)
+
+
+def _figures(run: Run) -> List[Tuple[str, str]]:
+    """Returns the files and texts of pictures beside the card."""
+    figures = []
+    for entry in run.facts.get('figures') or ():
+        file = str(entry.get('file')) if isinstance(entry, dict) else ''
+        if not re.fullmatch(r'[\w-][\w.-]*\.(png|jpg|svg|webp)', file, re.ASCII) or not (run.folder / file).is_file():
+            raise CardError(
+                f"'figures' in card.yaml has {entry!r}. Each needs a 'file', a picture that lies in {run.folder}, "
+                "and a 'text'.")
+        figures.append((file, plain(' '.join(str(entry.get('text') or '').split()))))
+    return figures
 
 
 def _limits(config: Mapping[str, Any], dataset: Mapping[str, str], facts: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -122,6 +122,10 @@ def write_repository(
             (partial / 'run.json').write_text(json.dumps(run.record, indent=2) + '\n', encoding='utf-8')
         if run.facts:
             (partial / 'card.yaml').write_text(yaml.safe_dump(run.facts, allow_unicode=True), encoding='utf-8')
+            for figure in run.facts.get('figures') or ():
+                name = PurePosixPath(str(figure.get('file') if isinstance(figure, dict) else '')).name
+                with suppress(OSError):  # the card says what is missing
+                    shutil.copyfile(run.folder / name, partial / name)
         # what an earlier call wrote may have been edited since
         cards = [folder / CARD, *([checkpoint.parent / CARD] if checkpoint.name == WEIGHTS_FILENAME else [])]
         written = next((card for card in cards if card.exists()), None)
