@@ -9,31 +9,25 @@ import dataclasses
 import datetime
 import importlib
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 
-from ._errors import TimmSpaError
 from ._files import replacing
-from .benchmark_worker import Settings, parse_model
+from .benchmark_worker import BenchmarkError, Settings, answer, parse_model
 
-__all__ = [
-    'BenchmarkError', 'Settings', 'Worker', 'measure', 'notes', 'table_rows', 'write_record']
+__all__ = ['BenchmarkError', 'Settings', 'Worker', 'measure', 'notes', 'table_rows', 'write_record']
 
 KIND = 'timm-spa bench 1'
 AS_BUILT = ' as built'  # behind the name of the base that is also measured without --reparam
 # of the surroundings, what changes how fast a machine computes
 VARIABLES = ('CUDA_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_')
-
-
-class BenchmarkError(TimmSpaError, RuntimeError):
-    """A model could not be measured; the message names it."""
 
 
 class Worker:
@@ -47,56 +41,31 @@ class Worker:
     def __init__(self, model: str, settings: Settings) -> None:
         self.model = model
         self.settings = settings
-        self._log = tempfile.TemporaryFile('w+', errors='replace')  # noqa: SIM115  closed by close()
-        self.process = subprocess.Popen(
-            [sys.executable, '-m', f'{__package__}.benchmark_worker'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._log, text=True)
+        # what models and compilers print is no part of the table
+        self.pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), os.dup2, (2, 1))
 
     def ask(self, what: str) -> Dict[str, Any]:
-        """Sends a request, and waits for the answer.
+        """Asks the process for something, and waits for it.
 
         Args:
-            what: As for `benchmark_worker.serve`, or 'load' to wait until the process is ready for requests.
+            what: As for `benchmark_worker.answer`.
 
         Returns:
-            The answer.
+            Its answer.
 
         Raises:
-            BenchmarkError: The request failed, or the process died.
+            BenchmarkError: It failed, or the process died.
         """
-        assert self.process.stdin
-        assert self.process.stdout
-        with contextlib.suppress(OSError):  # of a process that has gone, which the missing answer tells
-            if what != 'load':
-                request = dict(do=what, model=self.model, settings=dataclasses.asdict(self.settings))
-                self.process.stdin.write(json.dumps(request) + '\n')
-                self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line.endswith('\n'):
-            raise BenchmarkError(f'{self.model}: {self._last_words()}')
-        answer = json.loads(line)
-        if 'error' in answer:
-            raise BenchmarkError(f'{self.model}: {answer["error"]}')
-        return answer
+        try:
+            return self.pool.submit(answer, what, self.model, self.settings).result()
+        except BrokenProcessPool as e:
+            raise BenchmarkError(
+                f'{self.model}: its process died, most likely for want of memory with --batch-size '
+                f'{self.settings.batch_size}.') from e
 
     def close(self) -> None:
-        """Ends the process, by itself if it is not busy: a compiler has processes of its own to end."""
-        try:
-            self.process.communicate(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
-        self._log.close()
-
-    def _last_words(self) -> str:
-        code = self.process.wait()
-        if code == -9:
-            return (
-                f'its process was killed, most likely for want of memory with --batch-size {self.settings.batch_size}.')
-        self._log.seek(0)
-        said = self._log.read().strip().splitlines()
-        ended = f'by signal {-code}' if code < 0 else f'with exit code {code}'
-        return f'its process ended {ended}: {said[-1] if said else "it said nothing"}'
+        """Ends the process."""
+        self.pool.shutdown()
 
 
 def measure(
@@ -146,8 +115,6 @@ def measure(
     entries: List[Dict[str, Any]] = [dict(model=label, rounds=[]) for label, _, _ in jobs]
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(contextlib.closing(Worker(model, how))) for _, model, how in jobs]
-        for worker in workers:
-            worker.ask('load')
         for worker, entry in zip(workers, entries, strict=True):
             progress(f'{entry["model"]}: warm-up')
             entry.update(worker.ask('build'))

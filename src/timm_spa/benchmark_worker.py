@@ -1,31 +1,33 @@
-"""The process that holds one model of `timm-spa bench`, and measures it whenever it is told to.
+"""One model of `timm-spa bench`, in a process of its own, measured whenever it is asked.
 
-It reads a request a line on its standard input, and answers each with a line of JSON. A process for each model keeps
-their peak memory apart, and their compiled code: models that share the code of a block would otherwise use up the
-recompilations that torch allows for it, and from then on run eagerly without a word.
+A process for each model keeps their peak memory apart, and their compiled code: models that share the code of a block
+would otherwise use up the recompilations that torch allows for it, and from then on run eagerly without a word.
 """
 import argparse
 import dataclasses
 import importlib
-import json
 import math
 import os
 import shlex
-import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Callable, Dict, List, Optional, Sequence, TextIO, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.utils import ParseKwargs, reparameterize_model
+from torch.utils.benchmark import Timer
 
+from ._errors import TimmSpaError
 from .environment import environment
 from .layers.fused_branch import CONVS, NORMS, FusedBranch, merge_norms
 
-__all__ = ['Settings', 'Workload', 'parse_model', 'reparameterized', 'serve']
+__all__ = ['BenchmarkError', 'Settings', 'Workload', 'answer', 'parse_model', 'reparameterized']
+
+
+class BenchmarkError(TimmSpaError, RuntimeError):
+    """A model could not be measured; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,28 +168,18 @@ class Workload:
         self.construction_seconds = time.perf_counter() - start
         self.parameters = sum(p.numel() for p in net.parameters())
 
-        height_and_width = net.pretrained_cfg['input_size'][1:]
-        if settings.img_size is not None:
-            height_and_width = (settings.img_size, settings.img_size)
-        self.input_size = (net.pretrained_cfg['input_size'][0], *height_and_width)
-        half = getattr(torch, settings.dtype)
-        stored = torch.float32 if settings.amp else half
+        channels, height, width = net.pretrained_cfg['input_size']
+        self.input_size = (channels, settings.img_size or height, settings.img_size or width)
+        self._half = getattr(torch, settings.dtype)
+        stored = torch.float32 if settings.amp else self._half
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         net = net.to(device=self._device, dtype=stored, memory_format=layout)
         self.input = torch.randn(settings.batch_size, *self.input_size, device=self._device, dtype=stored)
         self.input = self.input.contiguous(memory_format=layout)
-        self._autocast: Callable[[], AbstractContextManager] = nullcontext
-        if settings.amp:
-            self._autocast = lambda: torch.autocast(self._device.type, half)
-        if settings.mode == 'train':
-            net.train()
-            self._target = torch.randint(net.num_classes, (settings.batch_size,), device=self._device)
-            # a step of length 0 costs what any step costs, and leaves the same work for every round
-            self._optimizer = torch.optim.SGD(net.parameters(), lr=0., momentum=0.9)
-            self._step = self._train_step
-        else:
-            net.eval()
-            self._step = self._infer_step
+        net.train(settings.mode == 'train')
+        self._target = torch.randint(net.num_classes, (settings.batch_size,), device=self._device)
+        # a step of length 0 costs what any step costs, and leaves the same work for every round
+        self._optimizer = torch.optim.SGD(net.parameters(), lr=0., momentum=0.9)
         if settings.reparam:
             net = reparameterized(net, self.input[:1])
         self._net: Callable[[torch.Tensor], torch.Tensor] = net
@@ -196,24 +188,35 @@ class Workload:
             torch._dynamo.config.fail_on_cache_limit_hit = True
             self._net = torch.compile(net, backend=settings.compile)
         self._graphs = 0
-        self._step_seconds = 0.
+
+    def step(self) -> None:
+        """Takes a step: a forward pass, or one of training."""
+        autocast = torch.autocast(self._device.type, self._half, enabled=self.settings.amp)
+        if self.settings.mode == 'infer':
+            with torch.inference_mode(), autocast:
+                self._net(self.input)
+            return
+        self._optimizer.zero_grad()
+        with autocast:
+            loss = F.cross_entropy(self._net(self.input), self._target)
+        loss.backward()
+        self._optimizer.step()
 
     def warm_up(self) -> Dict[str, Any]:
         """Takes the first steps, which compile, choose kernels and fill caches.
 
         Returns:
-            'first_step_seconds', and 'graphs' and 'graph_breaks' of the compiler.
+            'graphs' and 'graph_breaks' of the compiler.
         """
-        first = self._time(1)
-        for _ in range(self.settings.warmup):
-            self._step_seconds = self._time(1)
+        for _ in range(1 + self.settings.warmup):
+            self.step()
         if self._device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats()  # what choosing the kernels took is not what a step takes
         self._graphs, breaks = self._compiled()
-        return dict(first_step_seconds=first, graphs=self._graphs, graph_breaks=breaks)
+        return dict(graphs=self._graphs, graph_breaks=breaks)
 
     def measure(self) -> Dict[str, Any]:
-        """Takes steps for at least `min_seconds`, after one that is not counted.
+        """Takes steps for at least `min_seconds`, after some that are not counted.
 
         Returns:
             'steps' and the 'seconds' that they took.
@@ -221,17 +224,11 @@ class Workload:
         Raises:
             RuntimeError: The model was compiled again, which is what the time went into.
         """
-        self._time(1)  # another model had the caches since
-        steps, seconds = 0, 0.
-        while not steps or seconds < self.settings.min_seconds:
-            missing = self.settings.min_seconds - seconds
-            count = max(1, math.ceil(missing / max(self._step_seconds, 1e-6)))
-            seconds += self._time(count)
-            steps += count
-            self._step_seconds = seconds / steps
+        timer = Timer('step()', globals=dict(step=self.step), num_threads=torch.get_num_threads())
+        found = timer.blocked_autorange(min_run_time=max(self.settings.min_seconds, 1e-6))
         if self._compiled()[0] != self._graphs:
             raise RuntimeError('it was compiled again after its warm-up, so that no time can be told; try a longer one')
-        return dict(steps=steps, seconds=seconds)
+        return dict(steps=len(found.raw_times) * found.number_per_run, seconds=sum(found.raw_times))
 
     def memory(self) -> Dict[str, Any]:
         """Tells the peak of the memory.
@@ -243,34 +240,12 @@ class Workload:
             return dict(
                 peak_memory=torch.cuda.max_memory_allocated(),
                 peak_memory_is='torch.cuda.max_memory_allocated, since the warm-up')
-        return dict(
-            peak_memory=_peak_resident(), peak_memory_is='peak RSS of its process, with Python, torch and compilation')
-
-    def _time(self, steps: int) -> float:
-        if self._device.type == 'cuda':
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            begin.record()
-            for _ in range(steps):
-                self._step()
-            end.record()
-            torch.cuda.synchronize()
-            return begin.elapsed_time(end) / 1e3
-        start = time.perf_counter()
-        for _ in range(steps):
-            self._step()
-        return time.perf_counter() - start
-
-    def _infer_step(self) -> None:
-        with torch.inference_mode(), self._autocast():
-            self._net(self.input)
-
-    def _train_step(self) -> None:
-        self._optimizer.zero_grad()
-        with self._autocast():
-            loss = F.cross_entropy(self._net(self.input), self._target)
-        loss.backward()
-        self._optimizer.step()
+        peak = None
+        if os.path.exists('/proc/self/status'):
+            # getrusage's figure would be no less than the peak of the process that started this one
+            with open('/proc/self/status') as f:
+                peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM:'))
+        return dict(peak_memory=peak, peak_memory_is='peak RSS of its process, with Python, torch and compilation')
 
     def _compiled(self) -> Tuple[int, int]:
         if not self.settings.compile:
@@ -279,68 +254,46 @@ class Workload:
         return counters['stats']['unique_graphs'], sum(counters['graph_break'].values())
 
 
-def _peak_resident() -> Optional[int]:
-    try:
-        # getrusage's figure would be no less than the peak of the process that started this one
-        with open('/proc/self/status') as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM:'))
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+_workload: Any = None  # of this process
 
 
-def _explain(error: Exception, batch_size: Any) -> str:
-    text = str(error).strip()
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return f'out of memory with --batch-size {batch_size}.'
-    if type(error).__name__ == 'FailOnRecompileLimitHit':
-        return (
-            'it was compiled so often that torch would have gone on eagerly (its recompilation limit), so that no time '
-            'can be told.')
-    return f'{type(error).__name__}: {text.splitlines()[0] if text else "no message"}'
-
-
-def serve(requests: TextIO, answers: TextIO, make: Callable[..., Any] = timm.create_model) -> None:
-    """Answers requests until there are no more.
+def answer(what: str, model: str, settings: Settings) -> Dict[str, Any]:
+    """Does what it is asked to, in the process of the model.
 
     Args:
-        requests: Lines of JSON with a 'do': 'build' (with a 'model' and 'settings'), 'warm_up', 'measure' or 'memory'.
-        answers: Gets a line of JSON for each, with 'error' if it failed, and one in advance when everything is loaded.
-        make: Makes a model of name and keyword arguments.
+        what: 'build', 'warm_up', 'measure' or 'memory'.
+        model: As for `Workload`.
+        settings: As for `Workload`.
+
+    Returns:
+        What the method of `Workload` returns; of 'build', what is known of the model and of the machine.
+
+    Raises:
+        BenchmarkError: It failed.
     """
-    workload: Any = None
-    batch_size = None
-    print('{}', file=answers, flush=True)
-    for line in requests:
-        request = json.loads(line)
-        answer: Dict[str, Any]
-        try:
-            if request['do'] == 'build':
-                settings = Settings(**request['settings'])
-                batch_size = settings.batch_size
-                for module in settings.imports:
-                    importlib.import_module(module)
-                if settings.threads is not None:
-                    torch.set_num_threads(settings.threads)
-                if settings.device == 'cuda':
-                    torch.backends.cudnn.benchmark = True  # as timm's scripts have it
-                workload = Workload(request['model'], settings, make)
-                answer = dict(
-                    input=workload.input_size, parameters=workload.parameters,
-                    construction_seconds=workload.construction_seconds, threads=torch.get_num_threads(),
-                    environment=environment(('timm_spa', 'timm', 'torch'), settings.device))
-            else:
-                answer = getattr(workload, request['do'])()
-        except Exception as e:  # whatever it is, the process that asked must hear of it
-            answer = dict(error=_explain(e, batch_size))
-        print(json.dumps(answer), file=answers, flush=True)
+    try:
+        return _build(model, settings) if what == 'build' else getattr(_workload, what)()
+    except Exception as e:  # many of torch's do not come through to another process
+        text = str(e).strip()
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+            cause = f'out of memory with --batch-size {settings.batch_size}.'
+        elif type(e).__name__ == 'FailOnRecompileLimitHit':
+            cause = 'it was compiled so often that torch would have gone on eagerly (its recompilation limit).'
+        else:
+            cause = f'{type(e).__name__}: {text.splitlines()[0] if text else "no message"}'
+        raise BenchmarkError(f'{model}: {cause}') from None
 
 
-if __name__ == '__main__':
-    private = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what models and compilers print must not come between the answers
-    serve(sys.stdin, private)
+def _build(model: str, settings: Settings) -> Dict[str, Any]:
+    global _workload
+    for module in settings.imports:
+        importlib.import_module(module)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.device == 'cuda':
+        torch.backends.cudnn.benchmark = True  # as timm's scripts have it
+    _workload = Workload(model, settings)
+    return dict(
+        input=_workload.input_size, parameters=_workload.parameters,
+        construction_seconds=_workload.construction_seconds, threads=torch.get_num_threads(),
+        environment=environment(('timm_spa', 'timm', 'torch'), settings.device))
