@@ -20,7 +20,7 @@ from timm.utils import reparameterize_model
 
 from ._errors import TimmSpaError
 from .hub.checkpoint import check_weights, read_weights
-from .models._pretrained import shortened
+from .tensors import first_few
 from .training_log import read_classes
 
 __all__ = [
@@ -217,7 +217,7 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
     found = {p.name for p in Path(dataset.reader.root).iterdir() if p.is_dir()}
     known = set(class_map or dataset.reader.class_to_idx)
     if class_map and not found <= known or not class_map and len(known) != model.num_classes:
-        odd = shortened(sorted(found - known)) if class_map else f'{len(known)} folders'
+        odd = first_few(sorted(found - known)) if class_map else f'{len(known)} folders'
         raise PictureError(f'{images} is of other classes than the {model.num_classes} of the model: {odd}')
     config = resolve_data_config(pretrained_cfg=cfg)
     return create_loader(

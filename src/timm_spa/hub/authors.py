@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..models import CifarVGG, GatedDenseNet, GatedEfficientNet, GatedPreActResNet, GatedResNet, GatedVGG
-from ..models._pretrained import misfits
+from ..tensors import compare_tensors
 from .checkpoint import CheckpointError, read_checkpoint
 
 __all__ = ['ConversionError', 'convert_state_dict', 'rename_authors', 'rename_efficientnet', 'reorder_authors']
@@ -125,7 +125,7 @@ def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: n
     weights = {name.removeprefix('module.'): tensor for name, tensor in weights.items()}
 
     converted = rename_authors(weights, model)
-    misfit = misfits(converted, model.state_dict())
+    misfit = compare_tensors(converted, model.state_dict())
     if misfit:
         raise ConversionError(f'The checkpoint does not fit {type(model).__name__}; tensors {misfit}.')
     return reorder_authors(converted, model)

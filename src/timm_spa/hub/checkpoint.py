@@ -16,7 +16,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from timm.models import clean_state_dict
 
 from .._errors import TimmSpaError
-from ..models._pretrained import misfits, shortened
+from ..tensors import compare_tensors, first_few
 
 __all__ = ['CheckpointError', 'Weights', 'check_weights', 'read_checkpoint', 'read_weights']
 
@@ -101,7 +101,7 @@ def read_weights(path: Union[str, Path]) -> Weights:
     if not isinstance(state_dict, Mapping) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
         raise CheckpointError(
             f'{path} holds no weights: none of {", ".join(_STATE_KEYS)} is in it, and its entries '
-            f'({shortened([str(k) for k in content])}) are not all tensors.')
+            f'({first_few([str(k) for k in content])}) are not all tensors.')
     if not state_dict:
         raise CheckpointError(f'{path} holds no weights: it is readable, and has no entry.')
     about: Mapping[str, Any] = content if used else _published_facts(Path(path))
@@ -149,17 +149,17 @@ def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, sour
         raise CheckpointError(
             f'{source} has {len(state_dict[classifier])} classes ({classifier}), and the model has '
             f'{len(own[classifier])}. Name the right number with --num-classes, or another model.')
-    misfit = misfits(state_dict, own)
+    misfit = compare_tensors(state_dict, own)
     if misfit:
         raise CheckpointError(f'{source} does not fit {type(model).__name__}; tensors {misfit}.')
     odd = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
     if odd:
         raise CheckpointError(
-            f'{source} has {len(odd)} tensors with values that are not finite: {shortened(odd)}. The training '
+            f'{source} has {len(odd)} tensors with values that are not finite: {first_few(odd)}. The training '
             'diverged before it was written; take an earlier checkpoint.')
     odd = [name for name, t in state_dict.items() if name.endswith('running_var') and bool((t < 0).any())]
     if odd:
-        raise CheckpointError(f'{source} has {len(odd)} variances below zero: {shortened(odd)}. The file is damaged.')
+        raise CheckpointError(f'{source} has {len(odd)} variances below zero: {first_few(odd)}. The file is damaged.')
     model.load_state_dict(dict(state_dict), strict=True)
 
 

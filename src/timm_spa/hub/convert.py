@@ -17,9 +17,9 @@ from .._errors import UsageError
 from .._files import replacing
 from ..layers import SpatialPyramidAttention
 from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
-from ..models._pretrained import misfits, shortened
 from ..models._warm_start import gated_modules, warm_start
 from ..models.densenet import rename_torchvision
+from ..tensors import compare_tensors, first_few
 from .authors import rename_authors, rename_efficientnet, reorder_authors
 from .checkpoint import CheckpointError, Weights, check_weights, read_weights
 
@@ -181,7 +181,7 @@ def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> List[Tup
 
 
 def _count(misfit: str) -> float:
-    """Adds up the tensors of a message of `misfits`; a message of another kind is of all of them."""
+    """Adds up the tensors of a message of `compare_tensors`; a message of another kind is of all of them."""
     return sum(map(int, re.findall(r'(?:^|; )(\d+) ', misfit))) or float('inf')
 
 
@@ -200,7 +200,7 @@ def _fitted(
     """Adds the counters that old files lack, and says what else does not fit."""
     counters = {name: value for name, value in own.items() if name.endswith('.num_batches_tracked')}
     fitted = {**counters, **named}
-    return fitted, misfits(fitted, own)
+    return fitted, compare_tensors(fitted, own)
 
 
 def _without_gates(model: nn.Module) -> Dict[str, torch.Tensor]:
@@ -234,7 +234,7 @@ def _count_classes(weights: Mapping[str, torch.Tensor], source: Union[str, Path]
             return len(weights[f'{name}.weight'])
     raise CheckpointError(
         f'{source} has no classifier: none of {", ".join(CLASSIFIERS)} is in it, but '
-        f'{shortened(list(weights), 4)}.')
+        f'{first_few(list(weights), 4)}.')
 
 
 def _stored(
@@ -257,7 +257,7 @@ def _stored(
     if too_large:
         raise CheckpointError(
             f'{len(too_large)} tensors have values beyond the largest of {dtype_name}, {torch.finfo(dtype).max:g}: '
-            f'{shortened(too_large)}. Store them as bfloat16 or float32.')
+            f'{first_few(too_large)}. Store them as bfloat16 or float32.')
     error_in = max(errors, key=lambda name: errors[name])
     return stored, errors[error_in], error_in
 

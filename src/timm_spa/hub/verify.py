@@ -18,8 +18,9 @@ from timm.utils import AverageMeter, accuracy
 
 from .._files import ReadError, read_text
 from ..models._hub_file import endpoint, without_password
-from ..models._pretrained import WEIGHTS_FILENAME, misfits, shortened
+from ..models._pretrained import WEIGHTS_FILENAME
 from ..predict import PictureError, for_inference, labelled_batches, load_model, predict
+from ..tensors import compare_tensors, first_few
 from .checkpoint import CheckpointError, read_weights
 from .config_file import config_problems
 from .run_record import load_yaml
@@ -211,16 +212,16 @@ def _check_weights(folder: Path, model: Any, report: Report) -> bool:
         report.problems.append(f'{WEIGHTS_FILENAME} does not say that it is of torch: transformers refuses it')
     if metadata.get('model') not in (name, architecture):
         report.problems.append(f'{WEIGHTS_FILENAME} is of model {metadata.get("model")}, and config.json of {name}')
-    misfit = misfits(state_dict, model.state_dict())
+    misfit = compare_tensors(state_dict, model.state_dict())
     if misfit:
         report.problems.append(f'{WEIGHTS_FILENAME} does not fit {architecture}; tensors {misfit}')
     odd = [key for key, tensor in state_dict.items() if not tensor.isfinite().all()]
     if odd:
         report.problems.append(
-            f'{WEIGHTS_FILENAME} has {len(odd)} tensors with values that are not finite: {shortened(odd)}')
+            f'{WEIGHTS_FILENAME} has {len(odd)} tensors with values that are not finite: {first_few(odd)}')
     negative = [key for key, tensor in state_dict.items() if key.endswith('running_var') and (tensor < 0).any()]
     if negative:
-        report.problems.append(f'{WEIGHTS_FILENAME} has variances below zero: {shortened(negative)}')
+        report.problems.append(f'{WEIGHTS_FILENAME} has variances below zero: {first_few(negative)}')
     report.checked.append(f'{len(state_dict)} tensors: names, shapes, kinds, every value finite')
     if misfit or odd:
         return False

@@ -3,13 +3,14 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Type
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Type
 
 import timm
 import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 
+from ..tensors import compare_tensors
 from ._gates import create_gate
 from ._hub_file import HubWeightsError, locate_weights
 from ._warm_start import checkpoint_filter_fn
@@ -230,7 +231,7 @@ def check_fit(
         variant: Name of the model, for the message.
         error: Type of the error.
     """
-    misfit = misfits(_fixed_tensors(tensors, model), _fixed_tensors(model.state_dict(), model))
+    misfit = compare_tensors(_fixed_tensors(tensors, model), _fixed_tensors(model.state_dict(), model))
     if misfit:
         raise error(
             f'{weights} does not fit {variant}; tensors {misfit}. Create the model that they are of, with the '
@@ -244,33 +245,3 @@ def _fixed_tensors(tensors: Mapping[str, torch.Tensor], model: Any) -> Dict[str,
     return {
         name: tensor for name, tensor in tensors.items()
         if not name.startswith(layers) and not name.endswith('.num_batches_tracked')}
-
-
-def misfits(given: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
-    """Compares names, shapes and kinds of tensors.
-
-    Args:
-        given: Tensors by name.
-        own: Those that are expected.
-
-    Returns:
-        What is missing, unexpected, or of another shape or kind, with the names; empty if nothing is.
-    """
-    both = [(name, tensor, own[name]) for name, tensor in given.items() if name in own]
-    problems = {
-        'missing': [name for name in own if name not in given],
-        'unexpected': [name for name in given if name not in own],
-        'of the wrong shape': [
-            f'{name} {tuple(tensor.shape)}, expected {tuple(expected.shape)}'
-            for name, tensor, expected in both if tensor.shape != expected.shape],
-        'of the wrong kind': [
-            f'{name} {tensor.dtype}, expected {expected.dtype}'
-            for name, tensor, expected in both if tensor.is_floating_point() != expected.is_floating_point()],
-    }
-    return '; '.join(f'{len(names)} {what}: {shortened(names)}' for what, names in problems.items() if names)
-
-
-def shortened(names: List[str], limit: int = 6) -> str:
-    """Lists names for a message, the first few if there are many."""
-    shown = ', '.join(names[:limit])
-    return f'{shown} and {len(names) - limit} more' if len(names) > limit else shown
