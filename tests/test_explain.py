@@ -244,6 +244,31 @@ def test_mean_and_band_of_the_curves():
     assert len(first.collections) == 1, 'no band around a single run'
 
 
+def test_scales_of_checkpoints(tmp_path, capsys):
+    files = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model, _ = make('spa_resnet18')
+        nn.init.normal_(model.layer1[0].attn.pyramid_weight, generator=torch.Generator().manual_seed(seed))
+        files.append(str(tmp_path / f'{seed}.pth'))
+        torch.save(model.state_dict(), files[-1])
+    given = [word for file in files for word in ('--checkpoint', file)]
+    assert explain('scales', '--model', 'spa_resnet18', *given, '--json') == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed) == files
+    expected = torch.load(files[1])['layer1.0.attn.pyramid_weight']
+    assert [float(v) for v in list(printed[files[1]][0].values())[1:]] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_the_evidence_page_has_the_table_of_its_file():
+    results = Path(__file__).parent.parent / 'train_scripts' / 'results'
+    page = (results / 'README.md').read_text()
+    with open(results / 'grocery81' / 'ablate.csv', newline='') as f:
+        table = list(csv.reader(f))
+    for name, _, top1, change in table[1:]:
+        assert re.search(rf'\| {re.escape(name)} +\| {top1} +\| {re.escape(change)} *\|', page), name
+
+
 def test_ablate_by_command(tmp_path, capsys):
     labels = timm.get_pretrained_cfg('spa_tf_efficientnet_lite0.grocery81').label_names
     for i, label in enumerate(('Red-Beet', 'Oatly-Oat-Milk')):

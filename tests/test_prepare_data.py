@@ -97,6 +97,14 @@ def test_broken_pictures_stop_or_are_skipped_and_named(pictures, verb):
     assert len(create_dataset('', root=str(pictures / 'out'))) == 6
 
 
+def test_folders_that_are_links(pictures):
+    """As somebody lays them who takes some classes of a larger set; timm's reader follows them too."""
+    (pictures / 'some').mkdir()
+    (pictures / 'some' / 'a').symlink_to(pictures / 'train' / 'a')
+    assert prepare('pad', pictures / 'some', pictures / 'padded').returncode == 0
+    assert sorted(path.name for path in (pictures / 'padded' / 'a').iterdir()) == ['0.png', '1.png', '2.png']
+
+
 def test_interrupted_work_goes_on(pictures):
     assert prepare('pad', pictures / 'train', pictures / 'out').returncode == 0
     (pictures / 'out' / 'b' / '1.png').unlink()

@@ -84,6 +84,22 @@ def test_a_wrong_digest_is_never_run_or_kept(cache, site, monkeypatch, capsys):
     assert not (cache / 'train.py').exists()
 
 
+def test_another_tag_is_recorded_and_compared(cache, site, monkeypatch, capsys):
+    other = cache.parent / 'v1.0.31' / 'train.py'
+    assert run.find_script('train', 'v1.0.31') == other
+    assert f'SHA-256 {hashlib.sha256(SCRIPT).hexdigest()}, recorded' in capsys.readouterr().err
+    assert run.find_script('train', 'v1.0.31') == other
+    assert site == ['/v1.0.31/train.py']
+    other.write_bytes(b'changed')
+    assert run.find_script('train', 'v1.0.31').read_bytes() == SCRIPT, 'fetched anew'
+    assert capsys.readouterr().err == ''
+    other.with_suffix('.sha256').write_text('0' * 64)
+    monkeypatch.setenv('TIMM_SCRIPTS', 'v1.0.31')
+    assert run.main(['train']) == 2
+    assert f'expected {"0" * 64}: it is not run or kept' in capsys.readouterr().err
+    assert not cache.exists(), 'nothing of the tag that was not asked for'
+
+
 @pytest.mark.parametrize('name', ['train', 'validate'])
 def test_no_network_or_no_such_file(cache, site, monkeypatch, capsys, name):
     if name == 'train':

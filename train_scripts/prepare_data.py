@@ -90,7 +90,10 @@ def convert_folder(source: Path, target: Path, operation: Operation, workers: in
         PreparationError: There is no image, two images would get the same name, one cannot be read, or a result
             cannot be written.
     """
-    images = sorted(path for path in source.rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
+    # folders of classes may be links, which timm's reader follows too
+    walked = os.walk(source, followlinks=True)
+    files = (Path(folder, name) for folder, _, names in walked for name in names)
+    images = sorted(path for path in files if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise PreparationError(f'{source} holds no image.')
     origins: Dict[Path, Path] = {}

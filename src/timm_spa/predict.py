@@ -1,6 +1,7 @@
 """Classes of pictures, by any model that timm can create."""
 import dataclasses
 import difflib
+import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
@@ -153,8 +154,8 @@ def _pictures(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
     """Yields files, and for a folder the pictures in it, in the order of their names."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for path in map(Path, paths):
-        found = sorted(p for p in path.rglob('*') if p.suffix.lower() in suffixes) if path.is_dir() else []
-        yield from found or [path]
+        files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+        yield from sorted(p for p in files if p.suffix.lower() in suffixes) or [path]
 
 
 def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tensor]:

@@ -4,11 +4,13 @@
     accelerate launch [accelerate's options] -m timm_spa.run train --model spa_resnet50 ...
 
 timm's release on the package index leaves its scripts out, and this package ships and changes none of them. They come
-from, in this order: `--timm-scripts PATH` or the environment variable TIMM_SCRIPTS (a checkout of
-pytorch-image-models, or one script); the cache; a download of the tagged file, whose digest is checked before it runs.
+from `--timm-scripts PATH` or the environment variable TIMM_SCRIPTS (a checkout of pytorch-image-models, or one script);
+else from the cache or a download of a tagged file, whose digest is checked before it runs. That is the tag that this
+package is tested with; `--timm-scripts v1.0.31` takes another, whose digest is recorded by the first download.
 """
 import hashlib
 import os
+import re
 import runpy
 import sys
 import urllib.error
@@ -40,8 +42,8 @@ DOWNLOAD_TIMEOUT = 20  # seconds
 _USAGE = f"""usage: python -m timm_spa.run SCRIPT [--timm-scripts PATH] [arguments of timm's script]
 
 SCRIPT is one of {', '.join(SHA256)}.
---timm-scripts PATH  a checkout of pytorch-image-models or one of its scripts (default: the environment variable
-                     TIMM_SCRIPTS, else the cache, else a checked download of {SCRIPTS_TAG})
+--timm-scripts PATH  a checkout of pytorch-image-models, one of its scripts, or a tag of it such as v1.0.31 (default:
+                     the environment variable TIMM_SCRIPTS, else {SCRIPTS_TAG}, downloaded once and checked)
 --config recipe:NAME a recipe that comes with timm_spa; `timm-spa recipes` lists them
 """
 
@@ -50,10 +52,10 @@ class ScriptError(TimmSpaError, RuntimeError):
     """One of timm's scripts could not be had; the message says why and how to provide it."""
 
 
-def cache_dir() -> Path:
-    """Returns the folder that keeps downloaded scripts."""
+def cache_dir(tag: str = SCRIPTS_TAG) -> Path:
+    """Returns the folder that keeps downloaded scripts of a tag."""
     base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(base) / 'timm_spa' / 'scripts' / SCRIPTS_TAG
+    return Path(base) / 'timm_spa' / 'scripts' / tag
 
 
 def find_script(name: str, given: Optional[str] = None) -> Path:
@@ -61,28 +63,40 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
 
     Args:
         name: Name of the script without its suffix, a key of `SHA256`.
-        given: A checkout of pytorch-image-models, or one script of it. A given file runs as it is, unchecked.
+        given: A checkout of pytorch-image-models, or one script of it, which runs as it is, unchecked; or a tag. If
+            None, the environment variable TIMM_SCRIPTS, else `SCRIPTS_TAG`.
 
     Returns:
         Path of the script.
 
     Raises:
         ScriptError: The name is unknown, the given path does not hold the script, the download failed, or its digest
-            is wrong. Nothing is left in the cache then.
+            is not the known one, or for another tag not that of its first download. Nothing is left in the cache then.
     """
     if name not in SHA256:
         raise ScriptError(f'timm has no script {name!r} that this package runs; there are {", ".join(SHA256)}.')
-    given = given or os.environ.get('TIMM_SCRIPTS')
-    if given:
-        path = Path(given)
+    given = given or os.environ.get('TIMM_SCRIPTS') or SCRIPTS_TAG
+    path = Path(given)
+    if path.exists() or not re.fullmatch(r'v\d+\.\d+\.\w+', given):
         script = path / f'{name}.py' if path.is_dir() else path
         if script.name != f'{name}.py' or not script.is_file():
             raise ScriptError(
-                f'{given} (from --timm-scripts or TIMM_SCRIPTS) is neither a folder with {name}.py nor that file.')
+                f'{given} (from --timm-scripts or TIMM_SCRIPTS) is neither a folder with {name}.py nor that file, nor '
+                f'a tag such as {SCRIPTS_TAG}.')
         return script
-    script = cache_dir() / f'{name}.py'
-    if not script.is_file() or _sha256(script.read_bytes()) != SHA256[name]:
-        _download(name, script)
+    script = cache_dir(given) / f'{name}.py'
+    record = script.with_suffix('.sha256')
+    expected = SHA256[name] if given == SCRIPTS_TAG else record.read_text().strip() if record.exists() else None
+    if script.is_file() and _sha256(script.read_bytes()) == expected:
+        return script
+    data = _download(name, given, expected)
+    script.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(script) as partial:  # the processes of a launch may all download at the same time
+        partial.write_bytes(data)
+    if expected is None:
+        with replacing(record) as partial:
+            partial.write_text(f'{_sha256(data)}\n')
+        print(f'{script}: SHA-256 {_sha256(data)}, recorded, and compared from now on.', file=sys.stderr)
     return script
 
 
@@ -90,22 +104,20 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _download(name: str, script: Path) -> None:
-    url = SCRIPTS_URL.format(tag=SCRIPTS_TAG, name=name)
+def _download(name: str, tag: str, expected: Optional[str]) -> bytes:
+    url = SCRIPTS_URL.format(tag=tag, name=name)
     remedy = (
-        f'Get {name}.py of timm {SCRIPTS_TAG} by another way and name its path (or a checkout of '
-        f'pytorch-image-models) with --timm-scripts or TIMM_SCRIPTS.')
+        f'Get {name}.py of timm {tag} by another way and name its path (or a checkout of pytorch-image-models) with '
+        '--timm-scripts or TIMM_SCRIPTS.')
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
             data = response.read()
     except (urllib.error.URLError, OSError) as e:
         raise ScriptError(f'Could not download {url}: {e}. {remedy}') from e
-    if _sha256(data) != SHA256[name]:
+    if expected and _sha256(data) != expected:
         raise ScriptError(
-            f'{url} has the SHA-256 {_sha256(data)}, expected {SHA256[name]}: it is not run or kept. {remedy}')
-    script.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(script) as partial:  # the processes of a launch may all download at the same time
-        partial.write_bytes(data)
+            f'{url} has the SHA-256 {_sha256(data)}, expected {expected}: it is not run or kept. {remedy}')
+    return data
 
 
 def _split_args(args: List[str]) -> Tuple[Optional[str], List[str]]:

@@ -1,6 +1,7 @@
 """`timm-spa explain`: what the attention of a net does, in pictures and numbers."""
 import argparse
 import csv
+import itertools
 import json
 import os
 import sys
@@ -51,8 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for kind in (cam, gates, ablate):
         kind.add_argument('--model', help=f'as for `timm-spa predict` (default: {SHIPPED_MODEL})')
         kind.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
+    scales.add_argument(
+        '--checkpoint', dest='checkpoints', action='append', metavar='FILE',
+        help='weights file to load in place of the published ones; can be given again')
+    for kind in (cam, gates, ablate):
+        kind.add_argument('--checkpoint', metavar='FILE', help='weights file to load in place of the published ones')
     for kind in (cam, gates, scales, ablate):
-        kind.add_argument('--checkpoint', help='weights file to load in place of the published ones')
         kind.add_argument('--num-classes', type=int, help='classes of the checkpoint, if they differ')
     for kind in (cam, gates, scales, ablate, curves):
         kind.add_argument('--out', metavar='DIR', help='write figures and CSV files there')
@@ -167,9 +172,12 @@ def _scales(args: argparse.Namespace) -> int:
     from timm_spa.explain import figures, scale_weights
 
     names = args.models or [None]
-    if args.checkpoint and len(names) != 1:
+    if args.checkpoints and len(names) != 1:
         args.error('--checkpoint is of one model')
-    weights = {name or SHIPPED_MODEL: scale_weights(load_named(args, name)) for name in names}
+    weights = {}
+    for name, checkpoint in itertools.product(names, args.checkpoints or [None]):
+        args.checkpoint = checkpoint
+        weights[checkpoint or name or SHIPPED_MODEL] = scale_weights(load_named(args, name))
     rows: Dict[str, Rows] = {}
     for name, of_net in weights.items():
         sizes = next(iter(of_net.values())).sizes
