@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # the tests run in two processes, whose threads would get in each other's way
 SERIAL := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow quality timm-suite clean
+.PHONY: demo test test-slow quality timm-suite docs clean
 
 demo: $(READY)
 	$(BIN)/timm-spa demo
@@ -24,6 +24,10 @@ quality: $(READY)
 # timm's own model tests on our names: all of them, or NAMES="spa_resnet50 spa_mobilenetv2"
 timm-suite: $(READY)
 	$(BIN)/python tests/timm_suite.py $(NAMES)
+
+# the pages, into build/docs
+docs: $(READY)
+	$(BIN)/python -m sphinx --fail-on-warning --quiet docs build/docs
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

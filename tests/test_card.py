@@ -404,10 +404,11 @@ def test_command_line(tmp_path, capsys):
     shutil.copytree(CARDS[0], folder)
     published = (folder / 'README.md').read_text()
     (folder / 'README.md').write_text('mine\n')
-    assert timm_spa_cli.main(['card', str(folder)]) == 0
+    sweep = ['--results', str(ROOT / 'train_scripts' / 'results' / 'tin200')]
+    assert timm_spa_cli.main(['card', str(folder), *sweep]) == 0
     assert capsys.readouterr().out == published
     assert (folder / 'README.md').read_text() == 'mine\n', 'it is replaced on request only'
-    assert timm_spa_cli.main(['card', str(folder), '--write']) == 0
+    assert timm_spa_cli.main(['card', str(folder), *sweep, '--write']) == 0
     assert (folder / 'README.md').read_text() == published
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in CARDS[0].iterdir())
     capsys.readouterr()

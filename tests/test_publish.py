@@ -42,7 +42,8 @@ def folder(tmp_path_factory):
     shutil.copy(SHIPPED, run / 'best.safetensors')
     for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml'):
         shutil.copy(CARDS / name, run)
-    write_repository(run.parent / 'repository', run / 'best.safetensors', NAME)
+    sweep = CARDS.parent.parent / 'train_scripts' / 'results' / 'tin200'
+    write_repository(run.parent / 'repository', run / 'best.safetensors', NAME, results=sweep)
     return run.parent / 'repository'
 
 

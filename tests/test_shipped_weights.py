@@ -57,7 +57,8 @@ def test_attention_has_learned(name):
     with torch.no_grad():
         model(torch.stack([transform(Image.open(picture).convert('RGB')) for picture in pictures]))
     constant = [n for n, value in spread.items() if value < 0.02]
-    assert len(constant) <= 1 < len(spread), constant
+    assert len(constant) <= len(spread) // 3, constant
+    assert max(spread.values()) > 0.2
 
 
 @pytest.mark.parametrize('name', SHIPPED)

@@ -68,7 +68,7 @@ def convert(
     Args:
         source: A file of torch.save or of safetensors: of the model itself, of timm's, torchvision's or
             EfficientNet-PyTorch's plain net, or of the authors' code.
-        output: File to write, '*.safetensors'.
+        output: File to write, with the suffix .safetensors.
         model_name: Model that the file is for.
         dtype: How to store parameters, a key of `DTYPES`; the statistics of norm layers stay as they are.
         kind: What the source is of, one of `KINDS`; found out if None.

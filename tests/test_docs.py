@@ -1,0 +1,51 @@
+"""The pages are built without a warning, and the Python code of README and pages runs as it stands."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+
+
+def blocks(page):
+    return re.findall(r'^```python\n(.*?)^```', page.read_text(encoding='utf-8'), re.M | re.S)
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_code(page, monkeypatch, capsys):
+    """The blocks of a page one after another. Weights of the Hub are left out: random ones are as good to run it."""
+    create = timm.create_model
+
+    def without_hub(name, pretrained=False, **kwargs):
+        return create(name, pretrained=pretrained and bool(timm.get_pretrained_cfg(name).file), **kwargs)
+
+    monkeypatch.setattr(timm, 'create_model', without_hub)
+    names = {'timm': timm, 'torch': torch}
+    for block in blocks(page):
+        exec(block, names)
+        if 'add_attention' in block and 'print' in block:
+            assert re.match(r'tensor\(0\.', capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_to_files(page):
+    """Links and pictures that are no addresses are files of the project."""
+    text = re.sub(r'^```(?!\{image).*?^```', '', page.read_text(encoding='utf-8'), flags=re.M | re.S)
+    links = re.findall(r'\]\(([^)#]+)[^)]*\)', text) + re.findall(r'\{image\} (\S+)', page.read_text(encoding='utf-8'))
+    missing = [link for link in links if '://' not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_pages_are_built(tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-m', 'sphinx', '--fail-on-warning', '--quiet', str(ROOT / 'docs'), str(tmp_path / 'out')],
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / 'out' / 'api.html').read_text()
+    for name in ('SpatialPyramidAttention', 'add_attention', 'gate_maps', 'write_repository'):
+        assert f'>{name}<' in page
