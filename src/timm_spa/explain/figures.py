@@ -154,7 +154,7 @@ def draw_scales(weights: Mapping[str, Mapping[str, ScaleWeights]], dark: bool = 
             axis.set_xticks(range(len(of_net)), of_net, rotation=90, fontsize=6)
             axis.set_title(net, fontsize=8)
             axis.set_ylabel('|weight|')
-            axis.legend(ncols=len(sizes), loc='lower right', framealpha=0.9, fontsize=7)
+            axis.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
     return figure
 
 
