@@ -6,7 +6,7 @@ author = 'timm_spa maintainers'
 copyright = 'timm_spa maintainers, Apache-2.0'
 version = release = metadata.version('timm_spa')
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.mathjax']
-myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence']
+myst_enable_extensions = ['deflist', 'dollarmath', 'amsmath', 'colon_fence']
 myst_heading_anchors = 3
 html_theme = 'furo'
 html_title = f'timm_spa {version}'
