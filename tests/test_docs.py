@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -49,3 +50,10 @@ def test_pages_are_built(tmp_path):
     page = (tmp_path / 'out' / 'api.html').read_text()
     for name in ('SpatialPyramidAttention', 'add_attention', 'gate_maps', 'write_repository'):
         assert f'>{name}<' in page
+
+
+@pytest.mark.parametrize('path', [
+    ROOT / 'CITATION.cff', ROOT / '.pre-commit-config.yaml', *sorted((ROOT / '.github').rglob('*.yml'))],
+    ids=lambda path: path.name)
+def test_files_of_the_repository_are_yaml(path):
+    assert yaml.safe_load(path.read_text(encoding='utf-8'))
