@@ -426,7 +426,7 @@ def test_the_card_is_made_again_from_a_dry_run(tag, tmp_path, capsys):
     run.mkdir()
     folder = ROOT / 'hub_cards' / 'spa_mobilenetv2_cifar.tmm_tin200'
     shutil.copy(weights_of(folder), run / 'best.safetensors')
-    for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml'):
+    for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml', 'scales.png'):
         shutil.copy(folder / name, run)
     with open(run / 'card.yaml', 'a') as f:
         f.write('license: mit\n')

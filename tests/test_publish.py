@@ -28,7 +28,7 @@ from timm_spa.hub.publish import PublishError, publish, write_repository
 
 NAME = 'spa_mobilenetv2_cifar.tmm_tin200'
 REPO = f'org/{NAME}'
-FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'summary.csv']
+FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'scales.png', 'summary.csv']
 WRITTEN = sorted([*FILES, 'card.yaml', 'run.json'])
 CARDS = Path(__file__).parent.parent / 'hub_cards' / NAME
 SHIPPED = Path(timm_spa.__file__).parent / 'weights' / f'{NAME}.safetensors'
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     """What `--dry-run` writes for the shipped weights."""
     run = tmp_path_factory.mktemp('run')
     shutil.copy(SHIPPED, run / 'best.safetensors')
-    for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml'):
+    for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml', 'scales.png'):
         shutil.copy(CARDS / name, run)
     sweep = CARDS.parent.parent / 'train_scripts' / 'results' / 'tin200'
     write_repository(run.parent / 'repository', run / 'best.safetensors', NAME, results=sweep)
