@@ -1,4 +1,4 @@
-"""Files of a model for other runtimes: ONNX, torch.export, AOTInductor, OpenVINO, each run and compared once written."""
+"""Files of a model for other runtimes: ONNX, torch.export, AOTInductor, OpenVINO; each is run and compared."""
 import contextlib
 import copy
 import dataclasses
@@ -64,17 +64,6 @@ class ExportReport:
     notes: List[str] = dataclasses.field(default_factory=list)
 
 
-class _InFloat16(nn.Module):
-    """A model that computes in float16, with input and output in float32."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = copy.deepcopy(model).half()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x.half()).float()
-
-
 def _write_onnx(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
     names = {INPUT: axes, OUTPUT: {i: axis for i, axis in axes.items() if i == 0}}
     with warnings.catch_warnings():
@@ -83,8 +72,13 @@ def _write_onnx(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[
         # this one 1.1, 1.2, 5.1 and 0.4; and the newer one writes stack traces with the paths of this machine.
         warnings.simplefilter('ignore')
         torch.onnx.export(
-            _InFloat16(model) if half else model, (example,), str(path), dynamo=False, input_names=[INPUT],
-            output_names=[OUTPUT], dynamic_axes=names)
+            model, (example,), str(path), dynamo=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_axes=names)
+        if half:
+            import onnx
+            from onnxruntime.transformers.float16 import convert_float_to_float16
+
+            # the exporter itself would write a model in float16 with its weights in float32
+            onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
 
 
 def _run_onnx(path: Path) -> Runner:
