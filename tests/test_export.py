@@ -65,8 +65,8 @@ def test_onnx_at_every_batch_and_size(name, tmp_path):
     model, side = make_model(name, **NETS[name]), min(image_size(name)[0], 96)
     report = export(model, tmp_path / 'net.onnx', dynamic='size', img_size=side)
     assert report.difference < EXACT
-    assert report.shapes == [(1, 3, side + 21, side - 11), (3, 3, side // 2 + 3, side + 32), (2, 3, side, side)]
-    for shape in ((5, 3, side, side), (1, 3, side + 9, side + 51)):
+    assert report.shapes == [(1, 3, side + 21, side + 5), (3, 3, side + 10, side + 32), (2, 3, side, side)]
+    for shape in ((5, 3, side, side), (1, 3, side // 2, side + 51)):
         x = torch.randn(shape)
         assert rel(run_onnx(report.path, x), model(x)) < EXACT
 
@@ -89,7 +89,7 @@ def test_every_format(to, dynamic, small, tmp_path):
     shape = {None: (1, 3, 64, 64), 'batch': (4, 3, 64, 64), 'size': (4, 3, 85, 71)}[dynamic]
     x = torch.randn(shape)
     assert rel(run(x), model(x)) < EXACT
-    if dynamic is None:
+    if dynamic is None and to != 'aoti':  # which does not check shapes
         with pytest.raises(Exception, match=r'(?i)shape|dimension|size|expected'):
             run(torch.randn(2, 3, 64, 64))
     about = json.loads(path.with_suffix('.json').read_text())
@@ -132,7 +132,7 @@ def test_built_has_the_norm_layers_that_fused_has_not(tmp_path):
     counts = {}
     for fuse in (True, False):
         path = tmp_path / f'{fuse}.pt2'
-        export(make_model('spa_resnet18', channels=(8, 16, 24, 32)), path, 'torch-export', fuse=fuse, img_size=64)
+        export(make_model('spa_resnet18', layers=(1, 1, 1, 1), channels=(8, 16, 24, 32)), path, 'torch-export', fuse=fuse, img_size=64)
         nodes = torch.export.load(path).graph.nodes
         counts[fuse] = sum('batch_norm' in str(node.target) for node in nodes)
         assert json.loads(path.with_suffix('.json').read_text())['form'] == ('fused' if fuse else 'built')
@@ -150,7 +150,7 @@ def test_half(tmp_path):
     assert types == {onnx.TensorProto.FLOAT16}
     assert run_onnx(half.path, torch.randn(1, 3, 32, 32)).dtype == torch.float32
     pytest.importorskip('openvino')
-    whole, half = (export(model, tmp_path / f'{half}.xml', 'openvino', half=half) for half in (False, True))
+    whole, half = (export(model, tmp_path / f'{half}-ov.xml', 'openvino', half=half) for half in (False, True))
     assert half.size < 0.7 * whole.size
     assert 0 < half.difference < 1e-2
 
