@@ -132,7 +132,8 @@ def test_built_has_the_norm_layers_that_fused_has_not(tmp_path):
     counts = {}
     for fuse in (True, False):
         path = tmp_path / f'{fuse}.pt2'
-        export(make_model('spa_resnet18', layers=(1, 1, 1, 1), channels=(8, 16, 24, 32)), path, 'torch-export', fuse=fuse, img_size=64)
+        model = make_model('spa_resnet18', layers=(1, 1, 1, 1), channels=(8, 16, 24, 32))
+        export(model, path, 'torch-export', fuse=fuse, img_size=64)
         nodes = torch.export.load(path).graph.nodes
         counts[fuse] = sum('batch_norm' in str(node.target) for node in nodes)
         assert json.loads(path.with_suffix('.json').read_text())['form'] == ('fused' if fuse else 'built')

@@ -345,7 +345,7 @@ def _inputs(model: Any, dynamic: Optional[str], batch_size: int) -> Iterator[tor
     channels, height, width = config['input_size']
     batches = (2, 1, 3) if dynamic else (batch_size,) * 3
     sizes = [(height, width)] * 3
-    if dynamic == 'size':  # larger ones, as some nets take none smaller; the cells of the pyramid do not divide the maps
+    if dynamic == 'size':  # larger ones, as some nets take none smaller, whose maps the pyramid does not divide
         sizes[1:] = (height + 21, width + 5), (height + 10, width + 32)
     mean, std = (torch.tensor(config[key]).mean() for key in ('mean', 'std'))
     for i, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
