@@ -57,6 +57,7 @@ def load_model(
         checkpoint: Optional[Union[str, Path]] = None,
         num_classes: Optional[int] = None,
         device: str = 'cpu',
+        fuse: bool = True,
 ) -> nn.Module:
     """Creates a model for prediction, with its published weights or those of a file.
 
@@ -65,6 +66,7 @@ def load_model(
         checkpoint: Weights to load in place of the published ones.
         num_classes: Classes of the checkpoint, if not those of the published weights.
         device: Device to run on.
+        fuse: Take the form that is fastest on a CPU, see `for_inference`; else the one that is trained.
 
     Returns:
         The model, in eval mode. The classes of a checkpoint are named by `classes.txt` beside it, else by numbers.
@@ -81,12 +83,13 @@ def load_model(
         raise ModelError(f'{name} could not be loaded: {e}') from e
     if checkpoint is not None:
         check_weights(read_weights(checkpoint).state_dict, model, checkpoint)
-        # the names in the configuration are those of other weights' classes
+        # the tag and the names in the configuration are those of other weights' classes
         labels = read_classes(Path(checkpoint).parent)
         if len(labels) != model.num_classes:
             labels = [f'class {i}' for i in range(model.num_classes)]
-        model.pretrained_cfg = dict(model.pretrained_cfg, label_names=labels, label_descriptions=None)
-    return for_inference(model, device)
+        model.pretrained_cfg = dict(
+            model.pretrained_cfg, tag=None, label_names=labels, label_descriptions=None)
+    return for_inference(model, device) if fuse else model.eval().to(device)
 
 
 def for_inference(model: nn.Module, device: str = 'cpu') -> nn.Module:

@@ -41,13 +41,14 @@ def run(args: argparse.Namespace) -> int:
     return show_predictions(model, args.images, {}, args.top_k, args.json)
 
 
-def load_named(args: argparse.Namespace, name: Optional[str], device: str = 'cpu') -> Any:
+def load_named(args: argparse.Namespace, name: Optional[str], device: str = 'cpu', fuse: bool = True) -> Any:
     """Loads the model that a command names, the shipped one if it names none.
 
     Args:
         args: Arguments of the verb, with `checkpoint`, `num_classes` and `error`.
         name: Name of the model, or None.
         device: Device to run on.
+        fuse: Use the form that is fastest on a CPU.
 
     Returns:
         A timm model in eval mode.
@@ -58,7 +59,7 @@ def load_named(args: argparse.Namespace, name: Optional[str], device: str = 'cpu
         args.error('--checkpoint and --num-classes need --model: what the weights are of')
     from timm_spa.predict import load_model
 
-    return load_model(name or SHIPPED_MODEL, args.checkpoint, args.num_classes, device)
+    return load_model(name or SHIPPED_MODEL, args.checkpoint, args.num_classes, device, fuse)
 
 
 def show_predictions(

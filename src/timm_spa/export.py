@@ -1,0 +1,419 @@
+"""Files of a model for other runtimes: ONNX, torch.export, AOTInductor, OpenVINO; each is run and compared."""
+import contextlib
+import copy
+import dataclasses
+import importlib
+import json
+import logging
+import tempfile
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import resolve_model_data_config
+from timm.models import reparameterize_model
+
+from . import __version__
+from ._errors import TimmSpaError, UsageError
+from ._files import replacing
+from .predict import class_names, labelled_batches, picture_reader
+
+__all__ = ['FORMATS', 'ExportError', 'ExportReport', 'export']
+
+INPUT, OUTPUT = 'image', 'logits'
+AXES = {None: {}, 'batch': {0: 'batch'}, 'size': {0: 'batch', 2: 'height', 3: 'width'}}  # those that stay free
+LIMITS = {'float32': 1e-4, 'float16': 1e-2, 'int8': float('inf')}  # of the difference, relative to the largest output
+CALIBRATION_PICTURES = 128
+
+Runner = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ExportError(TimmSpaError, RuntimeError):
+    """A model could not be exported, or its file computes something else; the message says which."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how far it can be trusted.
+
+    Attributes:
+        path: The file that a runtime opens.
+        size: Size of what the runtime needs, in bytes; for OpenVINO that of both files.
+        dtype: What the file computes in: 'float32', 'float16' or 'int8'. OpenVINO's 'float16' is how it stores weights.
+        difference: Largest difference from the model in PyTorch and float32, relative to the largest output.
+        shapes: Shapes (N, C, H, W) of the inputs that were compared.
+        accuracy: Top-1 of the file on all pictures, in percent, if there were any.
+        pictures: Number of these pictures.
+        accuracy_before: Top-1 of the float32 ONNX file that was quantized.
+        size_before: Size of that file in bytes.
+        notes: Remarks for the reader, a line each.
+    """
+    path: Path
+    size: int
+    dtype: str
+    difference: float
+    shapes: List[Tuple[int, ...]]
+    accuracy: Optional[float] = None
+    pictures: int = 0
+    accuracy_before: Optional[float] = None
+    size_before: Optional[int] = None
+    notes: List[str] = dataclasses.field(default_factory=list)
+
+
+def _write_onnx(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
+    names = {INPUT: axes, OUTPUT: {i: axis for i, axis in axes.items() if i == 0}}
+    with warnings.catch_warnings():
+        # The older exporter. Both are right at every batch and size (spa_resnet18, spa_mobilenetv2_050,
+        # spa_densenet_cifar, resnet18: 3e-7 to 1e-6), but the newer one took 13, 30, 156 and 6 seconds for these nets,
+        # this one 1.1, 1.2, 5.1 and 0.4; and the newer one writes stack traces with the paths of this machine.
+        warnings.simplefilter('ignore')
+        torch.onnx.export(
+            model, (example,), str(path), dynamo=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_axes=names)
+        if half:
+            import onnx
+            from onnxruntime.transformers.float16 import convert_float_to_float16
+
+            # the exporter itself would write a model in float16 with its weights in float32
+            onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
+
+
+def _run_onnx(path: Path) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
+
+
+def _exported_program(model: nn.Module, example: torch.Tensor, axes: Dict[int, str]) -> torch.export.ExportedProgram:
+    dynamic = ({i: torch.export.Dim.DYNAMIC for i in axes},) if axes else None
+    program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
+    for node in program.graph.nodes:
+        node.meta.pop('stack_trace', None)  # has the paths of this machine
+    return program
+
+
+def _write_torch_export(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
+    torch.export.save(_exported_program(model, example, axes), path)
+
+
+def _run_torch_export(path: Path) -> Runner:
+    return torch.export.load(path).module()
+
+
+def _write_aoti(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
+    torch._inductor.aoti_compile_and_package(_exported_program(model, example, axes), package_path=str(path))
+
+
+def _run_aoti(path: Path) -> Runner:
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def _write_openvino(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        # by way of ONNX: reading an exported program takes 5 to 13 seconds, reading this less than one
+        onnx_path = Path(folder, 'model.onnx')
+        _write_onnx(model, onnx_path, example, axes, half=False)
+        openvino.save_model(openvino.Core().read_model(onnx_path), path, compress_to_fp16=half)
+
+
+def _run_openvino(path: Path) -> Runner:
+    import openvino
+
+    # the plug-in for CPUs chooses bfloat16 by itself where the processor has it
+    compiled = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """A kind of file: how it ends, what it needs, how it is written and run, and what else it can be in."""
+    suffix: str
+    extra: str
+    packages: Tuple[str, ...]
+    write: Callable[[nn.Module, Path, torch.Tensor, Dict[int, str], bool], None]
+    run: Callable[[Path], Runner]
+    dtypes: Tuple[str, ...] = ('float32',)
+    beside: Tuple[str, ...] = ()
+
+
+FORMATS = {
+    'onnx': _Format('.onnx', 'export', ('onnx', 'onnxruntime'), _write_onnx, _run_onnx, tuple(LIMITS)),
+    'torch-export': _Format('.pt2', '', (), _write_torch_export, _run_torch_export),
+    'aoti': _Format('.pt2', '', (), _write_aoti, _run_aoti),
+    'openvino': _Format(
+        '.xml', 'openvino', ('onnx', 'openvino'), _write_openvino, _run_openvino, ('float32', 'float16'), ('.bin',)),
+}
+
+
+def export(
+        model: nn.Module,
+        path: Union[str, Path],
+        to: str = 'onnx',
+        dynamic: Optional[str] = None,
+        fuse: bool = True,
+        half: bool = False,
+        int8: bool = False,
+        images: Optional[Union[str, Path]] = None,
+        split: str = 'test',
+        batch_size: int = 1,
+        img_size: Optional[int] = None,
+        overwrite: bool = False,
+) -> ExportReport:
+    """Writes a model for another runtime, runs the file there, and compares it with PyTorch on three inputs or more.
+
+    Beside the file, one with the suffix '.json' has labels, preprocessing and versions. An ONNX file has them in
+    its metadata as well, under 'timm_spa'. A package of AOTInductor is compiled for this machine, whose paths it names.
+
+    Args:
+        model: CNN of timm; it is not changed.
+        path: File to write: '*.onnx', '*.pt2' for torch.export and AOTInductor, '*.xml' for OpenVINO.
+        to: Kind of file, a key of `FORMATS`.
+        dynamic: What may vary: None for nothing, 'batch', or 'size' for batch, height and width.
+        fuse: Write the fused form (timm's `reparameterize_model`), else the one that is trained.
+        half: Weights and arithmetic in float16, input and output in float32; for OpenVINO the weights only.
+        int8: Static quantization by ONNX Runtime: 8 bits for weights (by channel) and maps. Needs `images`.
+        images: Image folder to measure the top-1 accuracy on, through the runtime.
+        split: Subfolder of it to measure on. Quantization is calibrated on its folder 'train', if there is one.
+        batch_size: Batch of the file if it is fixed; pictures at a time when accuracy is measured.
+        img_size: Height and width in pixels; the model's own if None.
+        overwrite: Replace files that are there.
+
+    Returns:
+        What was written, and how far it is from PyTorch.
+
+    Raises:
+        ExportError: A package is missing, the exporter cannot take the model, the file differs from PyTorch by more
+            than 1e-4 of the largest output (1e-2 in float16, any for int8), or it is there already.
+        PictureError: `images` cannot be read, or is of other classes.
+        UsageError: An argument is none of those that are known, or does not go with another.
+        WriteError: The file cannot be written. Nothing is left there after any error.
+    """
+    path = Path(path)
+    dtype = _checked_dtype(path, to, dynamic, half, int8, images, batch_size, img_size)
+    suffixes = (FORMATS[to].suffix, *FORMATS[to].beside, '.json')
+    targets = {suffix: path.with_suffix(suffix) for suffix in suffixes}
+    for target in targets.values():
+        if target.exists() and not overwrite:
+            raise ExportError(f'{target} is there already; --overwrite replaces it.')
+    _import_packages(to)
+    model = copy.deepcopy(model).cpu().float().eval()
+    config = resolve_model_data_config(model)
+    channels = getattr(model, 'in_chans', config['input_size'][0])
+    size = (channels, *((img_size, img_size) if img_size else config['input_size'][1:]))
+    # the readers of pictures take the size from here
+    setattr(model, 'pretrained_cfg', dict(getattr(model, 'pretrained_cfg'), input_size=size))  # noqa: B009, B010
+    about = _describe(model, to, dtype, dynamic, fuse, batch_size)
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        partials = {suffix: stack.enter_context(replacing(target)) for suffix, target in targets.items()}
+        # exporters derive the names of further files from the first one's, which has its final name in this folder
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix='.export-')))
+        report = _write_and_check(model, folder / path.name, to, dtype, about, dynamic, fuse, images, split, batch_size)
+        (folder / path.name).with_suffix('.json').write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
+        for suffix, partial in partials.items():
+            (folder / path.name).with_suffix(suffix).replace(partial)
+    return dataclasses.replace(report, path=path)
+
+
+def _checked_dtype(
+        path: Path,
+        to: str,
+        dynamic: Optional[str],
+        half: bool,
+        int8: bool,
+        images: Optional[Union[str, Path]],
+        batch_size: int,
+        img_size: Optional[int],
+) -> str:
+    """Returns what the file will compute in, or says which arguments do not go together."""
+    if to not in FORMATS:
+        raise UsageError(f'The format must be one of {", ".join(FORMATS)}, got {to!r}.')
+    if dynamic not in AXES:
+        raise UsageError(f"dynamic must be 'batch', 'size' or None, got {dynamic!r}.")
+    if path.suffix != FORMATS[to].suffix:
+        raise UsageError(f'A file of {to} should end in {FORMATS[to].suffix}, and is {path}.')
+    if min(batch_size, img_size or 1) < 1 or img_size == 0:
+        raise UsageError(f'Batch and size must be at least 1, got batch_size={batch_size}, img_size={img_size}.')
+    if half and int8:
+        raise UsageError('--half and --int8 are two ways to make a file smaller: give one of them.')
+    dtype = 'int8' if int8 else 'float16' if half else 'float32'
+    if dtype not in FORMATS[to].dtypes:
+        able = [name for name, known in FORMATS.items() if dtype in known.dtypes]
+        raise UsageError(f'{dtype} is written for {" and ".join(able)} only, and not for {to}.')
+    if int8 and images is None:
+        raise UsageError('--int8 needs --images: pictures to calibrate the quantization and to measure its accuracy.')
+    return dtype
+
+
+def _import_packages(to: str) -> None:
+    for package in FORMATS[to].packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as e:
+            raise ExportError(f'{to} needs {package}: pip install "timm_spa[{FORMATS[to].extra}]".') from e
+
+
+def _describe(
+        model: Any,
+        to: str,
+        dtype: str,
+        dynamic: Optional[str],
+        fused: bool,
+        batch_size: int,
+) -> Dict[str, Any]:
+    """Returns what a user of the file has to know, as JSON has it; nothing in it is of this machine."""
+    config, cfg, classes = resolve_model_data_config(model), model.pretrained_cfg, class_names(model)
+    shape = [batch_size, *config['input_size']]
+    return dict(
+        model='.'.join(filter(None, [cfg.get('architecture') or type(model).__name__, cfg.get('tag')])),
+        format=to, form='fused' if fused else 'built', dtype=dtype,
+        inputs={INPUT: [AXES[dynamic].get(i, length) for i, length in enumerate(shape)]},
+        **{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
+        label_names=[entry['label'] or entry['name'] for entry in classes],
+        class_names=[entry['name'] for entry in classes],
+        versions=dict(timm_spa=__version__, timm=timm.__version__, torch=torch.__version__))
+
+
+def _write_and_check(
+        model: Any,
+        path: Path,
+        to: str,
+        dtype: str,
+        about: Dict[str, Any],
+        dynamic: Optional[str],
+        fuse: bool,
+        images: Optional[Union[str, Path]],
+        split: str,
+        batch_size: int,
+) -> ExportReport:
+    """Writes the file to a folder, and compares and measures it there."""
+    fixed = None if dynamic else batch_size
+    form = reparameterize_model(model) if fuse else model
+    example = torch.zeros(2 if dynamic else batch_size, *about['input_size'])  # torch.export takes 1 as a constant
+    pictures: Any = labelled_batches(model, images, split, batch_size) if images is not None else None
+    before: Dict[str, Any] = {}
+    with _told(f'{about["model"]} cannot be exported to {to}'):
+        FORMATS[to].write(form, path, example, AXES[dynamic], dtype == 'float16')
+    if dtype == 'int8':
+        before = dict(accuracy_before=_accuracy(FORMATS[to].run(path), pictures[0], fixed),
+                      size_before=path.stat().st_size)
+        note = _quantize(model, path, images, split, fixed)
+        before['notes'] = [note]
+    if to == 'onnx':
+        _add_metadata(path, about)
+    with _told(f'The file of {about["model"]} cannot be run'):
+        run = FORMATS[to].run(path)
+    shapes, differences = [], []
+    for x in _inputs(model, dynamic, batch_size):
+        with _told(f'{about["model"]} cannot compute an input of {tuple(x.shape)}'):
+            expected = model(x)
+        with _told(f'The file of {about["model"]} cannot compute an input of {tuple(x.shape)}'):
+            differences.append(((run(x) - expected).abs().max() / expected.abs().max()).item())
+        shapes.append(tuple(x.shape))
+        if not differences[-1] <= LIMITS[dtype]:  # nor is it for NaN
+            raise ExportError(
+                f'The file of {about["model"]} differs from PyTorch by {differences[-1]:.2g} of the largest output at '
+                f'{shapes[-1]}, where {dtype} allows {LIMITS[dtype]:g}. It was not kept.')
+    size = sum(path.with_suffix(suffix).stat().st_size for suffix in (path.suffix, *FORMATS[to].beside))
+    return ExportReport(
+        path, size, dtype, max(differences), shapes, _accuracy(run, pictures[0], fixed) if pictures else None,
+        pictures[1] if pictures else 0, **before)
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turns whatever an exporter or a runtime raises into an error for the reader."""
+    try:
+        yield
+    except OSError:  # the file system's
+        raise
+    except Exception as e:
+        lines = str(e).strip().splitlines() or ['']
+        raise ExportError(f'{what}: {type(e).__name__}: {lines[0]}') from e
+
+
+def _inputs(model: Any, dynamic: Optional[str], batch_size: int) -> Iterator[torch.Tensor]:
+    """Yields inputs to compare on: random ones, and the shipped photographs at the model's own size."""
+    config = resolve_model_data_config(model)
+    channels, height, width = config['input_size']
+    batches = (2, 1, 3) if dynamic else (batch_size,) * 3
+    sizes = [(height, width)] * 3
+    if dynamic == 'size':  # larger ones, as some nets take none smaller, whose maps the pyramid does not divide
+        sizes[1:] = (height + 21, width + 5), (height + 10, width + 32)
+    mean, std = (torch.tensor(config[key]).mean() for key in ('mean', 'std'))
+    for i, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+        if i > 0 or dynamic != 'size':
+            pixels = torch.rand(batch, channels, *size, generator=torch.Generator().manual_seed(i))
+            yield (pixels - mean) / std
+    if channels in (1, 3):
+        read = picture_reader(model)
+        folder = resources.files(__package__) / 'images'
+        photographs = sorted(str(p) for p in folder.iterdir() if p.name.endswith('.jpg'))
+        chosen = [photographs[i % len(photographs)] for i in range(batches[0])]
+        yield torch.stack([read(photograph) for photograph in chosen])
+
+
+def _padded(x: torch.Tensor, fixed: Optional[int]) -> torch.Tensor:
+    """Fills a batch (N, C, H, W) up to the one that a file takes."""
+    if fixed is None or len(x) == fixed:
+        return x
+    return torch.cat([x, x[:1].expand(fixed - len(x), *x.shape[1:])])
+
+
+def _accuracy(run: Runner, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]], fixed: Optional[int]) -> float:
+    """Returns the share of right answers in percent."""
+    right = seen = 0
+    for pixels, target in batches:
+        answers = run(_padded(pixels, fixed))[:len(pixels)].argmax(1)
+        right, seen = right + int((answers == target).sum()), seen + len(target)
+    return 100 * right / seen
+
+
+def _quantize(model: Any, path: Path, images: Any, split: str, fixed: Optional[int]) -> str:
+    """Replaces an ONNX file by a quantized one, and says what it was calibrated on."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    train = 'train' if split != 'train' and Path(images, 'train').is_dir() else split
+    dataset: Any = labelled_batches(model, images, train, 1)[0].dataset
+    count = min(CALIBRATION_PICTURES, len(dataset))
+    chosen = iter(range(count))
+
+    class Pictures(CalibrationDataReader):
+        def get_next(self) -> Optional[Dict[str, Any]]:
+            i = next(chosen, None)
+            if i is None:
+                return None
+            # folders come one after another: equal steps meet all classes
+            pixels = torch.as_tensor(dataset[i * len(dataset) // count][0]).unsqueeze(0)
+            return {INPUT: _padded(pixels, fixed).numpy()}
+
+    quantized = path.with_name('quantized.onnx')
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it advises a preprocessing that fused models do not need
+    try:
+        with _told('ONNX Runtime cannot quantize it'):
+            # MatMul is left: the averages of the pyramid are products with constant matrices, the classifier is a Gemm
+            quantize_static(
+                path, quantized, Pictures(), per_channel=True,
+                op_types_to_quantize=['Conv', 'Gemm', 'Add', 'Mul', 'Relu', 'Clip', 'MaxPool', 'GlobalAveragePool'])
+    finally:
+        logger.setLevel(level)
+    quantized.replace(path)
+    where = 'the pictures that accuracy is measured on, as there are no others' if train == split else f'{train!r}'
+    return f'Calibrated on {count} pictures of {where}.'
+
+
+def _add_metadata(path: Path, about: Dict[str, Any]) -> None:
+    import onnx
+
+    loaded = onnx.load(path)
+    onnx.helper.set_model_props(loaded, {'timm_spa': json.dumps(about)})
+    onnx.save(loaded, path)
