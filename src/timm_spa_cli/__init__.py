@@ -12,7 +12,8 @@ from typing import List, Optional
 
 __all__ = ['main']
 
-VERBS = ('list', 'demo', 'predict', 'explain', 'app', 'card', 'publish', 'verify', 'convert', 'recipes', 'bench')
+VERBS = (
+    'list', 'demo', 'predict', 'explain', 'detect', 'app', 'card', 'publish', 'verify', 'convert', 'recipes', 'bench')
 
 
 def main(argv: Optional[List[str]] = None) -> int:
