@@ -23,7 +23,7 @@ from timm_spa.detection.train import Settings, learning_rate, train
 from timm_spa.train_guard import TrainingError
 
 NET = 'spa_mobilenetv2_050'
-SMALL = ('--model', NET, '--min-size', '64', '--max-size', '64', '--batch-size', '4', '--device', 'cpu', '--workers', '0')
+SMALL = ('--model', NET, '--min-size', 64, '--max-size', 64, '--batch-size', 4, '--device', 'cpu', '--workers', 0)
 
 
 def detect(*arguments):
@@ -37,7 +37,8 @@ def data(tmp_path_factory):
 
 def content(run):
     """What must not depend on how often a run was killed."""
-    names = ('summary.csv', 'args.yaml', 'last/model.safetensors', 'best/model.safetensors', 'training_state.safetensors')
+    names = (
+        'summary.csv', 'args.yaml', 'training_state.safetensors', 'last/model.safetensors', 'best/model.safetensors')
     return {name: (run / name).read_bytes() for name in names}
 
 
@@ -64,6 +65,12 @@ def test_train_evaluate_predict(tmp_path, data, capsys):
     assert [c['name'] for c in model.categories] == list(NAMES)
     stem = model.state_dict()['backbone.body.conv_stem.weight']
     assert torch.equal(stem, plain.conv_stem.weight), 'the frozen stem is that of the file'
+
+    assert timm_spa_cli.main(['explain', 'curves', str(run), '--out', str(tmp_path / 'curves')]) == 0
+    drawn = capsys.readouterr().out
+    assert 'validation AP50 (%)' in drawn
+    assert f'retinanet {NET}' in drawn
+    assert (tmp_path / 'curves' / 'curves.png').exists()
 
     found = tmp_path / 'found.json'
     source = ('--images', data / 'val', '--json', data / 'val.json', '--device', 'cpu', '--workers', 0)
@@ -155,6 +162,14 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, data):
     with pytest.raises(TrainingError, match=r'The loss is nan at step 0 of epoch 0 \(classification [\d.]+, bbox_reg'):
         train(model, *open_sets(data), tmp_path, Settings(epochs=1), cpu=True)
     assert not (tmp_path / 'last').exists()
+
+
+def test_curves_of_a_detector_and_a_classifier(tmp_path, capsys):
+    for name, header in (('a', 'epoch,train_loss,eval_map,eval_ap50'), ('b', 'epoch,train_loss,eval_loss,eval_top1')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'summary.csv').write_text(f'{header}\n0,1,2,3\n')
+    assert timm_spa_cli.main(['explain', 'curves', str(tmp_path)]) == 1
+    assert 'are of a classifier and a detector. Draw each alone.' in capsys.readouterr().err
 
 
 def test_datasets_that_do_not_fit(tmp_path, data):

@@ -350,13 +350,13 @@ def test_bad_checkpoints(tmp_path):
 
 def test_a_detector_learns_eight_pictures(tmp_path):
     """From the weights that come with the package, without the network."""
-    folder = write_rectangles(tmp_path / 'data', repeats=10)
+    folder = write_rectangles(tmp_path / 'data', repeats=8)
     train_set = CocoDataset(*find_dataset(folder, 'train'))
     val_set = CocoDataset(*find_dataset(folder, 'val'), categories=train_set.categories)
     assert len(val_set) == 8
     torch.manual_seed(0)
     model = retinanet('spa_tf_efficientnet_lite0.grocery81', num_classes=3, min_size=96, max_size=96)
-    settings = Settings(epochs=4, batch_size=4, lr=0.02, decay_epochs=(3,), warmup_steps=10, clip_grad=10)
+    settings = Settings(epochs=3, batch_size=4, lr=0.015, decay_epochs=(2,), warmup_steps=20, clip_grad=10)
     rows = train(model, train_set, val_set, tmp_path / 'run', settings, cpu=True, log=lambda line: None)
     assert rows[-1]['eval_ap50'] >= 90, rows
-    assert rows[-1]['eval_ap50'] >= rows[-1]['eval_map'] > 30
+    assert rows[-1]['eval_ap50'] >= rows[-1]['eval_map'] > 50

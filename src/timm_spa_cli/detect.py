@@ -2,6 +2,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List
@@ -9,7 +10,7 @@ from typing import Any, Dict, List
 from timm_spa_cli._table import print_table
 from timm_spa_cli.predict import positive
 
-HELP = 'find objects: train RetinaNet or Cascade R-CNN on a dataset in COCO\'s format, evaluate, draw boxes'
+HELP = "find objects: train RetinaNet or Cascade R-CNN on a dataset in COCO's format, evaluate, draw boxes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,5 +192,6 @@ def _distinct(folders: List[Path]) -> List[str]:
 
 
 def _report(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr)
+    if os.environ.get('RANK', '0') == '0':  # one of several processes
+        for line in lines:
+            print(line, file=sys.stderr)

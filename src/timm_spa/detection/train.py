@@ -149,9 +149,10 @@ def train(
     settings = settings.completed(model.detector_config['detector'], len(train_set), world)
     _check_fit(model, train_set, val_set)
     train_set.flip, train_set.seed = settings.flip, settings.seed
+    config = model.detector_config
     described = dict(
-        model=model.detector_config['backbone'], detector=model.detector_config, settings=vars(settings),
-        processes=world, categories=[dict(id=c['id'], name=c['name']) for c in train_set.categories])
+        detector=config['detector'], model=config['backbone'], model_kwargs=config['backbone_kwargs'], config=config,
+        settings=vars(settings), processes=world, categories=[dict(id=c['id'], name=c['name']) for c in train_set.categories])
     described = json.loads(json.dumps(described))  # tuples as lists, as they are read again
 
     parameters = [p for p in model.parameters() if p.requires_grad]
