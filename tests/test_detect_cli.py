@@ -216,6 +216,7 @@ def test_bad_arguments(tmp_path, data, capsys):
             (['train', '--output', tmp_path], 'name a dataset by --data, or all of --train-images'),
             (['train', '--data', data, '--train-json', 'x', '--output', tmp_path], 'name a dataset by --data'),
             (['train', '--data', data, '--output', tmp_path, '--model-kwargs', '{'], '--model-kwargs: no JSON'),
+            (['train', '--data', data, '--output', tmp_path, '--detector-kwargs', '[1]'], '--detector-kwargs: no JSON'),
             (['train', '--data', data, '--output', tmp_path, '--epochs', 0], 'must be at least 1'),
             *([] if torch.cuda.is_available() else [
                 (['train', '--data', data, '--output', tmp_path, '--device', 'cuda'], 'torch sees no GPU')])):
@@ -226,6 +227,11 @@ def test_bad_arguments(tmp_path, data, capsys):
     assert "one JSON file of the part 'train'" in capsys.readouterr().err
     assert detect('train', '--data', data, '--output', tmp_path, '--model', 'spa_resnet51') == 1
     assert 'spa_resnet51 cannot be the backbone of a detector' in capsys.readouterr().err
+    unknown = ('train', '--data', data, '--output', tmp_path, *SMALL, '--detector-kwargs', '{"no_such": 1}')
+    assert detect(*unknown) == 1
+    assert 'retinanet has no argument no_such.' in capsys.readouterr().err
+    assert detect(*unknown, '--detector', 'cascade_rcnn') == 1
+    assert "cascade_rcnn cannot be made of these arguments" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

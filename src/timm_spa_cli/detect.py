@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--detector', default='retinanet', choices=('retinanet', 'cascade_rcnn'), help='default: %(default)s')
     train.add_argument('--model', default='spa_resnet50', help='backbone, any CNN of timm (default: %(default)s)')
     train.add_argument('--model-kwargs', default='{}', metavar='JSON', help='its further arguments, e.g. {"base": ...}')
+    train.add_argument(
+        '--detector-kwargs', default='{}', metavar='JSON', help='of the detector, e.g. {"batch_size_per_image": 128}')
     start = train.add_mutually_exclusive_group()
     start.add_argument('--pretrained', action='store_true', help="start from the backbone's published weights")
     start.add_argument('--pretrained-path', metavar='FILE', help='start from these weights of it or of its plain net')
@@ -85,6 +87,16 @@ def _device(args: argparse.Namespace) -> str:
     return 'cuda' if there and args.device != 'cpu' else 'cpu'
 
 
+def _mapping(args: argparse.Namespace, name: str) -> Dict[str, Any]:
+    try:
+        value = json.loads(getattr(args, name))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        args.error(f'argument --{name.replace("_", "-")}: no JSON object of names and values')
+    return value
+
+
 def _train(args: argparse.Namespace) -> int:
     import torch
 
@@ -95,10 +107,7 @@ def _train(args: argparse.Namespace) -> int:
     named = (args.train_images, args.train_json, args.val_images, args.val_json)
     if args.data and any(named) or not args.data and not all(named):
         args.error('name a dataset by --data, or all of --train-images, --train-json, --val-images and --val-json')
-    try:
-        model_kwargs = json.loads(args.model_kwargs)
-    except ValueError as e:
-        args.error(f'argument --model-kwargs: no JSON: {e}')
+    model_kwargs, detector_kwargs = _mapping(args, 'model_kwargs'), _mapping(args, 'detector_kwargs')
     images, file, val_images, val_file = (
         [*find_dataset(args.data, 'train'), *find_dataset(args.data, 'val')] if args.data else named)
     train_set = CocoDataset(images, file)
@@ -110,7 +119,7 @@ def _train(args: argparse.Namespace) -> int:
         args.detector, backbone=args.model, num_classes=len(train_set.categories),
         pretrained_backbone=False if goes_on else args.pretrained_path or args.pretrained,
         trainable_layers=args.trainable_layers, min_size=args.min_size, max_size=args.max_size,
-        backbone_kwargs=model_kwargs)
+        backbone_kwargs=model_kwargs, **detector_kwargs)
     settings = Settings(
         args.epochs, args.batch_size, args.lr, args.decay_epochs and tuple(args.decay_epochs), args.warmup_steps,
         clip_grad=args.clip_grad, mixed_precision=args.mixed_precision, seed=args.seed)

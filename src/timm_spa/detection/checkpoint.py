@@ -69,10 +69,7 @@ def load_detector(folder: Union[str, Path], device: Union[str, torch.device] = '
         named = False
     if not named:
         raise DetectionError(f'{folder / CONFIG} does not describe a detector of this package.')
-    try:
-        model = create_detector(**fields, pretrained_backbone=False)
-    except TypeError as e:  # an argument that this release does not know
-        raise DetectionError(f'{folder / CONFIG} does not describe a detector of this package: {e}') from e
+    model = create_detector(**fields, pretrained_backbone=False)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f'{folder} has no {WEIGHTS}.')
     check_weights(read_checkpoint(folder / WEIGHTS), model, folder / WEIGHTS)

@@ -8,6 +8,7 @@ background.
     losses = model([image], [dict(boxes=torch.tensor([[10., 20., 60., 90.]]), labels=torch.tensor([3]))])
     detections = model.eval()([image])  # of each image boxes, labels, scores
 """
+import inspect
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -74,9 +75,12 @@ def retinanet(
         The detector, in training mode.
 
     Raises:
-        DetectionError: The backbone does not exist, or lacks a map.
+        DetectionError: The backbone does not exist or lacks a map, or RetinaNet has no such argument.
         CheckpointError: The file of weights cannot be read, or does not fit.
     """
+    unknown = kwargs.keys() - inspect.signature(RetinaNet).parameters.keys()
+    if unknown:  # torchvision ignores them
+        raise DetectionError(f'retinanet has no argument {", ".join(sorted(unknown))}.')
     config = dict(
         detector='retinanet', backbone=backbone, num_classes=num_classes, trainable_layers=trainable_layers,
         min_size=min_size, max_size=max_size, backbone_kwargs=dict(backbone_kwargs or {}), **kwargs)
@@ -155,7 +159,10 @@ def create_detector(detector: str, **kwargs: Any) -> Any:
     """
     if detector not in DETECTORS:
         raise DetectionError(f'The detector must be one of {", ".join(DETECTORS)}, got {detector!r}.')
-    return DETECTORS[detector](**kwargs)
+    try:
+        return DETECTORS[detector](**kwargs)
+    except TypeError as e:  # an argument that it does not have
+        raise DetectionError(f'{detector} cannot be made of these arguments: {e}') from e
 
 
 def _finished(model: Any, config: Dict[str, Any]) -> Any:

@@ -152,7 +152,8 @@ def train(
     config = model.detector_config
     described = dict(
         detector=config['detector'], model=config['backbone'], model_kwargs=config['backbone_kwargs'], config=config,
-        settings=vars(settings), processes=world, categories=[dict(id=c['id'], name=c['name']) for c in train_set.categories])
+        settings=vars(settings), processes=world,
+        categories=[dict(id=c['id'], name=c['name']) for c in train_set.categories])
     described = json.loads(json.dumps(described))  # tuples as lists, as they are read again
 
     parameters = [p for p in model.parameters() if p.requires_grad]
