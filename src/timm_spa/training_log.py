@@ -30,7 +30,7 @@ def read_summary(path: Union[str, Path]) -> List[Dict[str, float]]:
 
     Raises:
         SummaryError: The file is missing or empty, a line does not have a number for each column, there is no column
-            eval_top1, or an epoch is missing between two others.
+            eval_top1 or eval_map, or an epoch is missing between two others.
     """
     rows: Dict[int, Dict[str, float]] = {}
     header: List[str] = []
@@ -41,7 +41,7 @@ def read_summary(path: Union[str, Path]) -> List[Dict[str, float]]:
     for number, cells in enumerate(lines, start=1):
         if cells[:1] == ['epoch']:
             header = cells
-            if 'eval_top1' not in header:
+            if not {'eval_top1', 'eval_map'} & set(header):
                 raise SummaryError(f'{path}, line {number}, has no column eval_top1, but {", ".join(header)}.')
             continue
         if not ''.join(cells).strip():

@@ -13,7 +13,8 @@ from typing import List, Optional
 __all__ = ['main']
 
 VERBS = (
-    'list', 'demo', 'predict', 'explain', 'app', 'export', 'card', 'publish', 'verify', 'convert', 'recipes', 'bench')
+    'list', 'demo', 'predict', 'explain', 'app', 'detect', 'export', 'card', 'publish', 'verify', 'convert', 'recipes',
+    'bench')
 
 
 def main(argv: Optional[List[str]] = None) -> int:

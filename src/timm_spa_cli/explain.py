@@ -232,14 +232,15 @@ def _curves(args: argparse.Namespace) -> int:
     from timm_spa.explain.curves import read_curves
 
     found = read_curves(args.runs)
-    rows: Rows = [('trained', 'runs', 'epochs', *figures.CURVES.values())]
-    cells: Rows = [('trained', 'run', 'epoch', *figures.CURVES)]
+    curves = figures.curves_of(next(iter(found.values()))[0])
+    rows: Rows = [('trained', 'runs', 'epochs', *curves.values())]
+    cells: Rows = [('trained', 'run', 'epoch', *curves)]
     for label, runs in found.items():
         epochs = min(map(len, runs))
-        last = [[run[epochs - 1][key] for run in runs] for key in figures.CURVES]
+        last = [[run[epochs - 1][key] for run in runs] for key in curves]
         rows.append((label, str(len(runs)), str(epochs), *(f'{statistics.mean(values):.3f}' for values in last)))
         cells += [
-            (label, number, int(row['epoch']), *(row[key] for key in figures.CURVES))
+            (label, number, int(row['epoch']), *(row[key] for key in curves))
             for number, run in enumerate(runs, start=1) for row in run]
     if args.json:
         print(json.dumps(_records(cells), indent=2))

@@ -16,13 +16,15 @@ from .._errors import TimmSpaError
 from .._files import replacing
 from .attention import NEUTRAL, ScaleWeights
 
-__all__ = ['FigureError', 'draw_cams', 'draw_curves', 'draw_gates', 'draw_scales', 'save']
+__all__ = ['FigureError', 'curves_of', 'draw_cams', 'draw_curves', 'draw_gates', 'draw_scales', 'save']
 
 COLUMNS = 4
 PANEL = 1.75  # inches: four are the width of a paper's page
 # of Okabe and Ito
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')
 CURVES = {'train_loss': 'training loss', 'eval_loss': 'validation loss', 'eval_top1': 'validation top-1 (%)'}
+DETECTION_CURVES = {
+    'train_loss': 'training loss', 'eval_map': 'validation AP (%)', 'eval_ap50': 'validation AP50 (%)'}
 
 Summary = Sequence[Mapping[str, float]]  # metrics of each epoch, see `timm_spa.training_log.read_summary`
 
@@ -158,21 +160,28 @@ def draw_scales(weights: Mapping[str, Mapping[str, ScaleWeights]], dark: bool = 
     return figure
 
 
+def curves_of(summary: Summary) -> Mapping[str, str]:
+    """Returns the columns that are drawn of a run, and their titles: of a classifier's, or of a detector's."""
+    return DETECTION_CURVES if 'eval_map' in summary[0] else CURVES
+
+
 def draw_curves(nets: Mapping[str, Mapping[str, Sequence[Summary]]], dark: bool = False) -> Any:
     """Draws losses and accuracy over the epochs, as the paper's figures 3 and 4.
 
     Args:
-        nets: For each net, by its name, the runs of each label.
+        nets: For each net, by its name, the runs of each label; all of classifiers, or all of detectors.
         dark: Draw on a dark background.
 
     Returns:
         Figure of matplotlib, a column for each net. A line is the mean of the runs of its label, the band around it
         reaches from the least to the largest, both over the epochs that all of these runs have.
     """
+    first = next(iter(next(iter(nets.values())).values()))[0]
+    curves = curves_of(first)
     with _style(dark):
-        figure, axes = _panels(len(CURVES), len(nets), 3.5, 2, sharex='col')
+        figure, axes = _panels(len(curves), len(nets), 3.5, 2, sharex='col')
         for column, (net, rows) in enumerate(nets.items()):
-            for line, (key, title) in enumerate(CURVES.items()):
+            for line, (key, title) in enumerate(curves.items()):
                 axis = axes[line][column]
                 for (label, runs), colour, dash in zip(
                         rows.items(), COLOURS * len(rows), ('-', '--', ':', '-.') * len(rows), strict=False):

@@ -1,0 +1,132 @@
+"""What a detector finds in the pictures of a dataset, and COCO's figures for it."""
+import contextlib
+import io
+import math
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from .backbone import DetectionError
+from .data import CocoDataset, collate
+
+__all__ = ['FIGURES', 'coco_figures', 'coco_results', 'detect']
+
+# in the order of pycocotools: average precision by IoU and by size, average recall by detections and by size
+FIGURES = ('AP', 'AP50', 'AP75', 'AP_S', 'AP_M', 'AP_L', 'AR1', 'AR10', 'AR100', 'AR_S', 'AR_M', 'AR_L')
+
+Detection = Dict[str, torch.Tensor]
+
+
+def detect(
+        model: Any,
+        dataset: CocoDataset,
+        batch_size: int = 8,
+        workers: int = 0,
+        places: Optional[Sequence[int]] = None,
+) -> Dict[int, Detection]:
+    """Runs a detector over a dataset.
+
+    Args:
+        model: Detector; it is in eval mode afterwards.
+        dataset: The pictures.
+        batch_size: Pictures at a time.
+        workers: Processes that read pictures.
+        places: Places of the pictures in the dataset; all if None.
+
+    Returns:
+        For each place 'boxes' (R, 4: left, top, right, bottom in pixels of the picture), 'labels' and 'scores', on the
+        CPU.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    places = range(len(dataset)) if places is None else places
+    loader = DataLoader(Subset(dataset, places), batch_size, num_workers=workers, collate_fn=collate)
+    found: List[Detection] = []
+    with torch.inference_mode():
+        for images, _ in loader:
+            found += [
+                {key: value.cpu() for key, value in of_image.items()}
+                for of_image in model([image.to(device) for image in images])]
+    return dict(zip(places, found, strict=True))
+
+
+def coco_results(
+        detections: Iterable[Detection],
+        image_ids: Iterable[Any],
+        category_ids: Sequence[Any],
+) -> List[Dict[str, Any]]:
+    """Writes detections in COCO's results format.
+
+    Args:
+        detections: Detections of each picture.
+        image_ids: Id of each picture.
+        category_ids: Id of each class, by its label; what is found of a class without one (None) is left out.
+
+    Returns:
+        A list of 'image_id', 'category_id', 'bbox' (left, top, width, height) and 'score'.
+    """
+    results = []
+    for image_id, found in zip(image_ids, detections, strict=True):
+        for box, label, score in zip(*(found[key].tolist() for key in ('boxes', 'labels', 'scores')), strict=True):
+            if category_ids[label] is not None:
+                left, top, right, bottom = box
+                results.append(dict(
+                    image_id=image_id, category_id=category_ids[label], bbox=[left, top, right - left, bottom - top],
+                    score=score))
+    return results
+
+
+def coco_figures(dataset: CocoDataset, detections: Mapping[int, Detection]) -> Dict[str, float]:
+    """Computes COCO's twelve figures by pycocotools.
+
+    Args:
+        dataset: Pictures and true boxes.
+        detections: Detections of every picture, by its place.
+
+    Returns:
+        The figures in percent, by the names in `FIGURES`; NaN for a size of which there is no box.
+
+    Raises:
+        DetectionError: pycocotools is missing, or there is no box to find.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as e:
+        raise DetectionError('Evaluation needs pycocotools: pip install "timm_spa[detection]".') from e
+    check_evaluable(dataset)
+    # labels and places in place of ids, which may be of any kind
+    truth = [
+        dict(image_id=place, category_id=a['label'], bbox=a['bbox'], area=a['area'], iscrowd=a['iscrowd'])
+        for place, of_image in enumerate(dataset.annotations) for a in of_image]
+    labels = range(len(dataset.categories))
+    known = [label for label in labels if dataset.categories[label]['id'] is not None]
+    found = coco_results(
+        detections.values(), detections, [label if label in known else None for label in labels])
+    for result in found:
+        result.update(area=result['bbox'][2] * result['bbox'][3], iscrowd=0)
+
+    def indexed(entries: List[Dict[str, Any]]) -> Any:
+        coco = COCO()
+        coco.dataset = dict(
+            images=[dict(id=place) for place in range(len(dataset))], categories=[dict(id=label) for label in known],
+            # from 1: pycocotools takes a match with id 0 for none
+            annotations=[dict(entry, id=number) for number, entry in enumerate(entries, start=1)])
+        coco.createIndex()
+        return coco
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
+        evaluation = COCOeval(indexed(truth), indexed(found), 'bbox')
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return {
+        name: math.nan if value < 0 else 100 * float(value)
+        for name, value in zip(FIGURES, evaluation.stats, strict=True)}
+
+
+def check_evaluable(dataset: CocoDataset) -> None:
+    """Raises a DetectionError if there is nothing to find in a dataset."""
+    if all(a['iscrowd'] for of_image in dataset.annotations for a in of_image):
+        raise DetectionError(f'{dataset.source} has no box to find: nothing can be evaluated on it.')

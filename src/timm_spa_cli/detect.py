@@ -1,0 +1,206 @@
+"""`timm-spa detect`: training, evaluation and use of object detectors."""
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List
+
+from timm_spa_cli._table import print_table
+from timm_spa_cli.predict import positive
+
+HELP = "find objects: train RetinaNet or Cascade R-CNN on a dataset in COCO's format, evaluate, draw boxes"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the verb."""
+    kinds = parser.add_subparsers(dest='kind', required=True, metavar='WHAT')
+
+    def add(name: str, about: str) -> argparse.ArgumentParser:
+        kind = kinds.add_parser(name, help=about, description=f'{about[0].upper()}{about[1:]}.')
+        kind.set_defaults(error=kind.error)
+        return kind
+
+    train = add('train', 'train a detector; start it by `accelerate launch --module timm_spa` for several GPUs')
+    train.add_argument('--data', metavar='DIR', help='dataset: train2017, val2017 and annotations, or train and val')
+    for part in ('train', 'val'):
+        train.add_argument(f'--{part}-images', metavar='DIR', help='or: folder of the pictures,')
+        train.add_argument(f'--{part}-json', metavar='FILE', help="and their annotations in COCO's format")
+    train.add_argument(
+        '--detector', default='retinanet', choices=('retinanet', 'cascade_rcnn'), help='default: %(default)s')
+    train.add_argument('--model', default='spa_resnet50', help='backbone, any CNN of timm (default: %(default)s)')
+    train.add_argument('--model-kwargs', default='{}', metavar='JSON', help='its further arguments, e.g. {"base": ...}')
+    train.add_argument(
+        '--detector-kwargs', default='{}', metavar='JSON', help='of the detector, e.g. {"batch_size_per_image": 128}')
+    start = train.add_mutually_exclusive_group()
+    start.add_argument('--pretrained', action='store_true', help="start from the backbone's published weights")
+    start.add_argument('--pretrained-path', metavar='FILE', help='start from these weights of it or of its plain net')
+    train.add_argument('--trainable-layers', type=int, default=3, help='stages trained, from the end (default: 3)')
+    train.add_argument('--epochs', type=positive, default=24, help='default: %(default)s')
+    train.add_argument('--decay-epochs', type=int, nargs='+', metavar='N', help='default: 18 22 of 24')
+    train.add_argument('--batch-size', type=positive, default=2, help='pictures a step and process (default: 2)')
+    train.add_argument('--lr', type=float, help="default: the paper's, scaled to the batch")
+    train.add_argument('--warmup-steps', type=int, help='default: 500, but no more than an epoch')
+    train.add_argument('--clip-grad', type=float, metavar='NORM', help='largest norm of the gradient')
+    train.add_argument('--mixed-precision', default='no', choices=('no', 'bf16', 'fp16'), help='default: %(default)s')
+    train.add_argument('--min-size', type=positive, default=800, help='pixels of the shorter side (default: 800)')
+    train.add_argument('--max-size', type=positive, default=1333, help='and at most of the longer (default: 1333)')
+    train.add_argument('--output', required=True, metavar='DIR', help='folder of the run')
+    train.add_argument('--resume', action='store_true', help='go on with the run in it, if there is one')
+    train.add_argument('--seed', type=int, default=42, help='default: %(default)s')
+    evaluate = add('eval', "COCO's twelve figures of a detector")
+    evaluate.add_argument('checkpoint', help='folder of the checkpoint')
+    evaluate.add_argument('--images', required=True, metavar='DIR', help='folder of the pictures')
+    evaluate.add_argument('--annotations', '--json', required=True, metavar='FILE', help="in COCO's format")
+    evaluate.add_argument('--results', metavar='FILE', help="write the detections in COCO's results format there")
+    evaluate.add_argument('--batch-size', type=positive, default=8, help='pictures at a time (default: %(default)s)')
+    predict = add('predict', 'draw what detectors find in pictures, side by side')
+    predict.add_argument('images', nargs='+', metavar='IMAGE', help='picture')
+    predict.add_argument('--checkpoint', nargs='+', required=True, metavar='DIR', help='folders of checkpoints')
+    predict.add_argument('--out', required=True, metavar='DIR', help="for pictures, and JSON in COCO's results format")
+    predict.add_argument('--score', type=float, default=0.3, help='least score to draw (default: %(default)s)')
+    for kind in (train, evaluate):
+        kind.add_argument('--workers', type=int, default=2, help='processes that read pictures (default: %(default)s)')
+    for kind in (train, evaluate, predict):
+        kind.add_argument(
+            '--device', default='auto', choices=('auto', 'cpu', 'cuda'), help='default: a GPU if there is one')
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb, and returns the exit code."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError as e:
+        from timm_spa._errors import TimmSpaError
+
+        raise TimmSpaError(f'Detection needs torchvision: pip install "timm_spa[detection]" ({e}).') from e
+    return {'train': _train, 'eval': _eval, 'predict': _predict}[args.kind](args)
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if args.device == 'cuda' and not there:
+        args.error('argument --device: torch sees no GPU here')
+    return 'cuda' if there and args.device != 'cpu' else 'cpu'
+
+
+def _mapping(args: argparse.Namespace, name: str) -> Dict[str, Any]:
+    try:
+        value = json.loads(getattr(args, name))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        args.error(f'argument --{name.replace("_", "-")}: no JSON object of names and values')
+    return value
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from timm_spa.detection.data import CocoDataset, find_dataset
+    from timm_spa.detection.models import create_detector
+    from timm_spa.detection.train import STATE, Settings, train
+
+    named = (args.train_images, args.train_json, args.val_images, args.val_json)
+    if args.data and any(named) or not args.data and not all(named):
+        args.error('name a dataset by --data, or all of --train-images, --train-json, --val-images and --val-json')
+    model_kwargs, detector_kwargs = _mapping(args, 'model_kwargs'), _mapping(args, 'detector_kwargs')
+    images, file, val_images, val_file = (
+        [*find_dataset(args.data, 'train'), *find_dataset(args.data, 'val')] if args.data else named)
+    train_set = CocoDataset(images, file)
+    val_set = CocoDataset(val_images, val_file, categories=train_set.categories)
+    _report(train_set.describe(), val_set.describe())
+    goes_on = args.resume and (Path(args.output) / STATE).exists()  # with the weights of its own then
+    torch.manual_seed(args.seed)
+    model = create_detector(
+        args.detector, backbone=args.model, num_classes=len(train_set.categories),
+        pretrained_backbone=False if goes_on else args.pretrained_path or args.pretrained,
+        trainable_layers=args.trainable_layers, min_size=args.min_size, max_size=args.max_size,
+        backbone_kwargs=model_kwargs, **detector_kwargs)
+    settings = Settings(
+        args.epochs, args.batch_size, args.lr, args.decay_epochs and tuple(args.decay_epochs), args.warmup_steps,
+        clip_grad=args.clip_grad, mixed_precision=args.mixed_precision, seed=args.seed)
+    shown = sys.stderr.isatty()
+    train(
+        model, train_set, val_set, args.output, settings, args.resume, _device(args) == 'cpu', args.workers,
+        log=lambda line: _report(f'\r\033[K{line}' if shown else line),
+        progress=(lambda line: print(f'\r\033[K{line}', end='', file=sys.stderr, flush=True)) if shown else None)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from timm_spa._files import replacing
+    from timm_spa.detection import load_detector
+    from timm_spa.detection.data import CocoDataset
+    from timm_spa.detection.evaluate import coco_figures, coco_results, detect
+
+    model = load_detector(args.checkpoint, _device(args))
+    dataset = CocoDataset(args.images, args.annotations, categories=model.categories)
+    _report(dataset.describe())
+    found = detect(model, dataset, args.batch_size, args.workers)
+    if args.results:
+        category_ids = [category['id'] for category in dataset.categories]
+        with replacing(args.results) as partial:
+            partial.write_text(json.dumps(coco_results(found.values(), dataset.image_ids, category_ids)))
+    figures = coco_figures(dataset, found)
+    cells = [(name, '-' if math.isnan(value) else f'{value:.1f}') for name, value in figures.items()]
+    print_table([('figure', '%'), *cells], right_aligned=(1,))
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    import torch
+
+    from timm_spa._files import replacing
+    from timm_spa.detection import DetectionError, load_detector
+    from timm_spa.detection.data import read_image
+    from timm_spa.detection.draw import draw_detections, side_by_side
+    from timm_spa.detection.evaluate import coco_results
+
+    device = _device(args)
+    titles = _distinct([Path(folder) for folder in args.checkpoint])
+    models = {title: load_detector(folder, device) for title, folder in zip(titles, args.checkpoint, strict=True)}
+    results: Dict[str, List[Dict[str, Any]]] = {title: [] for title in models}
+    out, code = Path(args.out), 0
+    out.mkdir(parents=True, exist_ok=True)
+    stems = [Path(path).stem for path in args.images]
+    for number, path in enumerate(args.images):
+        try:
+            image = read_image(path)
+        except DetectionError as e:
+            print(f'timm-spa: {e}', file=sys.stderr)
+            code = 1
+            continue
+        panels = {}
+        for title, model in models.items():
+            with torch.inference_mode():
+                found = {key: value.cpu() for key, value in model([image.to(device).float() / 255])[0].items()}
+            results[title] += coco_results([found], [Path(path).name], [c['id'] for c in model.categories])
+            panels[title] = draw_detections(image, found, [c['name'] for c in model.categories], args.score)
+            shown = int((found['scores'] >= args.score).sum())
+            print(f'{path}: {shown} objects{f" by {title}" if len(models) > 1 else ""}')
+        # pictures of the same name in different folders
+        stem = stems[number] if stems.count(stems[number]) == 1 else f'{stems[number]}-{number + 1}'
+        picture = side_by_side(panels) if len(panels) > 1 else next(iter(panels.values()))
+        with replacing(out / f'{stem}.png') as partial:
+            picture.save(partial, format='png')
+    for title, found_by in results.items():
+        with replacing(out / f'{title}.json') as partial:
+            partial.write_text(json.dumps(found_by, indent=1))
+    return code
+
+
+def _distinct(folders: List[Path]) -> List[str]:
+    """Names checkpoints by their folders: the run's for 'best' and 'last', with a number if it is there twice."""
+    names = [
+        f'{p.resolve().parent.name}-{p.name}' if p.name in ('best', 'last') else p.resolve().name for p in folders]
+    return [name if names.count(name) == 1 else f'{name}-{i}' for i, name in enumerate(names, start=1)]
+
+
+def _report(*lines: str) -> None:
+    if os.environ.get('RANK', '0') == '0':  # one of several processes
+        for line in lines:
+            print(line, file=sys.stderr)

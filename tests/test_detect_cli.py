@@ -1,0 +1,246 @@
+"""`timm-spa detect`, as a user runs it: training that goes on where it was killed, evaluation, pictures."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from coco_files import NAMES, write_coco, write_rectangles
+from PIL import Image
+
+import timm_spa_cli
+from timm_spa.detection import DetectionError, load_detector, retinanet, save_detector
+from timm_spa.detection import train as training
+from timm_spa.detection.data import CocoDataset, find_dataset
+from timm_spa.detection.train import Settings, learning_rate, train
+from timm_spa.train_guard import TrainingError
+
+NET = 'spa_mobilenetv2_050'
+SMALL = ('--model', NET, '--min-size', 64, '--max-size', 64, '--batch-size', 4, '--device', 'cpu', '--workers', 0)
+
+
+def detect(*arguments):
+    return timm_spa_cli.main(['detect', *map(str, arguments)])
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_rectangles(tmp_path_factory.mktemp('data'), count=8, size=64)
+
+
+def content(run):
+    """What must not depend on how often a run was killed."""
+    names = (
+        'summary.csv', 'args.yaml', 'training_state.safetensors', 'last/model.safetensors', 'best/model.safetensors')
+    return {name: (run / name).read_bytes() for name in names}
+
+
+def test_train_evaluate_predict(tmp_path, data, capsys):
+    plain = timm.create_model('mobilenetv2_050')
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    run = tmp_path / 'run'
+    assert detect(
+        'train', '--data', data, *SMALL, '--epochs', 2, '--output', run, '--lr', 0.005, '--pretrained-path',
+        tmp_path / 'plain.safetensors', '--clip-grad', 10) == 0
+    said = capsys.readouterr().err
+    assert 'train.json: 8 pictures, 0 without a box; 24 boxes of 3 categories' in said
+    assert said.count('epoch 1: loss') == 1
+    assert sorted(p.name for p in run.iterdir()) == [
+        'args.yaml', 'best', 'last', 'summary.csv', 'training_state.safetensors']
+    with open(run / 'summary.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert list(rows[0]) == ['epoch', 'train_loss', 'eval_map', 'eval_ap50', 'eval_ap75', 'lr']
+    assert [row['epoch'] for row in rows] == ['0', '1']
+    args = yaml.safe_load((run / 'args.yaml').read_text())
+    assert args['model'] == NET
+    assert args['settings']['batch_size'] == 4
+    model = load_detector(run / 'best')
+    assert [c['name'] for c in model.categories] == list(NAMES)
+    stem = model.state_dict()['backbone.body.conv_stem.weight']
+    assert torch.equal(stem, plain.conv_stem.weight), 'the frozen stem is that of the file'
+
+    assert timm_spa_cli.main(['explain', 'curves', str(run), '--out', str(tmp_path / 'curves')]) == 0
+    drawn = capsys.readouterr().out
+    assert 'validation AP50 (%)' in drawn
+    assert f'retinanet {NET}' in drawn
+    assert (tmp_path / 'curves' / 'curves.png').exists()
+
+    found = tmp_path / 'found.json'
+    source = ('--images', data / 'val', '--json', data / 'val.json', '--device', 'cpu', '--workers', 0)
+    assert detect('eval', run / 'best', *source, '--results', found) == 0
+    figures = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    best = max(rows, key=lambda row: float(row['eval_map']))
+    assert float(figures['AP']) == pytest.approx(float(best['eval_map']), abs=0.051)
+    assert len(figures) == 13
+    assert figures['AP_L'] == '-'
+    assert all(result['category_id'] in (1, 2, 3) for result in json.loads(found.read_text()))
+
+    out = tmp_path / 'out'
+    pictures = [data / 'val' / '0.png', data / 'val' / '1.png']
+    assert detect(
+        'predict', *pictures, tmp_path / 'none.png', '--checkpoint', run / 'best', run / 'last', '--out', out,
+        '--score', 0.01, '--device', 'cpu') == 1
+    captured = capsys.readouterr()
+    assert 'none.png cannot be read as a picture' in captured.err
+    assert captured.out.count('objects by run-') == 4
+    assert sorted(p.name for p in out.iterdir()) == ['0.png', '1.png', 'run-best.json', 'run-last.json']
+    with Image.open(out / '0.png') as picture:
+        assert picture.width == 2 * 512 + 4
+    assert {r['image_id'] for r in json.loads((out / 'run-last.json').read_text())} <= {'0.png', '1.png'}
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, data, monkeypatch):
+    """kill -9 in the second epoch; then a stop between the best checkpoint and the state; then to the end."""
+    command = ['train', '--data', data, *SMALL, '--epochs', 3, '--lr', 0.002]
+    assert detect(*command, '--output', tmp_path / 'whole') == 0
+    run = tmp_path / 'killed'
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'timm_spa', 'detect', *map(str, command), '--output', str(run)],
+        stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / 'summary.csv').exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    written = training._write_state
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, '_write_state', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        detect(*command, '--output', run, '--resume')
+    monkeypatch.setattr(training, '_write_state', written)
+    assert detect(*command, '--output', run, '--resume') == 0
+    whole, again = content(tmp_path / 'whole'), content(run)
+    assert [name for name in whole if whole[name] != again[name]] == []
+    before = os.stat(run / 'training_state.safetensors').st_mtime_ns
+    assert detect(*command, '--output', run, '--resume') == 0
+    assert os.stat(run / 'training_state.safetensors').st_mtime_ns == before, 'nothing is left to do'
+
+
+def test_runs_that_cannot_go_on(tmp_path, data, capsys):
+    command = ['train', '--data', data, *SMALL, '--output', tmp_path, '--epochs', 1]
+    assert detect(*command) == 0
+    capsys.readouterr()
+    assert detect(*command) == 1
+    assert 'has a run in it. Go on with it by --resume, or name another folder.' in capsys.readouterr().err
+    assert detect(*command, '--resume', '--seed', 43, '--lr', 1) == 1
+    assert 'cannot go on with another settings: lr was 0.0025 and is 1.0; seed was 42 and is 43' in (
+        capsys.readouterr().err)
+    (tmp_path / 'training_state.safetensors').write_bytes(b'x' * 100)
+    assert detect(*command, '--resume') == 1
+    assert 'cannot be read as the state of a training run' in capsys.readouterr().err
+
+
+def open_sets(data):
+    train_set = CocoDataset(*find_dataset(data, 'train'))
+    return train_set, CocoDataset(*find_dataset(data, 'val'), categories=train_set.categories)
+
+
+def small(num_classes=3):
+    torch.manual_seed(0)
+    return retinanet(NET, num_classes, False, min_size=64, max_size=64)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, data):
+    model = small()
+    with torch.no_grad():
+        model.head.regression_head.bbox_reg.bias[0] = float('nan')
+    with pytest.raises(TrainingError, match=r'The loss is nan at step 0 of epoch 0 \(classification [\d.]+, bbox_reg'):
+        train(model, *open_sets(data), tmp_path, Settings(epochs=1), cpu=True)
+    assert not (tmp_path / 'last').exists()
+
+
+def test_curves_of_a_detector_and_a_classifier(tmp_path, capsys):
+    for name, header in (('a', 'epoch,train_loss,eval_map,eval_ap50'), ('b', 'epoch,train_loss,eval_loss,eval_top1')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'summary.csv').write_text(f'{header}\n0,1,2,3\n')
+    assert timm_spa_cli.main(['explain', 'curves', str(tmp_path)]) == 1
+    assert 'are of a classifier and a detector. Draw each alone.' in capsys.readouterr().err
+
+
+def test_datasets_that_do_not_fit(tmp_path, data):
+    train_set, val_set = open_sets(data)
+    with pytest.raises(DetectionError, match='train.json has 3 categories, and the detector 2 classes'):
+        train(small(2), train_set, val_set, tmp_path, cpu=True)
+    other = CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=[0, 0, 9, 9])]))
+    with pytest.raises(DetectionError, match='x.json has other categories than .*train.json'):
+        train(small(), train_set, other, tmp_path, cpu=True)
+    with pytest.raises(DetectionError, match='start at 1, got 0'):
+        train(small(), train_set, val_set, tmp_path, Settings(epochs=0), cpu=True)
+
+
+def test_the_recipe_is_the_papers():
+    """Two pictures on each of eight GPUs, 24 epochs, a tenth after 18 and 22."""
+    for detector, rate in (('retinanet', 0.01), ('cascade_rcnn', 0.02)):
+        settings = Settings().completed(detector, 117266, 8)
+        assert settings.warmup_steps == 500
+        assert learning_rate(settings, 0, 0) == pytest.approx(rate / 1000)
+        assert learning_rate(settings, 0, 250) == pytest.approx(rate * (0.5 + 0.0005))
+        assert [learning_rate(settings, epoch, 10 ** 6) for epoch in (0, 17, 18, 21, 22, 23)] == pytest.approx(
+            [rate, rate, rate / 10, rate / 10, rate / 100, rate / 100])
+    assert Settings(batch_size=8).completed('retinanet', 480, 1).lr == pytest.approx(0.005)
+    assert Settings(batch_size=8).completed('retinanet', 480, 1).warmup_steps == 60
+    assert Settings(epochs=12).completed('retinanet', 480, 1).decay_epochs == (9, 11)
+
+
+def test_every_process_has_as_many_pictures():
+    orders = [training._order(7, 0, epoch, 2) for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    for order in orders:
+        assert len(order) == 8
+        assert set(order) == set(range(7))
+
+
+def test_categories_that_the_checkpoint_does_not_know(tmp_path, data, capsys):
+    save_detector(small(), tmp_path / 'a', [dict(id=i, name=name) for i, name in enumerate('xyz')])
+    assert detect('eval', tmp_path / 'a', '--images', data / 'val', '--json', data / 'val.json') == 1
+    assert 'the detector was not trained on: blue, green, red. It knows x, y, z' in capsys.readouterr().err
+
+
+def test_bad_arguments(tmp_path, data, capsys):
+    for arguments, message in (
+            (['train', '--output', tmp_path], 'name a dataset by --data, or all of --train-images'),
+            (['train', '--data', data, '--train-json', 'x', '--output', tmp_path], 'name a dataset by --data'),
+            (['train', '--data', data, '--output', tmp_path, '--model-kwargs', '{'], '--model-kwargs: no JSON'),
+            (['train', '--data', data, '--output', tmp_path, '--detector-kwargs', '[1]'], '--detector-kwargs: no JSON'),
+            (['train', '--data', data, '--output', tmp_path, '--epochs', 0], 'must be at least 1'),
+            *([] if torch.cuda.is_available() else [
+                (['train', '--data', data, '--output', tmp_path, '--device', 'cuda'], 'torch sees no GPU')])):
+        with pytest.raises(SystemExit, match='2'):
+            detect(*arguments)
+        assert message in capsys.readouterr().err
+    assert detect('train', '--data', tmp_path / 'none', '--output', tmp_path) == 1
+    assert "one JSON file of the part 'train'" in capsys.readouterr().err
+    assert detect('train', '--data', data, '--output', tmp_path, '--model', 'spa_resnet51') == 1
+    assert 'spa_resnet51 cannot be the backbone of a detector' in capsys.readouterr().err
+    unknown = ('train', '--data', data, '--output', tmp_path, *SMALL, '--detector-kwargs', '{"no_such": 1}')
+    assert detect(*unknown) == 1
+    assert 'retinanet has no argument no_such.' in capsys.readouterr().err
+    assert detect(*unknown, '--detector', 'cascade_rcnn') == 1
+    assert "cascade_rcnn cannot be made of these arguments" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_of_it_is_imported_before_it_is_asked_for():
+    code = (
+        'import sys, timm_spa; print([n for n in sys.modules if n.startswith("timm_spa.detection") or n in '
+        '("accelerate", "pycocotools")])')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout == '[]\n'
+    code = 'import sys, timm_spa_cli.detect; print("torch" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout == 'False\n'

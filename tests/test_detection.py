@@ -1,0 +1,364 @@
+"""Detectors: their parts against numbers worked out by hand, and that they learn."""
+import math
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from coco_files import write_rectangles
+from torchvision.ops import box_iou
+
+import timm_spa
+from timm_spa.detection import DetectionError, cascade_rcnn, load_detector, retinanet, save_detector
+from timm_spa.detection.backbone import Backbone, create_body
+from timm_spa.detection.cascade import DEVIATIONS, CascadeRoIHeads, decode_boxes, encode_boxes, pyramid_levels
+from timm_spa.detection.data import CocoDataset, find_dataset
+from timm_spa.detection.train import Settings, train
+from timm_spa.hub import CheckpointError
+
+BUILDERS = {'retinanet': retinanet, 'cascade_rcnn': cascade_rcnn}
+SMALL = dict(num_classes=3, pretrained_backbone=False, min_size=64, max_size=96)
+RESNETS = [name for name in timm_spa.list_models('*resnet*') if 'cifar' not in name]
+
+
+def trained(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+
+
+@pytest.mark.parametrize(('detector', 'backbone', 'expected', 'tolerance'), [
+    ('retinanet', 'resnet50', 37.7433, 0.0001),
+    ('retinanet', 'seresnet50', 40.2489, 0.0001),
+    ('retinanet', 'spa_resnet50', 40.25, 0.02),  # the gates of the frozen first stage are not counted here
+    ('cascade_rcnn', 'resnet50', 69.1694, 0.0001),
+    ('cascade_rcnn', 'seresnet50', 71.6750, 0.0001),
+    ('cascade_rcnn', 'spa_resnet50', 71.67, 0.02),
+])
+def test_parameters_are_those_of_the_paper(detector, backbone, expected, tolerance):
+    """Table VI counts what is trained. The exact figures are mmdetection's, counted there."""
+    with torch.device('meta'):
+        model = BUILDERS[detector](backbone, pretrained_backbone=False)
+    assert trained(model) == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize('name', [*RESNETS, 'gated'])
+def test_every_resnet_builds(name):
+    kwargs = dict(base='resnet18') if name == 'gated' else {}
+    deep = '101' in name or '152' in name  # the same stages: of these the detector that needs more maps
+    for builder in [cascade_rcnn] if deep else BUILDERS.values():
+        with torch.device('meta'):
+            model = builder(name, pretrained_backbone=False, backbone_kwargs=kwargs)
+        assert {p.requires_grad for p in model.backbone.body.parameters()} == {True, False}
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('spa_b_resnet50', {}), ('densenet121', {}), ('convnext_atto', {}), ('gated', dict(base='regnety_002'))])
+def test_other_nets_give_maps_of_the_strides(name, kwargs):
+    with torch.device('meta'):
+        net = Backbone(create_body(name, False, **kwargs), (4, 8, 16, 32))
+        maps = net(torch.rand(2, 3, 128, 96))
+    assert [tuple(m.shape) for m in maps.values()] == [
+        (2, 256, 128 // s, 96 // s) for s in (4, 8, 16, 32)] + [(2, 256, 2, 2)]
+
+
+@pytest.mark.parametrize(('name', 'stages'), [
+    ('resnet18', [('conv1', 'bn1'), ('layer1',), ('layer2',), ('layer3',), ('layer4',)]),
+    ('spa_mobilenetv2_050', [
+        ('conv_stem', 'bn1', 'blocks.0'), ('blocks.1',), ('blocks.2',), ('blocks.3', 'blocks.4'),
+        ('blocks.5', 'blocks.6')])])
+def test_frozen_stages(name, stages):
+    for count in range(6):
+        body = Backbone(create_body(name, False), (8, 16, 32), count, p6p7=True).body
+        frozen = tuple(part.replace('.', '_') for stage in stages[:5 - count] for part in stage)
+        for key, parameter in body.named_parameters():
+            assert parameter.requires_grad != key.replace('.', '_').startswith(frozen or ('nothing',)), key
+
+
+def test_statistics_of_norm_layers_are_frozen():
+    model = retinanet('spa_resnet18', **SMALL, backbone_kwargs=dict(zero_init_last=False))
+    before = {k: v.clone() for k, v in model.state_dict().items() if 'running' in k or 'num_batches' in k}
+    assert len(before) > 20
+    assert model.training
+    assert model.backbone.body.layer1.training
+    sum(model([torch.rand(3, 64, 64)], [target()]).values()).backward()
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert model.backbone.body.layer2[0].bn1.weight.grad.abs().sum() > 0
+    assert model.backbone.body.layer1[0].bn1.weight.grad is None
+
+
+def test_bad_backbones():
+    with pytest.raises(DetectionError, match='no map of stride 16: the strides of its maps are 1, 1, 2, 4, 8'):
+        retinanet('spa_preresnet18_cifar', **SMALL)
+    with pytest.raises(DetectionError, match='spa_resnet51 cannot be the backbone of a detector: Unknown model'):
+        retinanet('spa_resnet51', **SMALL)
+    with pytest.raises(DetectionError, match='from 0 to 5, got 6'):
+        cascade_rcnn('resnet18', trainable_layers=6, **SMALL)
+
+
+def test_pixels_are_normalized_as_the_backbone_was_trained():
+    for builder in BUILDERS.values():
+        with torch.device('meta'):
+            model = builder('tf_efficientnet_lite0', **SMALL)
+        assert model.transform.image_mean == [0.5, 0.5, 0.5]
+
+
+def test_weights_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    plain = timm.create_model('resnet18', num_classes=7)
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = plain.eval().forward_features(x)
+        for name, kwargs in (('resnet18', {}), ('spa_resnet18', {}), ('gated', dict(base='resnet18'))):
+            body = create_body(name, tmp_path / 'plain.safetensors', **kwargs).eval()
+            torch.testing.assert_close(body(x)[-1], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match='is of nothing that spa_resnet34 can be made of'):
+        create_body('spa_resnet34', tmp_path / 'plain.safetensors')
+
+
+def target(boxes=((8., 8, 40, 48), (30, 4, 60, 20)), labels=(0, 2)):
+    return dict(boxes=torch.tensor(boxes).reshape(-1, 4), labels=torch.tensor(labels, dtype=torch.long))
+
+
+@pytest.mark.parametrize('detector', BUILDERS)
+def test_losses_and_gradients(detector):
+    """Images of different sizes, one without a box; then only that one."""
+    torch.manual_seed(0)
+    kwargs = dict(batch_size_per_image=64) if detector == 'cascade_rcnn' else {}
+    model = BUILDERS[detector]('spa_resnet18', **SMALL, **kwargs, backbone_kwargs=dict(zero_init_last=False))
+    images = [torch.rand(3, 64, 90), torch.rand(3, 70, 50)]
+    targets = [target(), target((), ())]
+    losses = model(images, targets)
+    sum(losses.values()).backward()
+    assert len(losses) == (2 if detector == 'retinanet' else 8)
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    # the gates start at 1/2, whatever their first layers say
+    assert [n for n in lost if '.attn.' not in n] == []
+    model.zero_grad(set_to_none=True)
+    losses = model(images[1:], targets[1:])
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize('detector', BUILDERS)
+def test_detections(detector):
+    torch.manual_seed(0)
+    kwargs = dict(score_thresh=0.001) if detector == 'retinanet' else {}
+    model = BUILDERS[detector]('resnet18', **SMALL, **kwargs).eval()
+    sizes = [(200, 120), (50, 60)]
+    with torch.no_grad():
+        found = model([torch.rand(3, *size) for size in sizes])
+    for one, (height, width) in zip(found, sizes, strict=True):
+        assert one.keys() == {'boxes', 'labels', 'scores'}
+        assert 0 < len(one['boxes']) == len(one['labels']) == len(one['scores']) <= 100
+        assert one['boxes'].min() >= 0
+        assert one['boxes'][:, 2].max() <= width + 1e-3
+        assert one['boxes'][:, 3].max() <= height + 1e-3
+        assert set(one['labels'].tolist()) <= {0, 1, 2}
+        assert one['scores'].tolist() == sorted(one['scores'].tolist(), reverse=True)
+    assert max(one['boxes'].max() for one in found) > 100, 'in pixels of the image, not of the resized one'
+
+
+@pytest.mark.parametrize('detector', BUILDERS)
+def test_mixed_precision(detector):
+    model = BUILDERS[detector]('resnet18', **SMALL)
+    images, targets = [torch.rand(3, 64, 64)], [target()]
+    torch.manual_seed(0)
+    expected = model(images, targets)
+    torch.manual_seed(0)
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = model(images, targets)
+    for name, value in losses.items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(expected[name].item(), rel=0.1, abs=0.02)
+    with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16):
+        found = model.eval()(images)
+    assert found[0]['boxes'].dtype == torch.float32
+
+
+# the head of Cascade R-CNN
+
+def test_encoding_by_hand():
+    boxes, wanted = torch.tensor([[0., 0, 10, 20]]), torch.tensor([[5., 10, 25, 20]])
+    # centres (5, 10) and (15, 15), sides (10, 20) and (20, 10)
+    expected = torch.tensor([[1 / 0.1, 0.25 / 0.1, math.log(2) / 0.2, -math.log(2) / 0.2]])
+    torch.testing.assert_close(encode_boxes(boxes, wanted, DEVIATIONS[0]), expected)
+    torch.testing.assert_close(encode_boxes(boxes, wanted, DEVIATIONS[1]), 2 * expected)
+    torch.testing.assert_close(encode_boxes(boxes, wanted, DEVIATIONS[2]), 3 * expected)
+
+
+def test_decoding_undoes_encoding():
+    generator = torch.Generator().manual_seed(0)
+    boxes, wanted = torch.rand(2, 50, 4, generator=generator) * 50
+    for b in (boxes, wanted):
+        b[:, 2:] += b[:, :2] + 1
+    for deviations in DEVIATIONS:
+        numbers = encode_boxes(boxes, wanted, deviations)
+        torch.testing.assert_close(decode_boxes(boxes, numbers, deviations, (200, 200)), wanted, rtol=1e-4, atol=1e-3)
+    clipped = decode_boxes(boxes, torch.full((50, 4), 1e4), DEVIATIONS[0], (30, 40))
+    assert clipped.isfinite().all()
+    assert clipped[:, 2].max() <= 40
+    assert clipped[:, 3].max() <= 30
+
+
+def test_levels_by_hand():
+    sides = torch.tensor([1., 111, 112, 223, 224, 447, 448, 5000])
+    boxes = torch.stack([torch.zeros(8), torch.zeros(8), sides, sides], dim=1)
+    assert pyramid_levels(boxes, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert pyramid_levels(torch.tensor([[0., 0, 56, 224], [5, 5, 5, 5]]), 4).tolist() == [1, 0], 'root of the area'
+
+
+def ramps(height, width):
+    """Maps whose values are the horizontal place in pixels of the image, at the centres of their cells."""
+    return {
+        str(s): ((torch.arange(width // s) + 0.5) * s).expand(2, 1, height // s, width // s) for s in (4, 8, 16, 32)}
+
+
+def test_regions_are_read_where_the_boxes_are():
+    heads = CascadeRoIHeads(1, 2)
+    boxes = [torch.tensor([[40., 40, 96, 96], [32, 32, 256, 256]]), torch.tensor([[100., 32, 240, 172]])]
+    regions = heads._regions(ramps(320, 320), boxes)
+    assert regions.shape == (3, 1, 7, 7)
+    for region, box in zip(regions, torch.cat(boxes), strict=True):
+        centres = box[0] + (torch.arange(7) + 0.5) * (box[2] - box[0]) / 7
+        torch.testing.assert_close(region[0], centres.expand(7, 7))
+
+
+@pytest.mark.parametrize(('threshold', 'objects'), [(0.5, 3), (0.6, 2), (0.7, 2)])
+def test_sampling_by_overlap(threshold, objects):
+    heads = CascadeRoIHeads(1, 5)
+    true_boxes, labels = torch.tensor([[0., 0, 100, 100]]), torch.tensor([4])
+    # overlaps 0.8, 0.55 and 0.2
+    boxes = torch.tensor([[0., 0, 100, 80], [0, 0, 100, 55], [0, 0, 100, 20]])
+    drawn, drawn_labels, wanted, given = heads._sample(boxes, true_boxes, labels, threshold)
+    assert len(drawn) == 4
+    assert (drawn_labels == 4).sum() == objects
+    assert (drawn_labels == 5).sum() == 4 - objects
+    assert torch.equal((drawn_labels == 4), box_iou(drawn, true_boxes)[:, 0] >= threshold)
+    assert torch.equal(wanted, true_boxes.expand(4, 4))
+    assert torch.equal(drawn[given], true_boxes)
+
+
+def test_sampling_is_limited():
+    heads = CascadeRoIHeads(1, 5)
+    true_boxes = torch.tensor([[0., 0, 100, 100]])
+    near, far = torch.tensor([0., 0, 100, 90]).expand(1000, 4), torch.tensor([0., 0, 100, 9]).expand(1000, 4)
+    _, labels, _, _ = heads._sample(torch.cat([near, far]), true_boxes, torch.tensor([2]), 0.5)
+    assert [(labels == 2).sum(), (labels == 5).sum()] == [128, 384]
+    _, labels, _, given = heads._sample(far, true_boxes[:0], torch.tensor([], dtype=torch.long), 0.5)
+    assert labels.tolist() == [5] * 512
+    assert not given.any()
+
+
+def stubbed(*outputs):
+    """Cascade heads that give out what they are told: scores and numbers of each stage."""
+    heads = CascadeRoIHeads(1, 2)
+    seen = []
+    heads._regions = lambda features, boxes: seen.append(boxes) or boxes
+    for head, (scores, deltas) in zip(heads.heads, outputs, strict=True):
+        head.forward = lambda boxes, s=scores, d=deltas: (
+            torch.tensor(s).expand(sum(map(len, boxes)), -1), torch.tensor(d).expand(sum(map(len, boxes)), -1))
+    return heads, seen
+
+
+def test_stages_start_from_the_boxes_of_the_one_before():
+    """Each moves the box by a tenth of its side; the scores of all count."""
+    heads, seen = stubbed(
+        ([2., 0, 0], [1., 0, 0, 0]), ([0., 4, 0], [2., 0, 0, 0]), ([1., 2, 3], [3., 0, 0, 0]))
+    found, losses = heads.eval()({}, [torch.tensor([[0., 0, 10, 10]])], [(100, 100)])
+    assert losses == {}
+    assert [boxes[0][0].tolist() for boxes in seen] == [
+        pytest.approx([x, 0, x + 10, 10]) for x in (0, 1, 2)]
+    expected = torch.tensor([1., 2, 1]).softmax(0)  # the mean of the three
+    assert found[0]['labels'].tolist() == [1, 0]
+    torch.testing.assert_close(found[0]['scores'], expected[[1, 0]])
+    torch.testing.assert_close(found[0]['boxes'], torch.tensor([[3., 0, 13, 10]]).expand(2, 4))
+
+
+def test_weak_and_double_detections_are_left_out():
+    heads = CascadeRoIHeads(1, 2, detections_per_img=2)
+    boxes = torch.tensor([[0., 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60], [80, 80, 90, 90]])
+    scores = torch.tensor([[0.5, 0.04], [0.9, 0.3], [0.2, 0.01], [0.1, 0]])
+    found = heads._best(boxes, scores)
+    assert found['scores'].tolist() == pytest.approx([0.9, 0.3]), 'the best two; 0.5 overlaps 0.9 of its class'
+    assert found['labels'].tolist() == [0, 1]
+
+
+def test_losses_by_hand():
+    even = [0., 0, 0]
+    heads, seen = stubbed(*[(even, [0., 0, 0, 0])] * 3)
+    proposals = [torch.tensor([[0., 0, 100, 80]])]  # IoU 0.8: an object in each stage
+    targets = [target([[0., 0, 100, 100]], [1])]
+    _, losses = heads({}, proposals, [(200, 200)], targets)
+    assert all(len(boxes[0]) == 2 for boxes in seen), 'the proposal and the true box, which is added anew'
+    for stage, weight in enumerate((1, 0.5, 0.25)):
+        assert losses[f'loss_classifier_{stage}'].item() == pytest.approx(weight * math.log(3))
+        numbers = [(stage + 1) * v for v in (10 / 80 / 0.1, math.log(100 / 80) / 0.2)]
+        smooth = sum(v - 0.5 if v > 1 else v * v / 2 for v in numbers)
+        assert losses[f'loss_box_reg_{stage}'].item() == pytest.approx(weight * smooth / 2), 'two boxes drawn'
+
+
+def test_nothing_proposed_and_nothing_there():
+    heads = CascadeRoIHeads(4, 2)
+    maps = {str(s): torch.rand(1, 4, 64 // s, 64 // s, requires_grad=True) for s in (4, 8, 16, 32)}
+    _, losses = heads(maps, [torch.zeros(0, 4)], [(64, 64)], [target((), ())])
+    assert all(value == 0 for value in losses.values())
+    sum(losses.values()).backward()
+    found, _ = heads.eval()(maps, [torch.zeros(0, 4)], [(64, 64)])
+    assert found[0]['boxes'].shape == (0, 4)
+
+
+# checkpoints
+
+@pytest.mark.parametrize(('detector', 'backbone', 'kwargs'), [
+    ('retinanet', 'gated', dict(backbone_kwargs=dict(base='resnet18', pyramid_sizes=(1, 2)), score_thresh=0.001)),
+    ('cascade_rcnn', 'spa_resnet18', dict(trainable_layers=5, detections_per_img=7))])
+def test_a_checkpoint_rebuilds_the_detector(tmp_path, detector, backbone, kwargs):
+    torch.manual_seed(0)
+    model = BUILDERS[detector](backbone, **SMALL, **kwargs).eval()
+    categories = [dict(id=i * 10, name=f'thing {i}', supercategory='x') for i in range(3)]
+    save_detector(model, tmp_path / 'a', categories)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a']
+    again = load_detector(tmp_path / 'a')
+    assert not again.training
+    assert again.categories == [dict(id=i * 10, name=f'thing {i}') for i in range(3)]
+    assert trained(again) == trained(model)
+    images = [torch.rand(3, 60, 60)]
+    with torch.no_grad():
+        expected, found = model(images)[0], again(images)[0]
+    assert len(expected['boxes']) > 0
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    save_detector(again, tmp_path / 'a', again.categories)
+
+
+def test_bad_checkpoints(tmp_path):
+    with pytest.raises(DetectionError, match='no checkpoint of a detector, a folder with model.safetensors'):
+        load_detector(tmp_path)
+    for text in ('[]', '{', '{"detector": "yolo"}', '{"categories": [], "architecture": "resnet18"}'):
+        (tmp_path / 'config.json').write_text(text)
+        with pytest.raises(DetectionError, match='config.json does not describe a detector'):
+            load_detector(tmp_path)
+    model = retinanet('resnet18', **SMALL)
+    with pytest.raises(DetectionError, match='1 categories for a detector of 3 classes'):
+        save_detector(model, tmp_path, [dict(id=1, name='a')])
+    save_detector(model, tmp_path, [dict(id=i, name=str(i)) for i in range(3)])
+    (tmp_path / 'model.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match='truncated safetensors file, 100 bytes are missing'):
+        load_detector(tmp_path)
+    (tmp_path / 'model.safetensors').unlink()
+    with pytest.raises(CheckpointError, match='has no model.safetensors'):
+        load_detector(tmp_path)
+
+
+def test_a_detector_learns_eight_pictures(tmp_path):
+    """From the weights that come with the package, without the network."""
+    folder = write_rectangles(tmp_path / 'data', repeats=8)
+    train_set = CocoDataset(*find_dataset(folder, 'train'))
+    val_set = CocoDataset(*find_dataset(folder, 'val'), categories=train_set.categories)
+    assert len(val_set) == 8
+    torch.manual_seed(0)
+    model = retinanet('spa_tf_efficientnet_lite0.grocery81', num_classes=3, min_size=96, max_size=96)
+    settings = Settings(epochs=3, batch_size=4, lr=0.015, decay_epochs=(2,), warmup_steps=20, clip_grad=10)
+    rows = train(model, train_set, val_set, tmp_path / 'run', settings, cpu=True, log=lambda line: None)
+    assert rows[-1]['eval_ap50'] >= 90, rows
+    assert rows[-1]['eval_ap50'] >= rows[-1]['eval_map'] > 50

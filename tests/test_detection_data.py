@@ -1,0 +1,295 @@
+"""Datasets in COCO's format: what is odd in them, and COCO's figures against known ones."""
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from coco_files import write_coco
+from PIL import Image
+
+from timm_spa.detection import DetectionError
+from timm_spa.detection.data import CocoDataset, find_dataset, read_image
+from timm_spa.detection.draw import draw_detections, side_by_side
+from timm_spa.detection.evaluate import FIGURES, coco_figures, coco_results
+
+
+def boxes_of(dataset, index=0):
+    return dataset[index][1]['boxes'].tolist()
+
+
+def found(boxes, scores, labels=None):
+    return dict(
+        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), scores=torch.tensor(scores),
+        labels=torch.tensor(labels or [0] * len(boxes)))
+
+
+def test_boxes_are_corners_and_labels_numbers(tmp_path):
+    dataset = CocoDataset(*write_coco(tmp_path, [5], [dict(bbox=[10, 20, 30, 40], image_id=5)]))
+    image, target = dataset[0]
+    assert image.shape == (3, 80, 100)
+    assert image.dtype == torch.float32
+    assert image[:, 0, 0].tolist() == pytest.approx([90 / 255, 120 / 255, 60 / 255])
+    assert target['boxes'].tolist() == [[10, 20, 40, 60]]
+    assert target['labels'].tolist() == [0]
+
+
+def test_boxes_outside_the_picture_are_clipped_and_counted(tmp_path):
+    boxes = ([-10, -10, 30, 40], [90, 70, 30, 40], [0, 0, 100, 80])
+    dataset = CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=list(b)) for b in boxes]))
+    assert boxes_of(dataset) == [[0, 0, 20, 30], [90, 70, 100, 80], [0, 0, 100, 80]]
+    assert dataset.counts['clipped'] == 2
+    assert '3 boxes of 1 categories; 2 clipped to the picture' in dataset.describe()
+
+
+def test_boxes_without_area_are_left_out_and_counted(tmp_path):
+    boxes = ([10, 10, 0, 20], [10, 10, 20, -3], [200, 10, 20, 20], [10, 10, 1e-6, 20], [1, 1, 5, 5])
+    dataset = CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=list(b)) for b in boxes]))
+    assert boxes_of(dataset) == [[1, 1, 6, 6]]
+    assert dataset.counts['without_area'] == 4
+    assert '4 without area left out' in dataset.describe()
+
+
+def test_pictures_without_a_box_are_kept(tmp_path):
+    dataset = CocoDataset(*write_coco(tmp_path, [1, 2, 3], [dict(bbox=[1, 1, 5, 5], image_id=2)]))
+    assert len(dataset) == 3
+    assert dataset[0][1]['boxes'].shape == (0, 4)
+    assert dataset[0][1]['labels'].dtype == torch.long
+    assert '3 pictures, 2 without a box' in dataset.describe()
+
+
+def test_missing_pictures_are_named(tmp_path):
+    folder, file = write_coco(tmp_path, [1, 2, 3], [dict(bbox=[1, 1, 5, 5])])
+    (folder / '2.png').unlink()
+    with pytest.raises(DetectionError, match='1 of 3 pictures of .*x.json are not in .*pictures: 2.png'):
+        CocoDataset(folder, file)
+
+
+@pytest.mark.parametrize('ids', [(0, 1, 2), (90, 7, 1000)])
+def test_category_ids_with_gaps_or_from_0(tmp_path, ids):
+    categories = [dict(id=i, name=f'thing {i}') for i in ids]
+    annotations = [dict(bbox=[1, 1, 5, 5], category_id=i) for i in ids]
+    dataset = CocoDataset(*write_coco(tmp_path, [1], annotations, categories))
+    assert dataset.categories == [dict(id=i, name=f'thing {i}') for i in sorted(ids)]
+    assert dataset[0][1]['labels'].tolist() == [sorted(ids).index(i) for i in ids]
+
+
+def test_crowds_are_not_trained_on(tmp_path):
+    runs = dict(counts=[5, 7, 100], size=[80, 100])
+    dataset = CocoDataset(*write_coco(tmp_path, [1], [
+        dict(bbox=[50, 50, 40, 20], iscrowd=1, segmentation=runs), dict(bbox=[1, 1, 9, 9], segmentation=runs)]))
+    assert boxes_of(dataset) == [[1, 1, 10, 10]], 'a mask in run lengths alone makes no crowd'
+    assert '1 crowds, which are not trained on' in dataset.describe()
+
+
+def test_crowds_are_ignored_in_evaluation(tmp_path):
+    """Three detections in the crowd, all stronger than the right one: they cost nothing."""
+    annotations = [dict(bbox=[50, 40, 40, 30], iscrowd=1), dict(bbox=[1, 1, 40, 40], iscrowd=0)]
+    dataset = CocoDataset(*write_coco(tmp_path, [1], annotations))
+    in_crowd = [[50., 40, 70, 60], [60, 45, 80, 65], [70, 50, 90, 70]]
+    figures = coco_figures(dataset, {0: found([*in_crowd, [1, 1, 41, 41]], [0.9, 0.8, 0.7, 0.6])})
+    assert figures['AP'] == pytest.approx(100)
+    annotations[0]['iscrowd'] = 0
+    dataset = CocoDataset(*write_coco(tmp_path, [1], annotations))
+    assert coco_figures(dataset, {0: found([*in_crowd, [1, 1, 41, 41]], [0.9, 0.8, 0.7, 0.6])})['AP'] < 30
+
+
+@pytest.mark.parametrize(('what', 'images', 'annotations', 'categories'), [
+    ('image id 4', [4, 4], [], None),
+    ('annotation id 9', [1], [dict(bbox=[1, 1, 5, 5], id=9)] * 2, None),
+    ('category id 1', [1], [], [dict(id=1, name='a'), dict(id=1, name='b')]),
+    ("category name 'a'", [1], [], [dict(id=1, name='a'), dict(id=2, name='a')])])
+def test_ids_that_are_there_twice(tmp_path, what, images, annotations, categories):
+    with pytest.raises(DetectionError, match=f'has the {what} twice'):
+        CocoDataset(*write_coco(tmp_path, images, annotations, categories))
+
+
+def test_annotations_of_nothing(tmp_path):
+    with pytest.raises(DetectionError, match='annotation 1 is of an image 8, which the file does not have'):
+        CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=[1, 1, 5, 5], image_id=8)]))
+    with pytest.raises(DetectionError, match='annotation 1 is of a category 8, which the file does not have'):
+        CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=[1, 1, 5, 5], category_id=8)]))
+
+
+def test_categories_of_a_checkpoint(tmp_path):
+    """Labels follow the checkpoint by name, whatever the ids and the order of the file."""
+    categories = [dict(id=1, name='cat'), dict(id=2, name='dog')]
+    annotations = [dict(bbox=[1, 1, 5, 5], category_id=2), dict(bbox=[1, 1, 5, 5], category_id=1)]
+    source = write_coco(tmp_path, [1], annotations, categories)
+    known = [dict(id=7, name='dog'), dict(id=8, name='bird'), dict(id=9, name='cat')]
+    dataset = CocoDataset(*source, categories=known)
+    assert dataset[0][1]['labels'].tolist() == [0, 2]
+    assert [c['id'] for c in dataset.categories] == [2, None, 1]
+    with pytest.raises(DetectionError, match='that the detector was not trained on: dog. It knows bird, cat'):
+        CocoDataset(*source, categories=known[1:])
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('{', 'cannot be read as JSON'),
+    ('[1, 2]', 'is not in the format of COCO: it should have the lists images, annotations, categories'),
+    ('{"images": [], "annotations": []}', 'is not in the format of COCO'),
+    ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', 'has no images'),
+    ('{"images": [{"id": 1}], "annotations": [], "categories": []}', 'has no categories'),
+    ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "lacks 'file_name'"),
+    ('{"images": [3], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', 'is not in the format of COCO')])
+def test_files_that_are_not_of_coco(tmp_path, text, message):
+    (tmp_path / 'x.json').write_text(text)
+    with pytest.raises(DetectionError, match=message):
+        CocoDataset(tmp_path, tmp_path / 'x.json')
+    with pytest.raises(DetectionError, match=r'none.json cannot be read as JSON: No such file'):
+        CocoDataset(tmp_path, tmp_path / 'none.json')
+
+
+@pytest.mark.parametrize('box', [[1, 2, 3], [1, 2, math.nan, 4]])
+def test_boxes_of_no_four_numbers(tmp_path, box):
+    with pytest.raises(DetectionError, match='annotation 1 has a bbox of no four numbers'):
+        CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=box)]))
+
+
+def test_pictures_of_16_bits(tmp_path):
+    values = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
+    for name in ('x.png', 'x.tif'):
+        Image.fromarray(values).save(tmp_path / name)
+        assert read_image(tmp_path / name)[:, 0].tolist() == [[0, 1, 100, 255]] * 3
+
+
+@pytest.mark.parametrize('mode', ['L', 'P', 'LA', 'RGBA', 'CMYK', '1'])
+def test_pictures_of_other_modes(tmp_path, mode):
+    Image.new('RGB', (6, 4), (255, 255, 255)).convert(mode).save(tmp_path / 'x.tif')
+    image = read_image(tmp_path / 'x.tif', (6, 4))
+    assert image.shape == (3, 4, 6)
+    assert image.float().mean() > 250
+
+
+def test_rotated_pictures(tmp_path):
+    """Orientation 6 is a quarter turn: 6 x 4 pixels are stored, 4 x 6 are shown."""
+    picture = Image.new('RGB', (6, 4), (0, 0, 0))
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[274] = 6
+    picture.save(tmp_path / 'x.png', exif=exif)
+    stored, shown = read_image(tmp_path / 'x.png', (6, 4)), read_image(tmp_path / 'x.png', (4, 6))
+    assert stored.shape == (3, 4, 6)
+    assert stored[0, 0, 0] == 255
+    assert shown.shape == (3, 6, 4)
+    assert shown[0, 0, 3] == 255
+    assert torch.equal(read_image(tmp_path / 'x.png'), shown), 'nothing is known of its size: as it is shown'
+    with pytest.raises(DetectionError, match='x.png has 6 x 4 pixels, and the annotations say 5 x 4'):
+        read_image(tmp_path / 'x.png', (5, 4))
+
+
+def test_broken_pictures(tmp_path):
+    (tmp_path / 'x.jpg').write_bytes(b'no picture')
+    with pytest.raises(DetectionError, match='x.jpg cannot be read as a picture'):
+        read_image(tmp_path / 'x.jpg')
+
+
+def test_mirrored_pictures(tmp_path):
+    folder, file = write_coco(tmp_path, range(20), [dict(bbox=[10, 20, 30, 40], image_id=i) for i in range(20)])
+    for i in range(20):
+        picture = Image.new('RGB', (100, 80))
+        picture.paste((255, 255, 255), (10, 20, 40, 60))
+        picture.save(folder / f'{i}.png')
+    dataset = CocoDataset(folder, file, flip=True, seed=3)
+    epochs = []
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        epochs.append([boxes_of(dataset, i)[0][0] for i in range(20)])
+        for image, target in (dataset[i] for i in range(20)):
+            x0, y0, x1, y1 = map(int, target['boxes'][0])
+            assert image[:, y0:y1, x0:x1].min() == 1
+            assert image.sum() == 3 * 30 * 40
+    assert set(epochs[0]) == {10, 60}
+    assert epochs[0] != epochs[1]
+    assert epochs[0] == epochs[2]
+
+
+@pytest.mark.parametrize(('pictures', 'file'), [
+    ('train2017', 'annotations/instances_train2017.json'), ('train', 'train.json'), ('images/train', 'train.json'),
+    ('train', 'annotations/instances_train.json'), ('train', 'train/_annotations.coco.json')])
+def test_layouts(tmp_path, pictures, file):
+    for part, name in (('train', 'train'), ('val', 'valid' if '_ann' in file else 'val')):
+        folder, path = tmp_path / pictures.replace('train', name), tmp_path / file.replace('train', name)
+        folder.mkdir(parents=True)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{}')
+        assert find_dataset(tmp_path, part) == (folder, path)
+
+
+def test_no_dataset(tmp_path):
+    with pytest.raises(DetectionError, match="of the part 'val'.*found none.*--val-images and --val-json"):
+        find_dataset(tmp_path, 'val')
+    for name in ('train2014', 'train2017'):
+        (tmp_path / name).mkdir()
+        (tmp_path / f'{name}.json').write_text('{}')
+    with pytest.raises(DetectionError, match='found train2014.json, train2017.json'):
+        find_dataset(tmp_path, 'train')
+
+
+# COCO's figures
+
+def two_objects(tmp_path, **kwargs):
+    annotations = [dict(bbox=[0, 0, 50, 50], **kwargs), dict(bbox=[50, 0, 50, 50])]
+    if 'id' in kwargs:
+        annotations[1]['id'] = 1
+    return CocoDataset(*write_coco(tmp_path, [1], annotations))
+
+
+def test_figures_by_hand(tmp_path):
+    """COCO reads precision at 101 recalls: one of two found is 51 of them, 0 to 0.5."""
+    half = 100 * 51 / 101
+    dataset = two_objects(tmp_path)
+    figures = coco_figures(dataset, {0: found([[0, 0, 50, 50]], [0.9])})
+    assert tuple(figures) == FIGURES
+    assert figures['AP'] == figures['AP50'] == figures['AP75'] == figures['AP_M'] == pytest.approx(half)
+    assert figures['AR1'] == figures['AR100'] == pytest.approx(50)
+    assert math.isnan(figures['AP_S'])
+    assert math.isnan(figures['AP_L'])
+    # the second overlaps by 0.62: it is right at three of the ten thresholds, 0.5, 0.55 and 0.6
+    figures = coco_figures(dataset, {0: found([[0, 0, 50, 50], [50, 0, 100, 31]], [0.9, 0.8])})
+    assert figures['AP'] == pytest.approx((3 * 100 + 7 * half) / 10)
+    assert figures['AP50'] == pytest.approx(100)
+    assert figures['AP75'] == pytest.approx(half)
+
+
+def test_an_annotation_with_id_0_counts(tmp_path):
+    dataset = two_objects(tmp_path, id=0)
+    both = {0: found([[0, 0, 50, 50], [50, 0, 100, 50]], [0.9, 0.8])}
+    assert coco_figures(dataset, both)['AP'] == pytest.approx(100), 'pycocotools alone would say 50.5'
+
+
+def test_nothing_found_and_nothing_to_find(tmp_path):
+    assert coco_figures(two_objects(tmp_path), {0: found([], [])})['AP'] == 0
+    dataset = CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=[0, 0, 9, 9], iscrowd=1)]))
+    with pytest.raises(DetectionError, match='x.json has no box to find'):
+        coco_figures(dataset, {0: found([], [])})
+
+
+def test_figures_without_pycocotools(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pycocotools.coco', None)
+    with pytest.raises(DetectionError, match=r'pip install "timm_spa\[detection\]"'):
+        coco_figures(two_objects(tmp_path), {0: found([], [])})
+
+
+def test_results_are_of_cocos_format():
+    results = coco_results([found([[10, 20, 40, 60], [0, 0, 1, 1]], [0.5, 0.25], [1, 0])], ['a'], [None, 18])
+    assert results == [dict(image_id='a', category_id=18, bbox=[10, 20, 30, 40], score=0.5)]
+    json.dumps(results)
+
+
+# pictures
+
+def test_drawing():
+    image = torch.full((3, 300, 400), 128, dtype=torch.uint8)
+    one = found([[50, 60, 150, 200], [200, 60, 300, 200], [10, 10, 40, 40]], [0.9, 0.8, 0.2], [0, 1, 0])
+    picture = draw_detections(image, one, ['cat', 'a name that is long'], score=0.3)
+    assert picture.size == (800, 600), 'enlarged, so that names are read'
+    colours = {picture.getpixel(place) for place in ((100, 300), (400, 300))}
+    assert colours == {(0, 114, 178), (230, 159, 0)}
+    assert picture.getpixel((20, 50)) == (128, 128, 128), 'too weak to draw'
+    assert picture.getpixel((200, 300)) == (128, 128, 128), 'not filled'
+    pair = side_by_side({'a': picture, 'b': picture})
+    assert pair.width == 2 * 800 + 4
+    assert pair.height > 600
+    assert draw_detections(image, found([], []), []).getcolors() == [(800 * 600, (128, 128, 128))]
