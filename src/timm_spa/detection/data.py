@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..models._pretrained import shortened
+from ..tensors import first_few
 from .backbone import DetectionError
 
 __all__ = ['CocoDataset', 'collate', 'find_dataset', 'read_image']
@@ -118,7 +118,7 @@ class CocoDataset(Dataset):
         if missing:
             raise DetectionError(
                 f'{len(missing)} of {len(self.file_names)} pictures of {self.source} are not in {self.folder}: '
-                f'{shortened(missing)}.')
+                f'{first_few(missing)}.')
 
     def _read(self, content: Dict[str, Any], wanted: Optional[Sequence[Dict[str, Any]]]) -> None:
         own = sorted(content['categories'], key=lambda category: category['id'])
@@ -131,8 +131,8 @@ class CocoDataset(Dataset):
             unknown = sorted(by_name.keys() - {c['name'] for c in wanted})
             if unknown:
                 raise DetectionError(
-                    f'{self.source} has categories that the detector was not trained on: {shortened(unknown)}. It '
-                    f'knows {shortened([c["name"] for c in wanted])}.')
+                    f'{self.source} has categories that the detector was not trained on: {first_few(unknown)}. It '
+                    f'knows {first_few([c["name"] for c in wanted])}.')
             self.categories = [dict(id=by_name.get(c['name']), name=c['name']) for c in wanted]
         labels = {c['id']: label for label, c in enumerate(self.categories) if c['id'] is not None}
         self.image_ids = [image['id'] for image in content['images']]
@@ -246,7 +246,7 @@ def find_dataset(folder: Union[str, Path], split: str) -> Tuple[Path, Path]:
         found += [(file.parent, file) for file in folder.glob(f'{name}/_annotations.coco.json')]
     found = list(dict.fromkeys(found))
     if len(found) != 1:
-        said = 'none' if not found else shortened([os.path.relpath(file, folder) for _, file in found])
+        said = 'none' if not found else first_few([os.path.relpath(file, folder) for _, file in found])
         raise DetectionError(
             f'{folder} should have one JSON file of the part {split!r}, and a folder of pictures that is named like '
             f'it, e.g. annotations/instances_{split}2017.json and {split}2017: found {said}. Or name both with '
