@@ -156,6 +156,7 @@ def test_half(tmp_path):
     assert 0 < half.difference < 1e-2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_int8(tmp_path, image_folder, capsys):
     """Calibrated on other pictures than it is measured on, by channel; the accuracy is that of the file."""

@@ -158,7 +158,8 @@ def test_runs_the_script_as_main_with_our_models(tmp_path, launcher):
 
 
 @pytest.mark.parametrize(('name', 'options'), [
-    ('spa_resnet18', []), ('spa_resnet18', ['--reparam']), ('spa_mobilenetv2_cifar', ['--dynamic-size'])])
+    pytest.param('spa_resnet18', [], marks=pytest.mark.slow),
+    pytest.param('spa_resnet18', ['--reparam'], marks=pytest.mark.slow), ('spa_mobilenetv2_cifar', ['--dynamic-size'])])
 def test_onnx_export_of_timm(timm_scripts, name, options, tmp_path):
     """timm's onnx_export.py at its defaults, with the fused form, and with a free batch and size."""
     onnxruntime = pytest.importorskip('onnxruntime')

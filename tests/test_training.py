@@ -97,7 +97,7 @@ def test_each_family_trains_under_accelerate(train, model):
 @pytest.mark.parametrize(('model', 'options'), [
     ('spa_mobilenetv2_cifar', '--amp --amp-dtype bfloat16 --channels-last --sync-bn'),  # one process: nothing to sync
     ('spa_c_preresnet18_cifar', '--amp --amp-dtype bfloat16 --channels-last'),
-    ('spa_mobilenetv2_cifar', '--amp --amp-dtype float16'),
+    pytest.param('spa_mobilenetv2_cifar', '--amp --amp-dtype float16', marks=pytest.mark.slow),
     ('spa_mobilenetv2_cifar', '--grad-checkpointing'),
     ('spa_c_preresnet18_cifar', '--grad-checkpointing'),
     ('spa_mobilenetv2_cifar', '--model-ema --model-ema-warmup --layer-decay 0.8 --clip-grad 1.0'),

@@ -174,7 +174,7 @@ def export(
 
     Args:
         model: CNN of timm; it is not changed.
-        path: File to write: '*.onnx', '*.pt2' for torch.export and AOTInductor, '*.xml' for OpenVINO.
+        path: File to write, with the suffix .onnx, .pt2 for torch.export and AOTInductor, or .xml for OpenVINO.
         to: Kind of file, a key of `FORMATS`.
         dynamic: What may vary: None for nothing, 'batch', or 'size' for batch, height and width.
         fuse: Write the fused form (timm's `reparameterize_model`), else the one that is trained.

@@ -21,7 +21,7 @@ from timm.utils import reparameterize_model
 
 from ._errors import TimmSpaError
 from .hub.checkpoint import check_weights, read_weights
-from .tensors import first_few
+from .models.tensors import first_few
 from .training_log import read_classes
 
 __all__ = [

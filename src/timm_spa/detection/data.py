@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..tensors import first_few
+from ..models.tensors import first_few
 from .backbone import DetectionError
 
 __all__ = ['CocoDataset', 'collate', 'find_dataset', 'read_image']

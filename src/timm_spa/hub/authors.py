@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..models import CifarVGG, GatedDenseNet, GatedEfficientNet, GatedPreActResNet, GatedResNet, GatedVGG
-from ..tensors import compare_tensors
+from ..models.tensors import compare_tensors
 from .checkpoint import CheckpointError, read_checkpoint
 
 __all__ = ['ConversionError', 'convert_state_dict', 'rename_authors', 'rename_efficientnet', 'reorder_authors']

@@ -16,7 +16,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from timm.models import clean_state_dict
 
 from .._errors import TimmSpaError
-from ..tensors import compare_tensors, first_few
+from ..models.tensors import compare_tensors, first_few
 
 __all__ = ['CheckpointError', 'Weights', 'check_weights', 'read_checkpoint', 'read_weights']
 

@@ -19,7 +19,7 @@ from ..layers import SpatialPyramidAttention
 from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
 from ..models._warm_start import gated_modules, warm_start
 from ..models.densenet import rename_torchvision
-from ..tensors import compare_tensors, first_few
+from ..models.tensors import compare_tensors, first_few
 from .authors import rename_authors, rename_efficientnet, reorder_authors
 from .checkpoint import CheckpointError, Weights, check_weights, read_weights
 

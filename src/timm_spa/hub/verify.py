@@ -19,8 +19,8 @@ from timm.utils import AverageMeter, accuracy
 from .._files import ReadError, read_text
 from ..models._hub_file import endpoint, without_password
 from ..models._pretrained import WEIGHTS_FILENAME
+from ..models.tensors import compare_tensors, first_few
 from ..predict import PictureError, for_inference, labelled_batches, load_model, predict
-from ..tensors import compare_tensors, first_few
 from .checkpoint import CheckpointError, read_weights
 from .config_file import config_problems
 from .run_record import load_yaml

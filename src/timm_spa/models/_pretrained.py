@@ -10,10 +10,10 @@ import torch
 import torch.nn as nn
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 
-from ..tensors import compare_tensors
 from ._gates import create_gate
 from ._hub_file import HubWeightsError, locate_weights
 from ._warm_start import checkpoint_filter_fn
+from .tensors import compare_tensors
 
 __all__ = [
     'PAPER_ID', 'build_model', 'check_fit', 'cifar_cfg', 'locate', 'shipped_cfg', 'untrained_cfg', 'warm_cfg',
