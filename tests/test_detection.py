@@ -1,4 +1,5 @@
 """Detectors: their parts against numbers worked out by hand, and that they learn."""
+import json
 import math
 
 import pytest
@@ -342,6 +343,14 @@ def test_bad_checkpoints(tmp_path):
     with pytest.raises(DetectionError, match='1 categories for a detector of 3 classes'):
         save_detector(model, tmp_path, [dict(id=1, name='a')])
     save_detector(model, tmp_path, [dict(id=i, name=str(i)) for i in range(3)])
+    config = json.loads((tmp_path / 'config.json').read_text())
+    for changes in (
+            dict(pretrained_backbone='/etc/passwd'), dict(backbone_kwargs=dict(checkpoint_path='/etc/passwd')),
+            dict(backbone_kwargs=dict(pretrained_cfg_overlay=dict(url='http://localhost')))):
+        (tmp_path / 'config.json').write_text(json.dumps(dict(config, **changes)))
+        with pytest.raises(DetectionError, match='which a checkpoint cannot ask for'):
+            load_detector(tmp_path)
+    (tmp_path / 'config.json').write_text(json.dumps(config))
     (tmp_path / 'model.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes()[:-100])
     with pytest.raises(CheckpointError, match='truncated safetensors file, 100 bytes are missing'):
         load_detector(tmp_path)

@@ -9,6 +9,7 @@ import torch
 from .. import __version__
 from .._files import ReadError, read_text, replacing
 from ..hub.checkpoint import CheckpointError, check_weights, read_checkpoint
+from ..hub.config_file import NOT_OF_A_MODEL
 from .backbone import DetectionError
 from .models import create_detector
 
@@ -62,11 +63,16 @@ def load_detector(folder: Union[str, Path], device: Union[str, torch.device] = '
         categories: List[Dict[str, Any]] = [dict(id=c['id'], name=c['name']) for c in fields.pop('categories')]
         fields.pop('timm_spa', None)
         named = {'detector', 'backbone', 'num_classes'} <= fields.keys()
+        # a file of somebody else must not say what else is opened or fetched
+        foreign = {'pretrained_backbone', *NOT_OF_A_MODEL}
+        asked = foreign & {*fields, *(fields.get('backbone_kwargs') or {})}
     except ReadError as e:
         raise DetectionError(
             f'{folder} is no checkpoint of a detector, a folder with {WEIGHTS} and {CONFIG}: {e}') from e
     except (ValueError, TypeError, KeyError, AttributeError):
         named = False
+    if named and asked:
+        raise DetectionError(f'{folder / CONFIG} has {", ".join(sorted(asked))}, which a checkpoint cannot ask for.')
     if not named:
         raise DetectionError(f'{folder / CONFIG} does not describe a detector of this package.')
     model = create_detector(**fields, pretrained_backbone=False)

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Mapping
 import timm
 from timm.models import PretrainedCfg
 
-__all__ = ['config_problems']
+__all__ = ['NOT_OF_A_MODEL', 'config_problems']
 
 LARGEST_IMAGE = 3 * 2048 * 2048  # values
 LARGEST_CLASSES = 1_000_000
