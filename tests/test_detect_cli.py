@@ -96,6 +96,7 @@ def test_train_evaluate_predict(tmp_path, data, capsys):
     assert {r['image_id'] for r in json.loads((out / 'run-last.json').read_text())} <= {'0.png', '1.png'}
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, data, monkeypatch):
     """kill -9 in the second epoch; then a stop between the best checkpoint and the state; then to the end."""
     command = ['train', '--data', data, *SMALL, '--epochs', 3, '--lr', 0.002]

@@ -63,7 +63,7 @@ def test_same_in_every_mode(name):
             assert torch.equal(model(images), expected)
 
 @pytest.mark.parametrize('name', [
-    pytest.param(n, marks=() if n in ('spa_resnet18', 'spa_mobilenetv2_050') else pytest.mark.slow) for n in KINDS])
+    pytest.param(n, marks=() if n == 'spa_resnet18' else pytest.mark.slow) for n in KINDS])
 @torch.no_grad()
 def test_works_with_tools(name, tmp_path):
     """Saves and loads, copies, changes dtype and layout, scripts, compiles and exports."""

@@ -120,6 +120,7 @@ FULL_BATCH = (  # every image in every step, unchanged: nothing depends on the o
     'momentum', '--sched', 'cosine', '--warmup-epochs', 0, '--smoothing', 0, '--dist-bn', '')
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(train):
     """Batches of 16, of 8 in two processes (gloo), and of 8 accumulated have the same losses, step for step."""
     options = (*FULL_BATCH, '--epochs', 4)

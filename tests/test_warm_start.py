@@ -88,7 +88,8 @@ def test_same_function_as_the_plain_model(name, tmp_path, caplog):
 
 
 @pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.slow if 'vgg' in name else ()) for name in KINDS if name.startswith('spa')])
+    pytest.param(name, marks=pytest.mark.slow if any(n in name for n in ('vgg', 'resnet50', 'resnext50')) else ())
+    for name in KINDS if name.startswith('spa')])
 def test_every_gate_learns(name, tmp_path):
     """At the first step only the zeroed convolution has a gradient, three steps later every parameter of the gates."""
     safetensors.torch.save_file(random_plain_model(plain_name(name)).state_dict(), tmp_path / 'plain.safetensors')
