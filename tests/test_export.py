@@ -143,6 +143,7 @@ def test_built_has_the_norm_layers_that_fused_has_not(tmp_path):
     assert counts[True] < counts[False] / 2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_half(tmp_path):
     model = make_model(SMALL)
