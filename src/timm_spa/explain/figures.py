@@ -128,7 +128,8 @@ def draw_gates(
                     cells.numpy(), cmap='PuOr', vmin=NEUTRAL - reach, vmax=NEUTRAL + reach, alpha=0.6,
                     interpolation='nearest', extent=(0, width, height, 0))
                 axis.set_title(f'{name}\n{title}, 0.5 ± {reach:.3f}', fontsize=7)
-        figure.suptitle('violet: above 1/2, orange: below; an untrained gate is 1/2 everywhere', fontsize=7)
+        legend = 'violet: above 1/2, orange: below; an untrained gate is 1/2 everywhere'
+        figure.suptitle('\n'.join(textwrap.wrap(legend, 26 * axes.shape[1])), fontsize=7)
     return figure
 
 
