@@ -21,6 +21,7 @@ from typing import Any, Dict, List, Optional, Tuple
 from timm_spa._errors import TimmSpaError
 from timm_spa._files import read_text
 from timm_spa.explain import ScaleWeights, figures
+from timm_spa.explain.attention import block_of
 from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results, tested_top1, verdicts
 from timm_spa.hub.run_record import Run, RunError
 from timm_spa.models import GATES
@@ -148,7 +149,7 @@ def mean_pyramid_weights(runs: List[Run]) -> Dict[str, Dict[str, ScaleWeights]]:
             of_net = found[f'{net}, {label}'] = {}
             for gates in zip(*(seed[1:] for seed in seeds), strict=True):
                 name, *levels = zip(*gates, strict=True)
-                of_net[name[0].removesuffix('.attn').removesuffix('.drop')] = ScaleWeights(
+                of_net[block_of(name[0])] = ScaleWeights(
                     sizes, tuple(statistics.mean(map(float, level)) for level in levels))
     return found
 

@@ -1,11 +1,11 @@
-"""The recipes and launch configurations of train_scripts, which a wheel has in the package."""
+"""What comes with the package: photographs, and recipes and launch configurations of train_scripts."""
 import difflib
 from pathlib import Path
-from typing import Dict
+from typing import Dict, List
 
 from ._errors import UsageError
 
-__all__ = ['find_recipe', 'shipped_files']
+__all__ = ['find_recipe', 'shipped_files', 'shipped_photographs']
 
 
 def shipped_files() -> Dict[str, Path]:
@@ -15,6 +15,11 @@ def shipped_files() -> Dict[str, Path]:
     files = {path.stem: path for path in sorted((root / 'recipes').glob('*.yaml'))}
     files.update({f'accelerate/{path.stem}': path for path in sorted((root / 'accelerate').glob('*.*'))})
     return files
+
+
+def shipped_photographs() -> List[Path]:
+    """Returns the test photographs of the demo, named after their classes, in the order of their names."""
+    return sorted((Path(__file__).parent / 'images').glob('*.jpg'))
 
 
 def find_recipe(name: str) -> Path:

@@ -177,9 +177,10 @@ class Workload:
         self.input = torch.randn(settings.batch_size, *self.input_size, device=self._device, dtype=stored)
         self.input = self.input.contiguous(memory_format=layout)
         net.train(settings.mode == 'train')
-        self._target = torch.randint(net.num_classes, (settings.batch_size,), device=self._device)
-        # a step of length 0 costs what any step costs, and leaves the same work for every round
-        self._optimizer = torch.optim.SGD(net.parameters(), lr=0., momentum=0.9)
+        if settings.mode == 'train':  # else it would keep the weights that fusing replaces
+            self._target = torch.randint(net.num_classes, (settings.batch_size,), device=self._device)
+            # a step of length 0 costs what any step costs, and leaves the same work for every round
+            self._optimizer = torch.optim.SGD(net.parameters(), lr=0., momentum=0.9)
         if settings.reparam:
             net = reparameterized(net, self.input[:1])
         self._net: Callable[[torch.Tensor], torch.Tensor] = net

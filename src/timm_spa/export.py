@@ -7,7 +7,6 @@ import json
 import logging
 import tempfile
 import warnings
-from importlib import resources
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
@@ -20,6 +19,7 @@ from timm.models import reparameterize_model
 from . import __version__
 from ._errors import TimmSpaError, UsageError
 from ._files import replacing
+from ._shipped import shipped_photographs
 from .predict import class_names, labelled_batches, picture_reader
 
 __all__ = ['FORMATS', 'ExportError', 'ExportReport', 'export']
@@ -204,18 +204,18 @@ def export(
         if target.exists() and not overwrite:
             raise ExportError(f'{target} is there already; --overwrite replaces it.')
     _import_packages(to)
-    model = copy.deepcopy(model).cpu().float().eval()
-    config = resolve_model_data_config(model)
-    channels = getattr(model, 'in_chans', config['input_size'][0])
+    net: Any = copy.deepcopy(model).cpu().float().eval()
+    config = resolve_model_data_config(net)
+    channels = getattr(net, 'in_chans', config['input_size'][0])
     size = (channels, *((img_size, img_size) if img_size else config['input_size'][1:]))
     # the readers of pictures take the size from here
-    setattr(model, 'pretrained_cfg', dict(getattr(model, 'pretrained_cfg'), input_size=size))  # noqa: B009, B010
-    about = _describe(model, to, dtype, dynamic, fuse, batch_size)
+    net.pretrained_cfg = dict(net.pretrained_cfg, input_size=size)
+    about = _describe(net, to, dtype, dynamic, fuse, batch_size)
     with contextlib.ExitStack() as stack, torch.no_grad():
         partials = {suffix: stack.enter_context(replacing(target)) for suffix, target in targets.items()}
         # exporters derive the names of further files from the first one's, which has its final name in this folder
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix='.export-')))
-        report = _write_and_check(model, folder / path.name, to, dtype, about, dynamic, fuse, images, split, batch_size)
+        report = _write_and_check(net, folder / path.name, to, dtype, about, dynamic, fuse, images, split, batch_size)
         (folder / path.name).with_suffix('.json').write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
         for suffix, partial in partials.items():
             (folder / path.name).with_suffix(suffix).replace(partial)
@@ -354,8 +354,7 @@ def _inputs(model: Any, dynamic: Optional[str], batch_size: int) -> Iterator[tor
             yield (pixels - mean) / std
     if channels in (1, 3):
         read = picture_reader(model)
-        folder = resources.files(__package__) / 'images'
-        photographs = sorted(str(p) for p in folder.iterdir() if p.name.endswith('.jpg'))
+        photographs = shipped_photographs()
         chosen = [photographs[i % len(photographs)] for i in range(batches[0])]
         yield torch.stack([read(photograph) for photograph in chosen])
 

@@ -3,7 +3,7 @@ import dataclasses
 import difflib
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -26,7 +26,7 @@ from .training_log import read_classes
 
 __all__ = [
     'ModelError', 'PictureError', 'Prediction', 'class_names', 'find_class', 'for_inference', 'labelled_batches',
-    'load_model', 'picture_reader', 'picture_seen', 'predict']
+    'likeliest_classes', 'load_model', 'picture_reader', 'picture_seen', 'predict']
 
 
 class ModelError(TimmSpaError, RuntimeError):
@@ -161,6 +161,17 @@ def _pictures(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
         yield from sorted(p for p in files if p.suffix.lower() in suffixes) or [path]
 
 
+def _is_grey(model: nn.Module) -> bool:
+    return getattr(model, 'in_chans', 3) == 1
+
+
+def _data_config(model: nn.Module) -> Dict[str, Any]:
+    config = resolve_model_data_config(model)
+    if _is_grey(model):  # one mean and deviation, as timm has for the weights of the first convolution
+        config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
+    return config
+
+
 def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tensor]:
     """Makes a function that reads a picture as a model wants it.
 
@@ -171,16 +182,13 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
         A function of a file, which returns the picture (C, H, W), upright, cropped, resized and normalized. It raises
         PictureError if the file cannot be read.
     """
-    config = resolve_model_data_config(model)
-    is_grey = getattr(model, 'in_chans', 3) == 1
-    if is_grey:  # with one mean and deviation, as timm has for the weights of the first convolution
-        config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
-    transform: Any = create_transform(**config, is_training=False)
+    transform: Any = create_transform(**_data_config(model), is_training=False)
+    mode = 'L' if _is_grey(model) else 'RGB'
 
     def read(path: Union[str, Path]) -> torch.Tensor:
         try:
             with Image.open(path) as image:
-                return transform(ImageOps.exif_transpose(image).convert('L' if is_grey else 'RGB'))
+                return transform(ImageOps.exif_transpose(image).convert(mode))
         except Exception as e:  # whatever a decoder raises for a broken file
             raise PictureError(f'{type(e).__name__}: {e}' if not isinstance(e, OSError) else str(e)) from e
 
@@ -189,9 +197,8 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
 
 def picture_seen(model: nn.Module, pixels: torch.Tensor) -> Image.Image:
     """Returns a picture (C, H, W) that was prepared for a model as it looks: cropped and resized."""
-    config = resolve_model_data_config(model)
-    mean, std = (torch.tensor(config[key]).mean() if len(pixels) == 1 else torch.tensor(config[key]).view(-1, 1, 1)
-                 for key in ('mean', 'std'))
+    config = _data_config(model)
+    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     values = ((pixels * std + mean).clamp(0, 1) * 255).round().byte()
     return Image.fromarray(values.permute(1, 2, 0).squeeze(-1).numpy())
 
@@ -230,6 +237,30 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
         crop_pct=config['crop_pct'], crop_mode=config['crop_mode']), len(dataset)
 
 
+def likeliest_classes(
+        model: nn.Module,
+        pixels: torch.Tensor,
+        names: Sequence[Dict[str, Optional[str]]],
+        top_k: int,
+) -> List[Dict[str, Any]]:
+    """Classifies one picture.
+
+    Args:
+        model: A timm model in eval mode.
+        pixels: Picture (C, H, W), as `picture_reader` reads it.
+        names: The model's `class_names`.
+        top_k: Number of classes to name.
+
+    Returns:
+        The likeliest classes first, as `Prediction` has them.
+    """
+    with torch.inference_mode():
+        pixels = pixels.unsqueeze(0).to(next(model.parameters()).device)
+        probabilities = model(pixels).float().softmax(1)[0].cpu()
+    top = probabilities.topk(min(top_k, len(names)))
+    return [dict(index=i, **names[i], probability=probabilities[i].item()) for i in top.indices.tolist()]
+
+
 def predict(model: nn.Module, paths: Iterable[Union[str, Path]], top_k: int = 5) -> Iterator[Prediction]:
     """Classifies pictures one after another.
 
@@ -242,15 +273,10 @@ def predict(model: nn.Module, paths: Iterable[Union[str, Path]], top_k: int = 5)
         A prediction for each picture, in order; one that can't be read carries the error.
     """
     read, names = picture_reader(model), class_names(model)
-    device = next(model.parameters()).device
     for path in _pictures(paths):
         try:
             pixels = read(path)
         except PictureError as e:
             yield Prediction(str(path), error=str(e))
             continue
-        with torch.inference_mode():
-            probabilities = model(pixels.unsqueeze(0).to(device)).float().softmax(1)[0].cpu()
-        top = probabilities.topk(min(top_k, len(names)))
-        yield Prediction(str(path), [
-            dict(index=i, **names[i], probability=probabilities[i].item()) for i in top.indices.tolist()])
+        yield Prediction(str(path), likeliest_classes(model, pixels, names, top_k))

@@ -1,6 +1,5 @@
 """`timm-spa demo`: the shipped photographs, classified with the shipped weights."""
 import argparse
-from importlib import resources
 
 from timm_spa_cli.predict import SHIPPED_MODEL, positive, show_predictions
 
@@ -17,14 +16,13 @@ def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
     import timm
 
+    from timm_spa._shipped import shipped_photographs
     from timm_spa.predict import load_model
 
     model = load_model(SHIPPED_MODEL)
     print(f'{SHIPPED_MODEL}: {timm.get_pretrained_cfg(SHIPPED_MODEL).description}\n')
-    folder = resources.files('timm_spa') / 'images'
-    # the photographs are named after their classes
-    pictures = {str(path): path.name.removesuffix('.jpg') for path in folder.iterdir() if path.name.endswith('.jpg')}
-    code = show_predictions(model, [*sorted(pictures), *args.images], pictures, args.top_k)
+    pictures = {str(path): path.stem for path in shipped_photographs()}  # named after their classes
+    code = show_predictions(model, [*pictures, *args.images], pictures, args.top_k)
     print(
         '\nIt knows the 81 classes of its data set. For the 1000 of ImageNet, with a connection to the Hub:\n'
         '    timm-spa predict IMAGE... --model spa_resnet50\n'

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List
 
-from timm_spa_cli._table import print_table
+from timm_spa_cli._table import distinct, print_table
 from timm_spa_cli.predict import positive
 
 HELP = "find objects: train RetinaNet or Cascade R-CNN on a dataset in COCO's format, evaluate, draw boxes"
@@ -166,8 +166,8 @@ def _predict(args: argparse.Namespace) -> int:
     results: Dict[str, List[Dict[str, Any]]] = {title: [] for title in models}
     out, code = Path(args.out), 0
     out.mkdir(parents=True, exist_ok=True)
-    stems = [Path(path).stem for path in args.images]
-    for number, path in enumerate(args.images):
+    stems = distinct([Path(path).stem for path in args.images])
+    for path, stem in zip(args.images, stems, strict=True):
         try:
             image = read_image(path)
         except DetectionError as e:
@@ -182,8 +182,6 @@ def _predict(args: argparse.Namespace) -> int:
             panels[title] = draw_detections(image, found, [c['name'] for c in model.categories], args.score)
             shown = int((found['scores'] >= args.score).sum())
             print(f'{path}: {shown} objects{f" by {title}" if len(models) > 1 else ""}')
-        # pictures of the same name in different folders
-        stem = stems[number] if stems.count(stems[number]) == 1 else f'{stems[number]}-{number + 1}'
         picture = side_by_side(panels) if len(panels) > 1 else next(iter(panels.values()))
         with replacing(out / f'{stem}.png') as partial:
             picture.save(partial, format='png')
@@ -195,9 +193,8 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _distinct(folders: List[Path]) -> List[str]:
     """Names checkpoints by their folders: the run's for 'best' and 'last', with a number if it is there twice."""
-    names = [
-        f'{p.resolve().parent.name}-{p.name}' if p.name in ('best', 'last') else p.resolve().name for p in folders]
-    return [name if names.count(name) == 1 else f'{name}-{i}' for i, name in enumerate(names, start=1)]
+    return distinct([
+        f'{p.resolve().parent.name}-{p.name}' if p.name in ('best', 'last') else p.resolve().name for p in folders])
 
 
 def _report(*lines: str) -> None:

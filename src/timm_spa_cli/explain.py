@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from timm_spa_cli._table import print_table
+from timm_spa_cli._table import distinct, print_table
 from timm_spa_cli.predict import SHIPPED_MODEL, load_named
 
 HELP = 'show what a net looks at, and what its attention does: class activation, gates, pyramid weights, its worth'
@@ -139,8 +139,8 @@ def _gates(args: argparse.Namespace) -> int:
     reader = picture_reader(model)
     code = 0
     printed: Dict[str, Any] = {}
-    stems = [Path(path).stem for path in args.images]
-    for number, path in enumerate(args.images):
+    stems = distinct([Path(path).stem for path in args.images])
+    for path, stem in zip(args.images, stems, strict=True):
         pixels = _read(reader, path)
         if pixels is None:
             code = 1
@@ -159,8 +159,6 @@ def _gates(args: argparse.Namespace) -> int:
             print_table(rows, right_aligned=range(1, 7))
             print()
         if args.out:
-            # pictures of the same name in different folders
-            stem = stems[number] if stems.count(stems[number]) == 1 else f'{stems[number]}-{number + 1}'
             figure = figures.draw_gates(picture_seen(model, pixels), gates, args.dark)
             _write(args.out, f'{stem}-gates', rows, figure)
     if args.json:

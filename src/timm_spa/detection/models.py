@@ -84,9 +84,7 @@ def retinanet(
     config = dict(
         detector='retinanet', backbone=backbone, num_classes=num_classes, trainable_layers=trainable_layers,
         min_size=min_size, max_size=max_size, backbone_kwargs=dict(backbone_kwargs or {}), **kwargs)
-    body = create_body(backbone, pretrained_backbone, **(backbone_kwargs or {}))
-    mean, std = image_statistics(body, backbone)
-    net = Backbone(body, RETINANET_STRIDES, trainable_layers, p6p7=True)
+    net, mean, std = _backbone(config, pretrained_backbone, RETINANET_STRIDES, p6p7=True)
     head = _RetinaNetHead(net.out_channels, ANCHORS_PER_PLACE, num_classes)
     fields = dict(dict(image_mean=mean, image_std=std, detections_per_img=100), **kwargs)
     return _finished(RetinaNet(net, num_classes, min_size=min_size, max_size=max_size, head=head, **fields), config)
@@ -128,9 +126,7 @@ def cascade_rcnn(
     config = dict(
         detector='cascade_rcnn', backbone=backbone, num_classes=num_classes, trainable_layers=trainable_layers,
         min_size=min_size, max_size=max_size, backbone_kwargs=dict(backbone_kwargs or {}), **kwargs)
-    body = create_body(backbone, pretrained_backbone, **(backbone_kwargs or {}))
-    mean, std = image_statistics(body, backbone)
-    net = Backbone(body, CASCADE_STRIDES, trainable_layers)
+    net, mean, std = _backbone(config, pretrained_backbone, CASCADE_STRIDES)
     anchors = AnchorGenerator(tuple((size,) for size in RPN_SIZES), (RATIOS,) * len(RPN_SIZES))
     rpn = RegionProposalNetwork(
         anchors, _RPNHead(net.out_channels, len(RATIOS)), fg_iou_thresh=0.7, bg_iou_thresh=0.3,
@@ -163,6 +159,18 @@ def create_detector(detector: str, **kwargs: Any) -> Any:
         return DETECTORS[detector](**kwargs)
     except TypeError as e:  # an argument that it does not have
         raise DetectionError(f'{detector} cannot be made of these arguments: {e}') from e
+
+
+def _backbone(
+        config: Dict[str, Any],
+        pretrained: Union[bool, str, Path],
+        strides: Tuple[int, ...],
+        p6p7: bool = False,
+) -> Tuple[Backbone, List[float], List[float]]:
+    """Creates the backbone that a detector's arguments name; returns it with mean and deviation of its images."""
+    body = create_body(config['backbone'], pretrained, **config['backbone_kwargs'])
+    mean, std = image_statistics(body, config['backbone'])
+    return Backbone(body, strides, config['trainable_layers'], p6p7), mean, std
 
 
 def _finished(model: Any, config: Dict[str, Any]) -> Any:

@@ -3,7 +3,6 @@ import functools
 import os
 import tempfile
 import warnings
-from importlib import resources
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -11,7 +10,8 @@ import torch
 from PIL import Image
 
 from .._errors import TimmSpaError
-from ..predict import PictureError, class_names, load_model, picture_reader, picture_seen
+from .._shipped import shipped_photographs
+from ..predict import PictureError, class_names, likeliest_classes, load_model, picture_reader, picture_seen
 from . import figures
 from .attention import ExplainError, gate_maps, scale_weights
 from .class_activation import cam
@@ -56,11 +56,8 @@ def look(model: torch.nn.Module, picture: Union[str, Path]) -> Tuple[Dict[str, f
         ExplainError: The model is no CNN.
     """
     pixels = picture_reader(model)(picture)
-    x, seen, names = pixels.unsqueeze(0), picture_seen(model, pixels), class_names(model)
-    with torch.inference_mode():
-        probabilities = model(x).float().softmax(1)[0]
-    top = probabilities.topk(min(TOP, len(names)))
-    classes = {str(names[i]['name']): p for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)}
+    x, seen = pixels.unsqueeze(0), picture_seen(model, pixels)
+    classes = {str(c['name']): c['probability'] for c in likeliest_classes(model, pixels, class_names(model), TOP)}
     found = cam(model, x)
     drawn = figures.as_image(figures.draw_cams({'': [(seen, found.maps[0], next(iter(classes)))]}))
     try:
@@ -115,10 +112,9 @@ def build(models: Sequence[str] = SHIPPED) -> Any:
             with gr.Column():
                 picture = gr.Image(
                     type='filepath', sources=['upload', 'clipboard'], label='picture', height=300, elem_id='picture')
-                folder = resources.files('timm_spa') / 'images'
-                photographs = sorted(str(path) for path in folder.iterdir() if path.name.endswith('.jpg'))
                 gr.Examples(
-                    [[path] for path in photographs], [picture], label='test photographs of the Grocery Store dataset')
+                    [[str(path)] for path in shipped_photographs()], [picture],
+                    label='test photographs of the Grocery Store dataset')
             with gr.Column():
                 first = gr.Dropdown(list(models), value=models[0], label='model', elem_id='first')
                 second = gr.Dropdown(

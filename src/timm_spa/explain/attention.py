@@ -34,6 +34,11 @@ class ScaleWeights:
     weights: Tuple[float, ...]
 
 
+def block_of(gate: str) -> str:
+    """Returns the name of the block that a gate, by its own name, stands in."""
+    return gate.removesuffix('.attn').removesuffix('.drop')
+
+
 def refuse_compiled(model: nn.Module) -> None:
     """Raises ExplainError for a compiled model."""
     if hasattr(model, '_orig_mod'):
@@ -48,7 +53,7 @@ def _gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Dict[str
         # the fused form of squeeze-and-excitation has the one size 1
         is_fused = isinstance(module, FusedBranch) and module.pyramid_sizes != [1]
         if isinstance(module, SpatialPyramidAttention) or is_fused:
-            found[name.removesuffix('.attn').removesuffix('.drop')] = module
+            found[block_of(name)] = module
     if not found:
         raise ExplainError(f'{type(model).__name__} has no gate of Spatial Pyramid Attention.')
     unknown = [name for name in blocks or () if name not in found]
@@ -70,7 +75,8 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooks(modules: Iterable[Tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+def forward_hooks(modules: Iterable[Tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
+    """Hooks on modules, for as long as the block lasts."""
     handles = [module.register_forward_hook(hook) for module, hook in modules]
     try:
         yield
@@ -100,7 +106,7 @@ def gate_maps(model: nn.Module, x: torch.Tensor, blocks: Optional[Sequence[str]]
         return lambda module, args, out: found.update({name: out.detach().float().cpu()})
 
     hooks = [(module.gate, keep(name)) for name, module in _gates(model, blocks).items()]
-    with in_eval_mode(model), torch.no_grad(), _hooks(hooks):
+    with in_eval_mode(model), torch.no_grad(), forward_hooks(hooks):
         model(x)
     return found
 
@@ -134,7 +140,7 @@ def neutral_gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> I
         ExplainError: The model has no gate of SPA, is compiled, or has no block of such a name.
     """
     chosen = _gates(model, blocks).values()
-    with _hooks((module.gate, lambda m, args, out: torch.full_like(out, NEUTRAL)) for module in chosen):
+    with forward_hooks((module.gate, lambda m, args, out: torch.full_like(out, NEUTRAL)) for module in chosen):
         yield
 
 

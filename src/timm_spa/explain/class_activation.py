@@ -5,7 +5,7 @@ from typing import Any, List, Optional
 import torch
 import torch.nn as nn
 
-from .attention import ExplainError, in_eval_mode, refuse_compiled
+from .attention import ExplainError, forward_hooks, in_eval_mode, refuse_compiled
 
 __all__ = ['METHODS', 'ClassActivation', 'cam', 'last_map_layer']
 
@@ -54,15 +54,9 @@ def last_map_layer(model: nn.Module, x: torch.Tensor) -> str:
         raise ExplainError(f'{type(model).__name__} has no forward_features, as models of timm have: name a layer.')
     finished: List[Any] = []
     names = {module: name for name, module in model.named_modules()}
-    handles = [
-        module.register_forward_hook(lambda m, args, out: finished.append((m, out)))
-        for module, name in names.items() if name]
-    try:
-        with torch.no_grad():
-            features: Any = model.forward_features(x)  # type: ignore[operator]
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks = [(module, lambda m, args, out: finished.append((m, out))) for module, name in names.items() if name]
+    with torch.no_grad(), forward_hooks(hooks):
+        features: Any = model.forward_features(x)  # type: ignore[operator]
     if not isinstance(features, torch.Tensor) or features.ndim != 4:
         raise ExplainError(
             f'{type(model).__name__} has no map (N, C, H, W) before its pooling: class activation maps are for CNNs.')

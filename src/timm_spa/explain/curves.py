@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Union
 
 from ..hub.run_record import Run
-from ..training_log import SummaryError, read_summary
+from ..training_log import SummaryError
 from .figures import Summary, curves_of
 
 __all__ = ['read_curves']
@@ -32,11 +32,11 @@ def read_curves(paths: Iterable[Union[str, Path]]) -> Dict[str, List[Summary]]:
         if not folders:
             raise SummaryError(f'{path} is no folder of a run, and has none in it: there is no summary.csv.')
         for folder in folders:
-            args = Run.read(folder).args
+            run = Run.read(folder)
+            args, summary = run.args, run.summary
             kwargs = ' '.join(f'{key}={value}' for key, value in (args.get('model_kwargs') or {}).items())
             named = ' '.join(str(args[key]) for key in ('detector', 'model') if key in args)
             label = f'{named} {kwargs}'.strip() if 'model' in args else re.sub(r'-seed\d+$', '', folder.name)
-            summary = read_summary(folder / 'summary.csv')
             missing = [key for key in curves_of(summary) if any(key not in row for row in summary)]
             if missing:
                 raise SummaryError(f'{folder / "summary.csv"} has no column {missing[0]}.')

@@ -61,6 +61,22 @@ def _small(picture: Image.Image) -> Image.Image:
     return small
 
 
+def _overlay(
+        axis: Any,
+        picture: Image.Image,
+        cells: torch.Tensor,
+        cmap: str,
+        limits: Tuple[float, float],
+        interpolation: str,
+) -> None:
+    """Draws a map (H, W) in colours over a grey picture."""
+    extent = (0, picture.width, picture.height, 0)
+    axis.imshow(picture, cmap='gray', extent=extent)
+    axis.imshow(
+        cells.numpy(), cmap=cmap, vmin=limits[0], vmax=limits[1], alpha=0.6, interpolation=interpolation,
+        extent=extent)
+
+
 def draw_cams(rows: Mapping[str, Sequence[Tuple[Image.Image, torch.Tensor, str]]], dark: bool = False) -> Any:
     """Draws class activation maps over pictures, as the paper's figure 5: a row a model, a column a picture.
 
@@ -79,12 +95,7 @@ def draw_cams(rows: Mapping[str, Sequence[Tuple[Image.Image, torch.Tensor, str]]
         for line, (name, panels) in zip(axes[1:], rows.items(), strict=True):
             line[0].set_ylabel(name, fontsize=7)
             for axis, (picture, cells, title) in zip(line, panels, strict=True):
-                picture = _small(picture.convert('L'))
-                width, height = picture.size
-                axis.imshow(picture, cmap='gray', extent=(0, width, height, 0))
-                axis.imshow(
-                    cells.numpy(), cmap='inferno', vmin=0, vmax=1, alpha=0.6, interpolation='bilinear',
-                    extent=(0, width, height, 0))
+                _overlay(axis, _small(picture.convert('L')), cells, 'inferno', (0, 1), 'bilinear')
                 axis.set_title('\n'.join(textwrap.wrap(title, 24)), fontsize=7)
         for axis in axes.flat:
             axis.set(xticks=(), yticks=())
@@ -117,16 +128,12 @@ def draw_gates(
         for axis in axes.flat:
             axis.axis('off')
         picture = _small(picture.convert('L'))
-        width, height = picture.size
         for i, (name, gate) in enumerate(gates.items()):
             varying = int(gate.flatten(1).std(1).argmax())
             for line, (title, cells) in enumerate((('mean', gate.mean(0)), (f'channel {varying}', gate[varying]))):
                 axis = axes[2 * (i // columns) + line][i % columns]
                 reach = max((cells - NEUTRAL).abs().max().item(), 1e-6)
-                axis.imshow(picture, cmap='gray', extent=(0, width, height, 0))
-                axis.imshow(
-                    cells.numpy(), cmap='PuOr', vmin=NEUTRAL - reach, vmax=NEUTRAL + reach, alpha=0.6,
-                    interpolation='nearest', extent=(0, width, height, 0))
+                _overlay(axis, picture, cells, 'PuOr', (NEUTRAL - reach, NEUTRAL + reach), 'nearest')
                 axis.set_title(f'{name}\n{title}, 0.5 ± {reach:.3f}', fontsize=7)
         legend = 'violet: above 1/2, orange: below; an untrained gate is 1/2 everywhere'
         figure.suptitle('\n'.join(textwrap.wrap(legend, 26 * axes.shape[1])), fontsize=7)

@@ -15,8 +15,8 @@ from .markdown import link, numbers, paragraphs, plain, wrapped
 from .run_record import Run
 
 __all__ = [
-    'CardError', 'description', 'details', 'evaluation', 'evidence', 'figures', 'limits', 'recipe', 'shapes',
-    'start_weights']
+    'CardError', 'description', 'details', 'evaluation', 'evidence', 'figure_file', 'figures', 'limits', 'recipe',
+    'shapes', 'start_weights']
 
 
 class CardError(TimmSpaError, ValueError):
@@ -172,12 +172,19 @@ def evaluation(
     return paragraphs(*lines)
 
 
+def figure_file(run: Run, entry: Any) -> Optional[str]:
+    """Returns the name of the file of a figure in card.yaml, None if it is no picture beside it."""
+    file = str(entry.get('file')) if isinstance(entry, dict) else ''
+    is_picture = re.fullmatch(r'[\w-][\w.-]*\.(png|jpg|svg|webp)', file, re.ASCII)
+    return file if is_picture and (run.folder / file).is_file() else None
+
+
 def figures(run: Run) -> List[Tuple[str, str]]:
     """Returns the files and texts of pictures beside the card."""
     figures = []
     for entry in run.facts.get('figures') or ():
-        file = str(entry.get('file')) if isinstance(entry, dict) else ''
-        if not re.fullmatch(r'[\w-][\w.-]*\.(png|jpg|svg|webp)', file, re.ASCII) or not (run.folder / file).is_file():
+        file = figure_file(run, entry)
+        if file is None:
             raise CardError(
                 f"'figures' in card.yaml has {entry!r}. Each needs a 'file', a picture that lies in {run.folder}, "
                 "and a 'text'.")

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
 
@@ -26,6 +26,7 @@ from ..models._hub_file import PROBE_TIMEOUT, endpoint, without_password
 from ..models._pretrained import WEIGHTS_FILENAME
 from ..training_log import write_summary
 from .card import check_repository_name, make_card
+from .card_sections import figure_file
 from .checkpoint import Weights, check_weights, read_weights
 from .run_record import Run
 
@@ -123,9 +124,9 @@ def write_repository(
         if run.facts:
             (partial / 'card.yaml').write_text(yaml.safe_dump(run.facts, allow_unicode=True), encoding='utf-8')
             for figure in run.facts.get('figures') or ():
-                name = PurePosixPath(str(figure.get('file') if isinstance(figure, dict) else '')).name
-                with suppress(OSError):  # the card says what is missing
-                    shutil.copyfile(run.folder / name, partial / name)
+                file = figure_file(run, figure)
+                if file is not None:  # the card says what is missing
+                    shutil.copyfile(run.folder / file, partial / file)
         # what an earlier call wrote may have been edited since
         cards = [folder / CARD, *([checkpoint.parent / CARD] if checkpoint.name == WEIGHTS_FILENAME else [])]
         written = next((card for card in cards if card.exists()), None)
