@@ -1,11 +1,14 @@
 """What several test files share."""
 import contextlib
 import resource
+import shutil
 
 import pytest
-from hub_server import Hub, point_at
+from hub_server import OWNER, Hub, point_at
+from published import CARDS, NAME, SHIPPED
 
 from timm_spa import run
+from timm_spa.hub.publish import write_repository
 
 
 @pytest.fixture(scope='session')
@@ -39,3 +42,27 @@ def disk_of():
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limited
+
+
+@pytest.fixture(scope='module')
+def dry_run(tmp_path_factory):
+    """What `--dry-run` writes for the shipped weights."""
+    run = tmp_path_factory.mktemp('run')
+    shutil.copy(SHIPPED, run / 'best.safetensors')
+    for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml', 'scales.png'):
+        shutil.copy(CARDS / name, run)
+    sweep = CARDS.parent.parent / 'train_scripts' / 'results' / 'tin200'
+    write_repository(run.parent / 'repository', run / 'best.safetensors', NAME, results=sweep)
+    return run.parent / 'repository'
+
+
+@pytest.fixture
+def weights_to_publish(dry_run, tmp_path):
+    """A repository's folder that a test may change; its card need not be made again."""
+    shutil.copytree(dry_run, tmp_path / 'repository')
+    return tmp_path / 'repository' / 'model.safetensors'
+
+
+@pytest.fixture
+def owner(monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', OWNER)

@@ -7,7 +7,6 @@ import re
 import shutil
 import struct
 from collections import OrderedDict
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -16,72 +15,37 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from hub_server import OWNER, STRANGER
-from huggingface_hub import HfApi, constants
+from hub_server import OWNER
+from huggingface_hub import constants
+from published import CARDS, FILES, NAME, REPO, SHIPPED, WRITTEN
 from timm.utils import CheckpointSaver, ModelEmaV3
 
 import timm_spa
 import timm_spa_cli
-from timm_spa.hub.card import CardError
 from timm_spa.hub.checkpoint import read_weights
 from timm_spa.hub.publish import PublishError, publish, write_repository
 
-NAME = 'spa_mobilenetv2_cifar.tmm_tin200'
-REPO = f'org/{NAME}'
-FILES = ['README.md', 'args.yaml', 'config.json', 'model.safetensors', 'scales.png', 'summary.csv']
-WRITTEN = sorted([*FILES, 'card.yaml', 'run.json'])
-CARDS = Path(__file__).parent.parent / 'hub_cards' / NAME
-SHIPPED = Path(timm_spa.__file__).parent / 'weights' / f'{NAME}.safetensors'
 
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """What `--dry-run` writes for the shipped weights."""
-    run = tmp_path_factory.mktemp('run')
-    shutil.copy(SHIPPED, run / 'best.safetensors')
-    for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml', 'scales.png'):
-        shutil.copy(CARDS / name, run)
-    sweep = CARDS.parent.parent / 'train_scripts' / 'results' / 'tin200'
-    write_repository(run.parent / 'repository', run / 'best.safetensors', NAME, results=sweep)
-    return run.parent / 'repository'
-
-
-@pytest.fixture
-def weights(folder, tmp_path):
-    """A repository's folder that a test may change; its card need not be made again."""
-    shutil.copytree(folder, tmp_path / 'repository')
-    return tmp_path / 'repository' / 'model.safetensors'
-
-
-@pytest.fixture
-def owner(monkeypatch):
-    monkeypatch.setenv('HF_TOKEN', OWNER)
-
-
-def uploads(hub):
-    return [r for r in hub.requests if r.startswith('PUT') or '/commit/' in r]
-
-
-def test_the_files_of_a_repository(folder, weights):
-    assert sorted(p.name for p in folder.iterdir()) == WRITTEN
+def test_the_files_of_a_repository(dry_run, weights_to_publish):
+    assert sorted(p.name for p in dry_run.iterdir()) == WRITTEN
     for name in set(FILES) - {'model.safetensors'}:
-        assert (folder / name).read_bytes() == (CARDS / name).read_bytes(), f'{name} differs from that of hub_cards'
-    config = json.loads((folder / 'config.json').read_text())
+        assert (dry_run / name).read_bytes() == (CARDS / name).read_bytes(), f'{name} differs from that of hub_cards'
+    config = json.loads((dry_run / 'config.json').read_text())
     assert 'num_classes' not in config['model_args']
     assert config['pretrained_cfg']['hf_hub_filename'] == 'model.safetensors'
-    with safetensors.safe_open(folder / 'model.safetensors', framework='pt') as f:
+    with safetensors.safe_open(dry_run / 'model.safetensors', framework='pt') as f:
         metadata = f.metadata()
     assert metadata['format'] == 'pt'
     assert metadata['model'] == NAME
     assert metadata['timm_spa'] == timm_spa.__version__
     with safetensors.safe_open(SHIPPED, framework='pt') as f:
         assert metadata['source_sha256'] == f.metadata()['source_sha256'], 'the checkpoint that both were made from'
-    shipped, published = (safetensors.torch.load_file(p) for p in (SHIPPED, folder / 'model.safetensors'))
+    shipped, published = (safetensors.torch.load_file(p) for p in (SHIPPED, dry_run / 'model.safetensors'))
     assert all(torch.equal(published[k], v) and published[k].dtype == v.dtype for k, v in shipped.items())
     assert len(shipped) == len(published)
     # from itself, byte for byte the same
-    write_repository(weights.parent, weights, NAME)
-    assert all((weights.parent / name).read_bytes() == (folder / name).read_bytes() for name in FILES)
+    write_repository(weights_to_publish.parent, weights_to_publish, NAME)
+    assert all((weights_to_publish.parent / name).read_bytes() == (dry_run / name).read_bytes() for name in FILES)
 
 
 def test_a_checkpoint_of_timms_training(tmp_path, capsys):
@@ -130,40 +94,40 @@ def test_a_checkpoint_of_timms_training(tmp_path, capsys):
         assert f.metadata()['epoch'] == '3'
 
 
-def test_an_existing_folder(weights, folder, tmp_path, monkeypatch):
+def test_an_existing_folder(weights_to_publish, dry_run, tmp_path, monkeypatch):
     """What is written replaces what was there, but for the card and for files that are none of ours."""
-    weights.with_name('notes.txt').write_text('mine')
-    weights.with_name('README.md').write_text('my card')
-    changed = {k: v.flip(0) if v.ndim else v for k, v in safetensors.torch.load_file(weights).items()}
+    weights_to_publish.with_name('notes.txt').write_text('mine')
+    weights_to_publish.with_name('README.md').write_text('my card')
+    changed = {k: v.flip(0) if v.ndim else v for k, v in safetensors.torch.load_file(weights_to_publish).items()}
     safetensors.torch.save_file(changed, tmp_path / 'new.safetensors')
     with monkeypatch.context() as patch:
         patch.setattr('timm_spa.hub.publish.make_card', Mock(side_effect=ValueError('no card')))
         with pytest.raises(ValueError, match='no card'):
-            write_repository(weights.parent, tmp_path / 'new.safetensors', NAME, replace_card=True)
-    assert weights.read_bytes() == (folder / 'model.safetensors').read_bytes(), 'all files or none'
-    notes = write_repository(weights.parent, tmp_path / 'new.safetensors', NAME)
+            write_repository(weights_to_publish.parent, tmp_path / 'new.safetensors', NAME, replace_card=True)
+    assert weights_to_publish.read_bytes() == (dry_run / 'model.safetensors').read_bytes(), 'all files or none'
+    notes = write_repository(weights_to_publish.parent, tmp_path / 'new.safetensors', NAME)
     assert any('README.md, as it is' in note for note in notes)
-    assert sorted(p.name for p in weights.parent.iterdir()) == sorted([*WRITTEN, 'notes.txt'])
-    written = safetensors.torch.load_file(weights)
+    assert sorted(p.name for p in weights_to_publish.parent.iterdir()) == sorted([*WRITTEN, 'notes.txt'])
+    written = safetensors.torch.load_file(weights_to_publish)
     assert all(torch.equal(written[k], v) for k, v in changed.items())
-    assert weights.with_name('README.md').read_text() == 'my card'
-    write_repository(weights.parent, weights, NAME, replace_card=True)
-    assert weights.with_name('README.md').read_text().startswith('---')
+    assert weights_to_publish.with_name('README.md').read_text() == 'my card'
+    write_repository(weights_to_publish.parent, weights_to_publish, NAME, replace_card=True)
+    assert weights_to_publish.with_name('README.md').read_text().startswith('---')
 
 
-def test_labels_are_those_of_the_registered_weights_only(weights, tmp_path):
+def test_labels_are_those_of_the_registered_weights_only(weights_to_publish, tmp_path):
     """Two hundred classes of one's own are not Tiny-ImageNet's."""
-    write_repository(tmp_path / 'mine', weights, 'spa_mobilenetv2_cifar.mine')
+    write_repository(tmp_path / 'mine', weights_to_publish, 'spa_mobilenetv2_cifar.mine')
     config = json.loads((tmp_path / 'mine' / 'config.json').read_text())
     assert config['num_classes'] == 200
     assert 'label_names' not in config
-    assert 'label_names' in json.loads(weights.with_name('config.json').read_text())
+    assert 'label_names' in json.loads(weights_to_publish.with_name('config.json').read_text())
 
 
-def test_another_model_than_was_trained(hub, owner, weights, capsys):
-    args = weights.with_name('args.yaml')
+def test_another_model_than_was_trained(hub, owner, weights_to_publish, capsys):
+    args = weights_to_publish.with_name('args.yaml')
     args.write_text(args.read_text().replace('model: spa_mobilenetv2_cifar', 'model: spa_b_mobilenetv2_cifar'))
-    refused(hub, weights, 'name the model spa_b_mobilenetv2_cifar, and not spa_mobilenetv2_cifar', capsys)
+    refused(hub, weights_to_publish, 'name the model spa_b_mobilenetv2_cifar, and not spa_mobilenetv2_cifar', capsys)
 
 
 class Payload:
@@ -305,10 +269,10 @@ def test_tokens_and_passwords_are_not_published(hub, owner, tmp_path, capsys, fi
     assert not (tmp_path / 'out').exists()
 
 
-def test_a_password_of_the_endpoint_is_not_printed(owner, monkeypatch, weights):
+def test_a_password_of_the_endpoint_is_not_printed(owner, monkeypatch, weights_to_publish):
     monkeypatch.setattr(constants, 'ENDPOINT', 'http://me:secret@127.0.0.1:9')
     with pytest.raises(PublishError, match=r'http://\*\*\*@127.0.0.1:9 does not answer') as e:
-        publish(weights, NAME, REPO)
+        publish(weights_to_publish, NAME, REPO)
     assert 'secret' not in str(e.value)
 
 
@@ -320,200 +284,10 @@ def test_names_of_repositories_are_checked_in_a_dry_run_too(repo, tmp_path, caps
     assert not (tmp_path / 'out').exists()
 
 
-def test_publish_and_publish_again(hub, owner, weights, folder, capsys):
-    arguments = ['publish', str(weights), '--model', NAME, '--repo', REPO]
-    assert timm_spa_cli.main(arguments) == 0
-    first = hub.head(REPO)
-    assert f'Published: {hub.url}/{REPO}/commit/{first}' in capsys.readouterr().out
-    assert len(hub.repositories[REPO].commits) == 2, 'that of the creation, and one'
-    assert not hub.repositories[REPO].private
-    files = hub.files(REPO)
-    assert sorted(set(files) - {'.gitattributes'}) == FILES, 'and no pickle'
-    assert all(files[name] == (folder / name).read_bytes() for name in FILES)
-
-    hub.requests.clear()
-    assert timm_spa_cli.main([*arguments, '--replace-card']) == 0
-    assert 'Nothing to change' in capsys.readouterr().out
-    assert (hub.head(REPO), uploads(hub)) == (first, [])
-
-    weights.with_name('README.md').write_text('---\nlicense: mit\n---\nmine')
-    assert timm_spa_cli.main(arguments) == 0
-    assert 'has a README.md, which is kept (--replace-card replaces it)' in capsys.readouterr().out
-    assert hub.head(REPO) == first
-    weights.with_name('summary.csv').unlink()
-    assert timm_spa_cli.main([*arguments, '--replace-card']) == 0
-    assert len(hub.repositories[REPO].commits) == 3
-    assert hub.files(REPO)['README.md'].endswith(b'mine')
-    assert 'summary.csv' not in hub.files(REPO), 'it is of another run'
-    assert '.gitattributes' in hub.files(REPO)
-
-    everything = dict(hub.repositories[REPO].commits[hub.head(REPO)])
-    hub.repositories[REPO].commit('main', dict(everything, **{'notes.txt': everything['README.md']}))
-    assert timm_spa_cli.main(arguments) == 0
-    assert 'has other files too, which stay: notes.txt.' in capsys.readouterr().out
-
-
-def test_the_repository_has_a_default(hub, owner, weights, monkeypatch):
-    monkeypatch.setattr('timm_spa.hub.publish.HUB_ORG', 'org')
-    publish(weights, NAME)
-    assert list(hub.repositories) == [REPO]
-
-
-def test_private(hub, owner, weights):
-    publish(weights, NAME, REPO, private=True)
-    assert hub.repositories[REPO].private
-    hub.repositories[REPO].private = False
-    hub.requests.clear()
-    with pytest.raises(PublishError, match='org/.* is public, and --private'):
-        publish(weights, NAME, REPO, private=True)
-    assert not uploads(hub)
-
-
-def test_pull_request(hub, owner, weights, monkeypatch):
-    publish(weights, NAME, REPO)
-    first = hub.head(REPO)
-    weights.with_name('args.yaml').unlink()
-    monkeypatch.setenv('HF_TOKEN', STRANGER)  # who may propose, and not write
-    proposed = publish(weights, NAME, REPO, create_pr=True)
-    assert proposed.changed
-    assert proposed.url == f'{hub.url}/{REPO}/discussions/1'
-    assert hub.head(REPO) == first
-    assert 'args.yaml' not in hub.files(REPO, 'refs/pr/1')
-    with pytest.raises(PublishError, match='pull request has none'):
-        publish(weights, NAME, REPO, create_pr=True, tag='v1')
-
-
-def test_tags_are_never_moved(hub, owner, weights):
-    publish(weights, NAME, REPO, tag='v1')
-    first = hub.head(REPO)
-    assert hub.head(REPO, 'v1') == first
-    assert not publish(weights, NAME, REPO, tag='v1').changed
-    weights.with_name('args.yaml').unlink()
-    with pytest.raises(PublishError, match='Tag v1 names the commit before it'):
-        publish(weights, NAME, REPO, tag='v1')
-    hub.requests.clear()
-    with pytest.raises(PublishError, match=f'the tag v1 already, for {first}'):
-        publish(weights, NAME, REPO, tag='v1')
-    assert not uploads(hub)
-    assert hub.head(REPO, 'v1') == first
-    publish(weights, NAME, REPO, tag='v2')
-    assert hub.head(REPO, 'v2') == hub.head(REPO)
-    hub.fail('POST', '/tag/', status=500)
-    with pytest.raises(PublishError, match=f'status 500 .* published as {hub.head(REPO)}, and have no tag v3'):
-        publish(weights, NAME, REPO, tag='v3')
-
-
-@pytest.mark.parametrize(('token', 'cause'), [
-    (None, 'There is no token on this machine: `hf auth login`'),
-    ('hf_wrong', 'does not accept the token'),
-    (STRANGER, f'no right to write to {REPO}'),
-])
-def test_who_may_not_publish(hub, weights, monkeypatch, token, cause):
-    if token:
-        monkeypatch.setenv('HF_TOKEN', token)
-    with pytest.raises(PublishError, match=f'{cause}.* Nothing was uploaded'):
-        publish(weights, NAME, REPO)
-    assert not uploads(hub)
-    assert not hub.repositories
-    # also not to a repository that is there
-    monkeypatch.setenv('HF_TOKEN', OWNER)
-    publish(weights, NAME, REPO)
-    before = hub.head(REPO)
-    monkeypatch.delenv('HF_TOKEN')
-    if token:
-        monkeypatch.setenv('HF_TOKEN', token)
-    weights.with_name('args.yaml').unlink()
-    hub.requests.clear()
-    with pytest.raises(PublishError, match=cause):
-        publish(weights, NAME, REPO)
-    assert not uploads(hub)
-    assert hub.head(REPO) == before
-
-
-def test_no_network(hub, owner, weights, monkeypatch):
-    hub.fail('GET', 'whoami', drop=True)
-    with pytest.raises(PublishError, match=f'{hub.url} does not answer .* Nothing was uploaded'):
-        publish(weights, NAME, REPO)
-    monkeypatch.setattr(constants, 'ENDPOINT', 'http://127.0.0.1:9')
-    with pytest.raises(PublishError, match='http://127.0.0.1:9 does not answer'):
-        publish(weights, NAME, REPO)
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    with pytest.raises(PublishError, match='HF_HUB_OFFLINE is set'):
-        publish(weights, NAME, REPO)
-    with pytest.raises(CardError, match="organization/name, and 'name'"):
-        publish(weights, NAME, 'name')
-
-
-@pytest.mark.parametrize('fault', [
-    dict(method='POST', pattern='/preupload/', status=503),
-    dict(method='POST', pattern='/objects/batch', drop=True),
-    dict(method='PUT', pattern='/objects/', status=503),
-    dict(method='PUT', pattern='/objects/', drop=True),
-    dict(method='POST', pattern='/commit/', status=500),
-    dict(method='POST', pattern='/commit/', drop=True),
-    dict(method='POST', pattern='/commit/', status=412),
-], ids=lambda fault: '-'.join(map(str, fault.values())))
-def test_a_failed_upload_changes_nothing_and_can_be_repeated(hub, owner, weights, fault):
-    publish(weights, NAME, REPO)
-    before, files = hub.head(REPO), hub.files(REPO)
-    hub.large_files.clear()
-    changed = {k: v + 1 for k, v in safetensors.torch.load_file(weights).items()}
-    safetensors.torch.save_file(changed, weights)
-    hub.fail(**fault)
-    with pytest.raises(PublishError) as e:
-        publish(weights, NAME, REPO)
-    message = str(e.value)
-    assert {503: 'status 503', 500: 'status 500', 412: 'changed by somebody else'}.get(
-        fault.get('status'), 'does not answer') in message
-    assert f'{REPO} is as it was. Give the same command again' in message
-    assert (hub.head(REPO), hub.files(REPO)) == (before, files)
-    hub.heal()
-    publish(weights, NAME, REPO)
-    assert len(hub.repositories[REPO].commits) == 3
-    assert hub.files(REPO)['model.safetensors'] != files['model.safetensors']
-
-
-def test_a_first_upload_that_fails(hub, owner, weights):
-    hub.fail('POST', '/commit/', status=500)
-    with pytest.raises(PublishError, match='is there, and empty. Give the same command again'):
-        publish(weights, NAME, REPO)
-    assert list(hub.files(REPO)) == ['.gitattributes']
-    hub.heal()
-    assert publish(weights, NAME, REPO).changed
-
-
-def test_a_commit_whose_answer_is_lost(hub, owner, weights):
-    hub.fail('POST', '/commit/', lose=True)
-    with pytest.raises(PublishError, match='has the new commit .* Give the same command again'):
-        publish(weights, NAME, REPO)
-    hub.heal()
-    assert not publish(weights, NAME, REPO).changed
-    assert sorted(set(hub.files(REPO)) - {'.gitattributes'}) == FILES
-
-
-def test_a_commit_of_somebody_else_in_between(hub, owner, weights, monkeypatch):
-    original = HfApi.create_commit
-
-    def later(*args, **kwargs):
-        hub.repositories[REPO].commit('main', {})
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(HfApi, 'create_commit', later)
-    with pytest.raises(PublishError, match='was changed by somebody else in the meantime. .* has the new commit'):
-        publish(weights, NAME, REPO)
-    assert not hub.files(REPO)
-
-
-def test_one_passing_fault_is_no_failure(hub, owner, weights):
-    hub.fail('PUT', '/objects/', status=503, times=2)
-    publish(weights, NAME, REPO)
-    assert len(hub.repositories[REPO].commits) == 2
-
-
-def test_a_full_disk_leaves_nothing_half_written(weights, folder, tmp_path, disk_of):
-    for target in (tmp_path / 'new', weights.parent):
+def test_a_full_disk_leaves_nothing_half_written(weights_to_publish, dry_run, tmp_path, disk_of):
+    for target in (tmp_path / 'new', weights_to_publish.parent):
         with disk_of(1_000_000), pytest.raises(Exception, match='too large|os error 27|I/O'):
-            write_repository(target, weights, NAME)
+            write_repository(target, weights_to_publish, NAME)
     assert not (tmp_path / 'new').exists()
     assert not list(tmp_path.glob('.*'))
-    assert all((weights.parent / name).read_bytes() == (folder / name).read_bytes() for name in FILES)
+    assert all((weights_to_publish.parent / name).read_bytes() == (dry_run / name).read_bytes() for name in FILES)
