@@ -143,13 +143,34 @@ def test_pooling_of_exporters(dtype, size):
         assert rel(rows @ x @ columns.T, average_pool(x.double(), cells)) < (1e-12 if dtype.itemsize == 8 else 2e-2)
 
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('size', [(7, 7), (14, 28), (9, 8), (3, 17), (1, 1)])
+@pytest.mark.parametrize('sizes', [[7, 4, 1], [4, 2, 1], [3, 2], [7]])
+def test_pyramid_of_gpus(sizes, size, memory_format):
+    """As one product, here on the CPU, against the formula of CPUs: values, layout, gradients of map and weights."""
+    x, weight = torch.randn(2, 6, *size, dtype=torch.float64), torch.randn(len(sizes), dtype=torch.float64)
+    inputs = x.to(memory_format=memory_format).requires_grad_(), weight.requires_grad_()
+    found, expected = (
+        function(inputs[0], sizes, inputs[1])
+        for function in (spatial_pyramid_attn._pyramid_product, spatial_pyramid_attn.weighted_pyramid))
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=memory_format) or size == (1, 1)
+    y = torch.randn_like(found)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs, y), torch.autograd.grad(expected, inputs, y))
+    half = spatial_pyramid_attn._pyramid_product(x.bfloat16(), sizes, weight)
+    assert half.dtype == torch.bfloat16
+    assert rel(half, expected) < 2e-2
+
+
 @torch.no_grad()
-def test_autocast_does_not_round_means():
+@pytest.mark.parametrize('name', ['weighted_pyramid', '_pyramid_product'])
+def test_autocast_does_not_round_means(name):
     """A mean keeps the precision of its map, as in torch's pooling layers."""
     x, weight = torch.randn(2, 8, 14, 14), torch.rand(3)
-    expected = spatial_pyramid_attn.weighted_pyramid(x, [7, 4, 1], weight)
+    function = getattr(spatial_pyramid_attn, name)
+    expected = function(x, [7, 4, 1], weight)
     with torch.autocast('cpu', torch.bfloat16):
-        assert torch.equal(spatial_pyramid_attn.weighted_pyramid(x, [7, 4, 1], weight), expected)
+        assert torch.equal(function(x, [7, 4, 1], weight), expected)
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ __all__ = ['SpatialPyramidAttention', 'apply_gate', 'channel_matcher', 'weighted
 @torch.fx.wrap
 def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
     """Averages a map (N, C, H, W) to sizes, the largest first, and sums them there with weights, equation (1)."""
+    if not torch.jit.is_scripting() and x.is_cuda and torch.compiler.is_compiling() and not _is_exporting():
+        return _pyramid_product(x, sizes, weight)
     pyramid = _average_pool(x, sizes[0]) * weight[0]
     for i in range(1, len(sizes)):
         level = _average_pool(x, sizes[i]) * weight[i]
@@ -23,12 +25,31 @@ def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) ->
     return pyramid
 
 
+def _pyramid_product(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
+    """Does so with a single matrix, for compiled code on a GPU: pooling is slow there, and not part of its kernels."""
+    averages, cell = torch.zeros((), device=x.device), torch.arange(sizes[0], device=x.device)
+    for i, size in enumerate(sizes):
+        rows, columns = (_averages(length, size, weight)[cell * size // sizes[0]] for length in x.shape[2:])
+        averages = averages + weight[i] * torch.kron(rows, columns)
+    pixels, averages = x.flatten(2), averages.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # a mean keeps the precision of its map
+        if x.is_contiguous():
+            y = pixels @ averages.transpose(0, 1)
+        else:
+            y = (averages @ pixels.transpose(1, 2)).transpose(1, 2)
+    return y.unflatten(2, (sizes[0], sizes[0]))
+
+
+@torch.jit.unused
+def _is_exporting() -> bool:
+    is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # newer than torch 2.5
+    return torch.onnx.is_in_onnx_export() or is_exporting()
+
+
 def _average_pool(x: torch.Tensor, size: int) -> torch.Tensor:
-    if not torch.jit.is_scripting():
-        is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # newer than torch 2.5
-        if size > 1 and (torch.onnx.is_in_onnx_export() or is_exporting()):
-            # exporters freeze adaptive pooling to the size of the example, matrix products hold for every size
-            return _averages(x.shape[2], size, x) @ x @ _averages(x.shape[3], size, x).transpose(0, 1)
+    if not torch.jit.is_scripting() and size > 1 and _is_exporting():
+        # exporters freeze adaptive pooling to the size of the example, matrix products hold for every size
+        return _averages(x.shape[2], size, x) @ x @ _averages(x.shape[3], size, x).transpose(0, 1)
     return F.adaptive_avg_pool2d(x, size)
 
 
