@@ -1,12 +1,14 @@
 """Detectors: their parts against numbers worked out by hand, and that they learn."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 from coco_files import write_rectangles
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_iou
 
 import timm_spa
@@ -17,6 +19,7 @@ from timm_spa.detection.data import CocoDataset, find_dataset
 from timm_spa.detection.train import Settings, train
 from timm_spa.hub import CheckpointError
 
+ROOT = Path(__file__).parent.parent
 BUILDERS = {'retinanet': retinanet, 'cascade_rcnn': cascade_rcnn}
 SMALL = dict(num_classes=3, pretrained_backbone=False, min_size=64, max_size=96)
 RESNETS = [name for name in timm_spa.list_models('*resnet*') if 'cifar' not in name]
@@ -371,3 +374,18 @@ def test_a_detector_learns_eight_pictures(tmp_path):
     rows = train(model, train_set, val_set, tmp_path / 'run', settings, cpu=True, log=lambda line: None)
     assert rows[-1]['eval_ap50'] >= 90, rows
     assert rows[-1]['eval_ap50'] >= rows[-1]['eval_map'] > 50
+
+
+@pytest.mark.parametrize('name', ['resnet50', 'seresnet50', 'gc_resnet50', 'spa_resnet50'])
+def test_multiply_adds_of_the_documentation(name):
+    """At 1280x800, without memory; the heads of the cascade by hand, for 1,000 regions and 80 classes."""
+    rows = [line.strip('| ').split(' | ') for line in (ROOT / 'docs' / 'detection.md').read_text().splitlines()]
+    (row,) = (cells for cells in rows if cells[0] == f'`{name}`')
+    head = 256 * 7 * 7 * 1024 + 1024 * 1024 + 1024 * (81 + 4)
+    for build, regions, told in ((retinanet, 0, row[2]), (cascade_rcnn, 3 * 1000 * head, row[4])):
+        with torch.device('meta'):
+            model = build(name, 80, pretrained_backbone=False).eval()
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                maps = list(model.backbone(torch.empty(1, 3, 800, 1280)).values())
+                (model.head if build is retinanet else model.rpn.head)(maps)
+        assert f'{(counter.get_total_flops() / 2 + regions) / 1e9:.2f}' == told

@@ -12,6 +12,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 SWEEP = ROOT / 'train_scripts' / 'sweep.py'
 RESULTS = ROOT / 'train_scripts' / 'results.py'
+DETECTORS = ROOT / 'train_scripts' / 'detector_results.py'
 KEPT = sorted(path.parent for path in (ROOT / 'train_scripts' / 'results').glob('*/table.md'))
 
 TRAIN = '''
@@ -179,7 +180,32 @@ def test_bad_arguments(sweep, tmp_path, args, message):
 
 @pytest.mark.parametrize('folder', KEPT, ids=lambda p: p.name)
 def test_the_tables_of_the_project_are_those_of_their_runs(folder):
-    assert runpy.run_path(str(RESULTS))['main']([str(folder), '--check']) == 0
+    script = DETECTORS if folder.name == 'mosaic' else RESULTS
+    assert runpy.run_path(str(script))['main']([str(folder), '--check']) == 0
+
+
+def test_results_of_detectors(tmp_path, capsys):
+    """Means over seeds, after the last epoch that all runs of a detector have, beside sums by hand."""
+    main = runpy.run_path(str(DETECTORS))['main']
+    values = {'resnet18': [(10, 20), (14, 26, 30)], 'spa_resnet18': [(11, 23)]}
+    for model, runs in values.items():
+        for seed, aps in enumerate(runs):
+            run = tmp_path / f'retinanet-{model}-seed{seed}'
+            run.mkdir()
+            (run / 'args.yaml').write_text(yaml.safe_dump(dict(
+                detector='retinanet', model=model, processes=1, settings=dict(epochs=5, lr=0.1, seed=seed))))
+            (run / 'summary.csv').write_text('epoch,train_loss,eval_map,eval_ap50,eval_ap75,lr\n' + ''.join(
+                f'{epoch},1.5,{ap},{2 * ap},{ap + 1},0.1\n' for epoch, ap in enumerate(aps)))
+    assert main([str(tmp_path)]) == 0
+    table = (tmp_path / 'table.md').read_text()
+    row = '| 0, 1 | 2 of 5 | 23.00 ± 4.24 | 46.00 ± 8.49 | 24.00 ± 4.24 | 1.50 ± 0.00 |'
+    assert f'| RetinaNet | `resnet18` {row}' in table
+    assert '| RetinaNet | `spa_resnet18` | 0 | 2 of 5 | 23.00 | 46.00 | 24.00 | 1.50 |' in table
+    assert (tmp_path / 'curves.png').exists()
+    assert main([str(tmp_path), '--check']) == 0
+    (run / 'args.yaml').write_text((run / 'args.yaml').read_text().replace('lr: 0.1', 'lr: 0.2'))
+    assert main([str(tmp_path), '--check']) == 1
+    assert 'was not trained like the runs of retinanet' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('page', [

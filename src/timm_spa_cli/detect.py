@@ -50,14 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument('--resume', action='store_true', help='go on with the run in it, if there is one')
     train.add_argument('--seed', type=int, default=42, help='default: %(default)s')
     evaluate = add('eval', "COCO's twelve figures of a detector")
-    evaluate.add_argument('checkpoint', help='folder of the checkpoint')
+    evaluate.add_argument('checkpoint', help='folder of the checkpoint, or hf-hub:ORG/NAME')
     evaluate.add_argument('--images', required=True, metavar='DIR', help='folder of the pictures')
     evaluate.add_argument('--annotations', '--json', required=True, metavar='FILE', help="in COCO's format")
     evaluate.add_argument('--results', metavar='FILE', help="write the detections in COCO's results format there")
     evaluate.add_argument('--batch-size', type=positive, default=8, help='pictures at a time (default: %(default)s)')
     predict = add('predict', 'draw what detectors find in pictures, side by side')
     predict.add_argument('images', nargs='+', metavar='IMAGE', help='picture')
-    predict.add_argument('--checkpoint', nargs='+', required=True, metavar='DIR', help='folders of checkpoints')
+    predict.add_argument(
+        '--checkpoint', nargs='+', required=True, metavar='DIR', help='folders of checkpoints, or hf-hub:ORG/NAME')
     predict.add_argument('--out', required=True, metavar='DIR', help="for pictures, and JSON in COCO's results format")
     predict.add_argument('--score', type=float, default=0.3, help='least score to draw (default: %(default)s)')
     for kind in (train, evaluate):

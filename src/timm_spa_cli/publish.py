@@ -1,5 +1,7 @@
 """`timm-spa publish`: weights as a repository of the Hub."""
 import argparse
+from functools import partial
+from typing import Any
 
 HELP = 'publish weights as a repository of the Hub, in one commit'
 
@@ -7,8 +9,9 @@ HELP = 'publish weights as a repository of the Hub, in one commit'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument(
-        'checkpoint', metavar='CHECKPOINT', help='model_best.pth.tar of a run, or a file of its weights')
-    parser.add_argument('--model', required=True, metavar='NAME.TAG', help='e.g. spa_resnet50.tmm_in1k')
+        'checkpoint', metavar='CHECKPOINT',
+        help='model_best.pth.tar of a run, or a file of its weights; of a detector the folder `best` or `last`')
+    parser.add_argument('--model', metavar='NAME.TAG', help='e.g. spa_resnet50.tmm_in1k; none for a detector')
     parser.add_argument('--repo', metavar='ORG/NAME', help='repository (default: NAME.TAG of TIMM_SPA_HUB_ORG)')
     parser.add_argument('--num-classes', type=int, help="classes of the checkpoint, if the run's args.yaml is missing")
     parser.add_argument('--private', action='store_true', help='to a private repository, or not at all')
@@ -21,15 +24,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
+    from timm_spa.detection.checkpoint import is_detector
+    from timm_spa.detection.repository import publish_detector, write_detector_repository
     from timm_spa.hub.publish import publish, write_repository
 
-    what = args.checkpoint, args.model, args.repo
-    options = dict(num_classes=args.num_classes, replace_card=args.replace_card, results=args.results)
+    upload: Any = dict(private=args.private, create_pr=args.pr, tag=args.tag, replace_card=args.replace_card)
+    if is_detector(args.checkpoint):
+        if args.model is not None or args.num_classes or args.results:
+            args.error(f'{args.checkpoint} is a detector, which takes no --model, --num-classes or --results')
+        if not args.repo and not args.dry_run:
+            args.error('a detector needs --repo ORG/NAME')
+        write: Any = partial(write_detector_repository, args.dry_run, args.checkpoint, args.repo, args.replace_card)
+        send: Any = partial(publish_detector, args.checkpoint, args.repo, **upload)
+    else:
+        if args.model is None:
+            args.error('the following arguments are required: --model')
+        options: Any = dict(num_classes=args.num_classes, results=args.results)
+        write = partial(
+            write_repository, args.dry_run, args.checkpoint, args.model, args.repo, replace_card=args.replace_card,
+            **options)
+        send = partial(publish, args.checkpoint, args.model, args.repo, **upload, **options)
     if args.dry_run:
-        notes = write_repository(args.dry_run, *what, **options)
+        notes = write()
         outcome = f'Wrote {args.dry_run}. Nothing was uploaded.'
     else:
-        published = publish(*what, private=args.private, create_pr=args.pr, tag=args.tag, **options)
+        published = send()
         notes = published.notes
         outcome = f'Published: {published.url}' if published.changed else f'Nothing to change: {published.url}'
     print('\n'.join([*notes, outcome]))

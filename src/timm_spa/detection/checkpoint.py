@@ -5,18 +5,23 @@ from typing import Any, Dict, List, Sequence, Union
 
 import safetensors.torch
 import torch
+from huggingface_hub import snapshot_download
 
 from .. import __version__
 from .._files import ReadError, read_text, replacing
 from ..hub.checkpoint import CheckpointError, check_weights, read_checkpoint
 from ..hub.config_file import NOT_OF_A_MODEL
+from ..models._hub_file import endpoint, without_password
 from .backbone import DetectionError
 from .models import create_detector
 
-__all__ = ['CONFIG', 'WEIGHTS', 'load_detector', 'save_detector']
+__all__ = ['CONFIG', 'WEIGHTS', 'is_detector', 'load_detector', 'save_detector']
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
+HUB = 'hf-hub:'
+# of what a file of somebody else may ask for: more would fill the memory
+LARGEST = dict(num_classes=100_000, trainable_layers=5, min_size=4096, max_size=8192)
 
 
 def save_detector(model: Any, folder: Union[str, Path], categories: Sequence[Dict[str, Any]]) -> None:
@@ -43,21 +48,30 @@ def save_detector(model: Any, folder: Union[str, Path], categories: Sequence[Dic
         (partial / CONFIG).write_text(f'{text}\n', encoding='utf-8')
 
 
-def load_detector(folder: Union[str, Path], device: Union[str, torch.device] = 'cpu') -> Any:
+def is_detector(folder: Union[str, Path]) -> bool:
+    """Tells whether the config.json of a folder describes a detector, whatever else is wrong with it."""
+    try:
+        fields = json.loads(read_text(Path(folder) / CONFIG))
+    except (ReadError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and 'detector' in fields
+
+
+def load_detector(source: Union[str, Path], device: Union[str, torch.device] = 'cpu') -> Any:
     """Loads a checkpoint of `save_detector`.
 
     Args:
-        folder: The folder.
+        source: The folder, or a repository of the Hub, 'hf-hub:organization/name', '@revision' behind it if wanted.
         device: Device to run on.
 
     Returns:
         The detector in eval mode. Its `categories` has 'id' and 'name' of each class, in the order of the labels.
 
     Raises:
-        DetectionError: The folder is no checkpoint of a detector.
+        DetectionError: The folder is no checkpoint of a detector, or the repository cannot be downloaded.
         CheckpointError: The weights cannot be read, or do not fit.
     """
-    folder = Path(folder)
+    folder = _download(str(source)) if str(source).startswith(HUB) else Path(source)
     try:
         fields = json.loads(read_text(folder / CONFIG))
         categories: List[Dict[str, Any]] = [dict(id=c['id'], name=c['name']) for c in fields.pop('categories')]
@@ -75,9 +89,24 @@ def load_detector(folder: Union[str, Path], device: Union[str, torch.device] = '
         raise DetectionError(f'{folder / CONFIG} has {", ".join(sorted(asked))}, which a checkpoint cannot ask for.')
     if not named:
         raise DetectionError(f'{folder / CONFIG} does not describe a detector of this package.')
+    for key, largest in LARGEST.items():
+        value = fields.get(key, 1)
+        if not isinstance(value, int) or not 0 <= value <= largest:
+            raise DetectionError(f'{folder / CONFIG}: {key} is a number up to {largest}, and not {value!r}.')
+    if len(categories) != fields['num_classes']:
+        raise DetectionError(f'{folder / CONFIG} has {len(categories)} categories for {fields["num_classes"]} classes.')
     model = create_detector(**fields, pretrained_backbone=False)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f'{folder} has no {WEIGHTS}.')
     check_weights(read_checkpoint(folder / WEIGHTS), model, folder / WEIGHTS)
     model.categories = categories
     return model.eval().to(device)
+
+
+def _download(source: str) -> Path:
+    repo_id, _, revision = source.removeprefix(HUB).partition('@')
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
+        cause = without_password(' '.join(str(e).split()))
+        raise DetectionError(f'{source} cannot be had from {endpoint()}: {type(e).__name__}: {cause}') from e

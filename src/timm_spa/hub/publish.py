@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import safetensors.torch
 import timm
@@ -30,7 +30,9 @@ from .card_sections import figure_file
 from .checkpoint import Weights, check_weights, read_weights
 from .run_record import Run
 
-__all__ = ['HUB_ORG', 'Published', 'PublishError', 'publish', 'write_repository']
+__all__ = [
+    'HUB_ORG', 'Published', 'PublishError', 'publish', 'refuse_secrets', 'upload', 'without_private_paths',
+    'write_repository']
 
 HUB_ORG = os.environ.get('TIMM_SPA_HUB_ORG', 'timm-spa')
 CARD = 'README.md'
@@ -102,8 +104,8 @@ def write_repository(
     weights = read_weights(checkpoint)
     check_repository_name(repo_id)
     run = Run.read(checkpoint.parent)
-    _refuse_secrets(dataclasses.replace(run, args=run.args or weights.args))
-    run, notes = _without_private_paths(dataclasses.replace(run, args=run.args or weights.args))
+    refuse_secrets(dataclasses.replace(run, args=run.args or weights.args))
+    run, notes = without_private_paths(dataclasses.replace(run, args=run.args or weights.args))
     model = _named_model(model_name, run, num_classes)
     check_weights(weights.state_dict, model, checkpoint)
     notes.insert(0, f'Weights: {weights.used or "all tensors"} of {checkpoint}' + (
@@ -175,31 +177,65 @@ def publish(
     """
     repo_id = repo_id or f'{HUB_ORG}/{model_name}'
     check_repository_name(repo_id)
-    if create_pr and tag:
-        raise PublishError('A tag names a commit, and a pull request has none before it is merged. Leave one out.')
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, model_name)
         notes = write_repository(folder, checkpoint, model_name, repo_id, num_classes, results=results)
-        with _clear_errors(repo_id, 'Nothing was uploaded.'):
-            api, before, tagged = _open_repository(repo_id, private, tag)
-        remote = {file.rfilename for file in before.siblings or ()}
-        files = sorted(file.name for file in folder.iterdir() if file.name not in (CARD, *OWN_FILES))
-        if CARD not in remote or replace_card:
-            files.append(CARD)
-        else:
-            notes.append(f'{repo_id} has a {CARD}, which is kept (--replace-card replaces it).')
-        others = remote - {*files, *RUN_FILES, CARD, '.gitattributes'}
-        if others:
-            notes.append(f'{repo_id} has other files too, which stay: {", ".join(sorted(others))}.')
-        operations: List[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
-        # of another training run
-        operations += [CommitOperationDelete(path_in_repo=name) for name in RUN_FILES if name in remote - {*files}]
-        try:
-            commit = api.create_commit(
-                repo_id, operations, commit_message=f'Weights of {model_name}', create_pr=create_pr,
-                parent_commit=before.sha)
-        except Exception as e:
-            raise PublishError(f'{_cause(e, repo_id)} {_state_after(api, before)}') from e
+        return upload(
+            folder, repo_id, f'Weights of {model_name}', notes, private=private, create_pr=create_pr, tag=tag,
+            replace_card=replace_card)
+
+
+def upload(
+        folder: Path,
+        repo_id: str,
+        message: str,
+        notes: Sequence[str] = (),
+        *,
+        private: bool = False,
+        create_pr: bool = False,
+        tag: Optional[str] = None,
+        replace_card: bool = False,
+) -> Published:
+    """Uploads the files of a repository as one commit.
+
+    Args:
+        folder: Folder of the files.
+        repo_id: Repository, 'organization/name'.
+        message: Message of the commit.
+        notes: Remarks so far.
+        private: As for `publish`.
+        create_pr: As for `publish`.
+        tag: As for `publish`.
+        replace_card: As for `publish`.
+
+    Returns:
+        What became of the repository.
+
+    Raises:
+        PublishError: As for `publish`.
+    """
+    if create_pr and tag:
+        raise PublishError('A tag names a commit, and a pull request has none before it is merged. Leave one out.')
+    notes = list(notes)
+    with _clear_errors(repo_id, 'Nothing was uploaded.'):
+        api, before, tagged = _open_repository(repo_id, private, tag)
+    remote = {file.rfilename for file in before.siblings or ()}
+    files = sorted(file.name for file in folder.iterdir() if file.name not in (CARD, *OWN_FILES))
+    if CARD not in remote or replace_card:
+        files.append(CARD)
+    else:
+        notes.append(f'{repo_id} has a {CARD}, which is kept (--replace-card replaces it).')
+    others = remote - {*files, *RUN_FILES, CARD, '.gitattributes'}
+    if others:
+        notes.append(f'{repo_id} has other files too, which stay: {", ".join(sorted(others))}.')
+    operations: List[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
+    # of another training run
+    operations += [CommitOperationDelete(path_in_repo=name) for name in RUN_FILES if name in remote - {*files}]
+    try:
+        commit = api.create_commit(
+            repo_id, operations, commit_message=message, create_pr=create_pr, parent_commit=before.sha)
+    except Exception as e:
+        raise PublishError(f'{_cause(e, repo_id)} {_state_after(api, before)}') from e
     changed = commit.oid != before.sha
     if tag and not tagged:
         with _clear_errors(repo_id, f'The weights are published as {commit.oid}, and have no tag {tag}.'):
@@ -336,8 +372,15 @@ def _write_config(path: Path, model: Any) -> Dict[str, Any]:
     return config
 
 
-def _refuse_secrets(run: Run) -> None:
-    """Raises an error that names the field in which something looks like a token or a password."""
+def refuse_secrets(run: Run) -> None:
+    """Refuses to publish a run with a secret in it.
+
+    Args:
+        run: What lies beside a checkpoint.
+
+    Raises:
+        PublishError: Something looks like a token or a password; the message names the field.
+    """
     own = get_token()
 
     def look(value: Any, field: str) -> None:
@@ -356,8 +399,15 @@ def _refuse_secrets(run: Run) -> None:
         look(content, name)
 
 
-def _without_private_paths(run: Run) -> Tuple[Run, List[str]]:
-    """Reduces paths of this machine in the arguments and the command to their last part."""
+def without_private_paths(run: Run) -> Tuple[Run, List[str]]:
+    """Reduces paths of this machine in the arguments and the command to their last part.
+
+    Args:
+        run: What lies beside a checkpoint.
+
+    Returns:
+        The run without these paths, and a line on each.
+    """
     notes: List[str] = []
 
     def reduce(value: Any, key: str) -> Any:

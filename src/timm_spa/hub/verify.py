@@ -76,7 +76,15 @@ def verify(
     if folder is None:
         return report
     try:
+        from ..detection.checkpoint import is_detector  # detection builds on this package
+        from ..detection.repository import check_detector
+
         _check_files(folder, report)
+        if is_detector(folder):
+            checked, problems = check_detector(folder)
+            report.checked += checked
+            report.problems += problems
+            return report
         model = _check_config(folder, report)
         if model is not None and _check_weights(folder, model, report):
             _check_use(folder, model, report)

@@ -1,0 +1,236 @@
+"""Repositories of detectors on the Hub: their files, card, upload and checks."""
+import shutil
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .._errors import TimmSpaError
+from .._files import replacing
+from ..hub.card import CardError, check_repository_name
+from ..hub.markdown import paragraphs, plain, wrapped
+from ..hub.publish import CARD, Published, refuse_secrets, upload, without_private_paths
+from ..hub.run_record import Run
+from ..training_log import write_summary
+from .checkpoint import CONFIG, WEIGHTS, load_detector
+from .data import read_image
+
+__all__ = ['check_detector', 'publish_detector', 'write_detector_repository']
+
+TITLES = {'retinanet': 'RetinaNet', 'cascade_rcnn': 'Cascade R-CNN'}
+METRICS = {'eval_map': 'AP', 'eval_ap50': 'AP50', 'eval_ap75': 'AP75'}
+TEMPLATE = """---
+{{ card_data }}
+---
+# {{ title }}
+
+{{ about }}
+
+## Use
+
+```bash
+pip install "timm_spa[detection]"
+timm-spa detect predict street.jpg --checkpoint {{ source }} --out pictures
+```
+
+```python
+import torch
+from timm_spa.detection import load_detector, read_image
+
+model = load_detector('{{ source }}')
+image = read_image('street.jpg')
+with torch.inference_mode():
+    (found,) = model([image.float() / 255])
+for box, label, score in zip(found['boxes'], found['labels'], found['scores']):
+    print(model.categories[label]['name'], round(score.item(), 2), box.tolist())
+```
+
+Classes: {{ classes }}.
+{% if training %}
+## Training
+
+{{ training }}
+{% endif %}{% if limits %}
+## Limits
+
+{{ limits }}
+{% endif %}"""
+
+
+def write_detector_repository(
+        folder: Union[str, Path],
+        checkpoint: Union[str, Path],
+        repo_id: Optional[str] = None,
+        replace_card: bool = False,
+) -> List[str]:
+    """Writes the files of a Hub repository, after a check that the detector can be rebuilt from them.
+
+    These are model.safetensors, config.json and README.md, and args.yaml, summary.csv and card.yaml of the training
+    run, which lie in the checkpoint's folder or, for `best` and `last`, in the one above.
+
+    Args:
+        folder: Folder to write to; other files in it are left alone.
+        checkpoint: Folder of the checkpoint.
+        repo_id: Repository that the card names.
+        replace_card: Write README.md also if there is one in the folder.
+
+    Returns:
+        Remarks for the reader, a line each.
+
+    Raises:
+        DetectionError: The folder is no checkpoint of a detector.
+        CheckpointError: The weights cannot be read, or do not fit.
+        CardError: A card lacks a fact that it must state.
+        PublishError: A file of the run has a token or a password in it.
+        RunError: A file of the run does not hold what it should.
+    """
+    folder, checkpoint = Path(folder), Path(checkpoint)
+    check_repository_name(repo_id)
+    model = load_detector(checkpoint)
+    beside = Run.read(checkpoint)
+    in_run = checkpoint.resolve().name in ('best', 'last') and not beside.args and not beside.facts
+    run = Run.read(checkpoint.resolve().parent) if in_run else beside
+    refuse_secrets(run)
+    run, notes = without_private_paths(run)
+    notes.insert(0, f'Weights: {WEIGHTS} of {checkpoint}.')
+    row = _row_of(run, checkpoint.resolve().name)
+    card = _make_card(model, run, row, repo_id)
+    with replacing(folder) as partial:
+        partial.mkdir(parents=True)
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(checkpoint / name, partial / name)
+        if run.args:
+            (partial / 'args.yaml').write_text(yaml.safe_dump(run.args, allow_unicode=True), encoding='utf-8')
+        if run.summary:
+            write_summary(partial / 'summary.csv', run.summary)
+        if run.facts:
+            facts = dict(run.facts, epoch=int(row['epoch'])) if row else run.facts
+            (partial / 'card.yaml').write_text(yaml.safe_dump(facts, allow_unicode=True), encoding='utf-8')
+        if (folder / CARD).exists() and not replace_card:
+            notes.append(f'The card is {folder / CARD}, as it is.')
+            shutil.copyfile(folder / CARD, partial / CARD)
+        else:
+            card.save(partial / CARD)
+    return notes
+
+
+def publish_detector(
+        checkpoint: Union[str, Path],
+        repo_id: str,
+        *,
+        private: bool = False,
+        create_pr: bool = False,
+        tag: Optional[str] = None,
+        replace_card: bool = False,
+) -> Published:
+    """Publishes a detector as one commit of a Hub repository, which is created if there is none.
+
+    Args:
+        checkpoint: As for `write_detector_repository`.
+        repo_id: Repository, 'organization/name'.
+        private: As for `timm_spa.hub.publish.publish`.
+        create_pr: As for that.
+        tag: As for that.
+        replace_card: As for that.
+
+    Returns:
+        What became of the repository.
+
+    Raises:
+        PublishError: As for `timm_spa.hub.publish.publish`.
+        DetectionError: As for `write_detector_repository`, and also its other errors; nothing has left the machine.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, 'detector')
+        notes = write_detector_repository(folder, checkpoint, repo_id)
+        return upload(
+            folder, repo_id, 'Weights of a detector', notes, private=private, create_pr=create_pr, tag=tag,
+            replace_card=replace_card)
+
+
+def check_detector(folder: Path) -> Tuple[List[str], List[str]]:
+    """Checks that a repository's folder holds a detector that works.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        What was checked, and what is wrong, a line each.
+    """
+    checked = [f'{CONFIG} and {WEIGHTS}: the detector, every tensor finite']
+    try:
+        model = load_detector(folder)
+        photograph = resources.files('timm_spa') / 'images' / 'Red-Beet.jpg'
+        with torch.inference_mode(), resources.as_file(photograph) as path:
+            (found,) = model([read_image(path).float() / 255])
+    except TimmSpaError as e:
+        return checked, [str(e)]
+    checked.append(f'a photograph: {len(found["boxes"])} boxes')
+    odd = [key for key in ('boxes', 'scores') if not found[key].isfinite().all()]
+    return checked, [f'the {" and ".join(odd)} found in a photograph are not finite'] if odd else []
+
+
+def _row_of(run: Run, name: str) -> Optional[Mapping[str, float]]:
+    """Returns the metrics of the epoch that a checkpoint is of."""
+    if not run.summary:
+        return None
+    if name == 'last':
+        return run.summary[-1]
+    if name == 'best':
+        return max(run.summary, key=lambda row: row['eval_map'])
+    return run.row(run.facts.get('epoch'))
+
+
+def _make_card(model: Any, run: Run, row: Optional[Mapping[str, float]], repo_id: Optional[str]) -> ModelCard:
+    config, facts = model.detector_config, run.facts
+    if not facts.get('license'):
+        raise CardError(
+            'Nobody but you can choose the licence of a detector, and a card must name it. Say in card.yaml beside '
+            'args.yaml of the run: "license: apache-2.0", or another identifier of the Hub.')
+    dataset: Dict[str, Any] = facts.get('dataset') or {}
+    scores = {METRICS[key]: row[key] for key in METRICS if key in row} if row else {}
+    if scores and not dataset.get('name'):
+        raise CardError(
+            f'The AP {scores["AP"]} is of an unnamed dataset. Name it in card.yaml: "dataset: {{name: ...}}".')
+    title = f'{TITLES[config["detector"]]} on {config["backbone"]}'
+    names = [plain(str(c['name'])) for c in model.categories]
+    data = ModelCardData(
+        license=facts['license'],
+        library_name='timm_spa',
+        pipeline_tag='object-detection',
+        tags=['object-detection', 'timm', 'timm_spa'],
+        datasets=[dataset['id']] if dataset.get('id') else None,
+        base_model=facts.get('base_model') or None,
+        model_name=title if scores else None,
+        eval_results=[
+            EvalResult(
+                task_type='object-detection', task_name='Object detection',
+                dataset_type=dataset.get('id') or dataset.get('type', 'coco'), dataset_name=dataset['name'],
+                dataset_split=dataset.get('split'), metric_type=name.lower(), metric_name=name, metric_value=value,
+            ) for name, value in scores.items()] or None,
+    )
+    reached = ''
+    if row:
+        figures = ', '.join(f'{name} {value:.1f}' for name, value in scores.items())
+        reached = f'{figures} on {plain(dataset["name"])}, after {row["epoch"] + 1:.0f} epochs.'
+    settings = run.args.get('settings') or {}
+    recipe = '\n'.join(f'- {plain(str(key))}: {plain(str(value))}' for key, value in settings.items())
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=title,
+        about=paragraphs(
+            f'{title}. It finds objects of {config["num_classes"]} classes in pictures that it resizes to '
+            f'{config["min_size"]} pixels on the shorter side, at most {config["max_size"]} on the longer.', reached,
+            facts.get('about')),
+        source=f'hf-hub:{repo_id}' if repo_id else '.',
+        classes=', '.join(names[:100]) + (', ...' if len(names) > 100 else ''),
+        training=paragraphs(
+            *(f'```bash\n{wrapped(command)}\n```' for command in facts.get('commands') or ()), recipe,
+            facts.get('training')),
+        limits=paragraphs(dataset.get('note'), facts.get('limits')),
+    )
