@@ -1,8 +1,10 @@
 """The command line, as a user runs it."""
+import importlib
 import json
+import shlex
 import subprocess
 import sys
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
@@ -133,7 +135,7 @@ def test_predict_reports_broken_pictures_and_goes_on(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(('model', 'message'), [
-    ('spa_resnet5', 'Unknown model'),
+    ('spa_resnet5', "There is no model 'spa_resnet5'. Did you mean spa_resnet50"),
     ('spa_mobilenetv2_075', 'No pretrained weights exist'),
 ])
 def test_a_model_that_cannot_be_loaded(model, message, capsys):
@@ -179,6 +181,39 @@ def test_help_does_not_wait_for_torch():
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == 'False False'
     assert f'timm_spa {timm_spa.__version__}' in done.stdout
+
+
+def test_examples_are_commands(monkeypatch, capsys):
+    """Every verb's help has one that the verb understands, and the whole says what the exit codes are."""
+    for verb in timm_spa_cli.VERBS:
+        module = importlib.import_module(f'timm_spa_cli.{verb}')
+        monkeypatch.setattr(module, 'run', lambda args: 0)
+        with pytest.raises(SystemExit, match='0'):
+            timm_spa_cli.main([verb, '--help'])
+        shown = capsys.readouterr().out
+        for example in module.EXAMPLES:
+            program, *arguments = shlex.split(example)
+            assert (program, arguments[0]) == ('timm-spa', verb)
+            assert timm_spa_cli.main(arguments) == 0
+            assert f'\n  {example}\n' in shown
+    with pytest.raises(SystemExit, match='0'):
+        timm_spa_cli.main(['--help'])
+    assert 'Exit code: 0 if all was done, 1 if' in capsys.readouterr().out
+
+
+def test_an_error_is_json_where_the_answer_would_be(capsys):
+    assert timm_spa_cli.main(['predict', str(IMAGES / 'Red-Beet.jpg'), '--model', 'spa_resnet5', '--json']) == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)['error'] in said.err
+
+
+def test_without_an_installation(monkeypatch, capsys):
+    """Only the version needs one."""
+    monkeypatch.setattr(metadata, 'version', lambda name: metadata.distribution('no such package'))
+    assert timm_spa_cli.main(['recipes']) == 0
+    with pytest.raises(SystemExit, match='0'):
+        timm_spa_cli.main(['--version'])
+    assert 'timm_spa not installed' in capsys.readouterr().out
 
 
 def test_an_error_of_ours_is_a_line_and_a_bug_says_so(monkeypatch, capsys):

@@ -92,7 +92,7 @@ def test_statistics_of_norm_layers_are_frozen():
 def test_bad_backbones():
     with pytest.raises(DetectionError, match='no map of stride 16: the strides of its maps are 1, 1, 2, 4, 8'):
         retinanet('spa_preresnet18_cifar', **SMALL)
-    with pytest.raises(DetectionError, match='spa_resnet51 cannot be the backbone of a detector: Unknown model'):
+    with pytest.raises(DetectionError, match="There is no model 'spa_resnet51'. Did you mean spa_resnet"):
         retinanet('spa_resnet51', **SMALL)
     with pytest.raises(DetectionError, match='from 0 to 5, got 6'):
         cascade_rcnn('resnet18', trainable_layers=6, **SMALL)

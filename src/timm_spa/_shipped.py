@@ -1,9 +1,9 @@
 """What comes with the package: photographs, and recipes and launch configurations of train_scripts."""
-import difflib
 from pathlib import Path
 from typing import Dict, List
 
 from ._errors import UsageError
+from ._names import did_you_mean
 
 __all__ = ['find_recipe', 'shipped_files', 'shipped_photographs']
 
@@ -36,7 +36,5 @@ def find_recipe(name: str) -> Path:
     """
     files = shipped_files()
     if name not in files:
-        near = difflib.get_close_matches(name, files, n=1, cutoff=0.4)
-        hint = f' Did you mean {near[0]}?' if near else ''
-        raise UsageError(f'There is no recipe {name!r}.{hint} There are: {", ".join(files)}.')
+        raise UsageError(f'There is no recipe {name!r}.{did_you_mean(name, files, 1)} There are: {", ".join(files)}.')
     return files[name]

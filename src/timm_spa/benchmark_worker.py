@@ -20,6 +20,7 @@ from timm.utils import ParseKwargs, reparameterize_model
 from torch.utils.benchmark import Timer
 
 from ._errors import TimmSpaError
+from ._names import unknown_model
 from .environment import environment
 from .layers.fused_branch import CONVS, NORMS, FusedBranch, merge_norms
 
@@ -100,8 +101,9 @@ def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
         ValueError: There is no such model, or an argument is not of the form key=value.
     """
     name, *words = shlex.split(text) or ['']
-    if not timm.is_model(name):
-        raise ValueError(f'there is no model {name!r}.')
+    problem = unknown_model(name)
+    if problem:
+        raise ValueError(problem)
     wrong = [w for w in words if w.count('=') != 1]
     if wrong:
         raise ValueError(f'{text!r}: {wrong[0]!r} is not of the form key=value.')

@@ -1,6 +1,5 @@
 """Classes of pictures, by any model that timm can create."""
 import dataclasses
-import difflib
 import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
@@ -20,6 +19,7 @@ from timm.data import (
 from timm.utils import reparameterize_model
 
 from ._errors import TimmSpaError
+from ._names import did_you_mean, unknown_model
 from .hub.checkpoint import check_weights, read_weights
 from .models.tensors import first_few
 from .training_log import read_classes
@@ -75,6 +75,9 @@ def load_model(
         ModelError: There is no such model, or its weights could not be had.
         CheckpointError: The file cannot be read, or does not fit the model.
     """
+    problem = unknown_model(name)
+    if problem:
+        raise ModelError(problem)
     try:
         model = timm.create_model(name, pretrained=checkpoint is None, num_classes=num_classes)
     except TimmSpaError:
@@ -148,8 +151,7 @@ def find_class(model: nn.Module, label: str) -> int:
     for i, entry in enumerate(names):
         if label.lower() in (str(i), str(entry['label']).lower(), str(entry['name']).lower()):
             return i
-    near = difflib.get_close_matches(label, [str(entry['name']) for entry in names], n=1, cutoff=0.4)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
+    hint = did_you_mean(label, [str(entry['name']) for entry in names], 1)
     raise ModelError(f'The model has no class {label!r}.{hint} Its {len(names)} classes have numbers too, from 0.')
 
 

@@ -5,16 +5,34 @@ module with `HELP`, `add_arguments` and `run`.
 """
 import argparse
 import importlib
+import json
 import os
 import sys
 from importlib import metadata
-from typing import List, Optional
+from typing import Any, List, Optional
 
 __all__ = ['main']
 
 VERBS = (
     'list', 'demo', 'predict', 'explain', 'app', 'detect', 'export', 'card', 'publish', 'verify', 'convert', 'recipes',
     'bench')
+
+EXIT_CODES = 'Exit code: 0 if all was done, 1 if anything that was asked for could not be, 2 for wrong arguments.'
+
+
+class _Version(argparse.Action):
+    """Looks up the version when it is asked for: the package may be used from a folder, without being installed."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        try:
+            version = metadata.version('timm_spa')
+        except metadata.PackageNotFoundError:
+            version = 'not installed'
+        print(f'timm_spa {version}')
+        parser.exit()
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -24,15 +42,19 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: Arguments; those of the process if None.
 
     Returns:
-        Exit code: 0, or 1 if anything that was asked for could not be done.
+        Exit code: 0, or 1 if anything that was asked for could not be done. Arguments that are wrong end in
+        SystemExit(2).
     """
-    parser = argparse.ArgumentParser(prog='timm-spa', description='Spatial Pyramid Attention models for timm.')
-    parser.add_argument('--version', action='version', version=f'timm_spa {metadata.version("timm_spa")}')
+    parser = argparse.ArgumentParser(
+        prog='timm-spa', description='Spatial Pyramid Attention models for timm.', epilog=EXIT_CODES)
+    parser.add_argument('--version', action=_Version, help='show the version and exit')
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
     for name in VERBS:
         module = importlib.import_module(f'.{name}', __name__)
-        verb = verbs.add_parser(name, help=module.HELP)
+        verb = verbs.add_parser(
+            name, help=module.HELP, description=f'{module.HELP[0].upper()}{module.HELP[1:]}.',
+            epilog='\n  '.join(['example:', *module.EXAMPLES]), formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(verb)
         verb.set_defaults(run=module.run, error=verb.error)
     args = parser.parse_args(argv)
@@ -51,6 +73,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         expected = isinstance(e, (TimmSpaError, OSError))  # the file system names file and cause by itself
         report = '' if expected else (
             f'\nThis is a bug of timm_spa, please report it with what `timm-spa --traceback {args.verb} ...` shows.')
+        if getattr(args, 'json', None) is True:
+            print(json.dumps(dict(error=str(e))))
         print(f'timm-spa: {"" if expected else type(e).__name__ + ": "}{e}{report}', file=sys.stderr)
         return 1
     return code

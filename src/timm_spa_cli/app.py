@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 HELP = 'open a page where you drop a picture and see what the net looks at'
+EXAMPLES = ('timm-spa app --model spa_tf_efficientnet_lite0.grocery81 --model spa_resnet50',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import sys
 from timm_spa_cli._table import print_table
 
 HELP = 'measure speed and memory of models in turn, as ratios to one of them'
+EXAMPLES = ('timm-spa bench resnet50 seresnet50 spa_resnet50 --channels-last --batch-size 8 --reparam',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

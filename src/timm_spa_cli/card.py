@@ -3,6 +3,7 @@ import argparse
 import os
 
 HELP = "make the card of a repository's folder from the files in it, and print it"
+EXAMPLES = ('timm-spa card out --repo ORG/NAME --write',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 import argparse
 
 HELP = 'make a safetensors file of weights from elsewhere'
+EXAMPLES = ('timm-spa convert resnet50.pth spa_resnet50.safetensors --model spa_resnet50',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import argparse
 from timm_spa_cli.predict import SHIPPED_MODEL, positive, show_predictions
 
 HELP = 'classify the shipped photographs with the shipped weights'
+EXAMPLES = ('timm-spa demo holiday.jpg',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,9 @@ from timm_spa_cli._table import distinct, print_table
 from timm_spa_cli.predict import positive
 
 HELP = "find objects: train RetinaNet or Cascade R-CNN on a dataset in COCO's format, evaluate, draw boxes"
+EXAMPLES = (
+    'timm-spa detect train --data DATA --detector retinanet --model spa_resnet50 --pretrained --output runs/first',
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

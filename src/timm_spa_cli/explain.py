@@ -12,6 +12,7 @@ from timm_spa_cli._table import distinct, print_table
 from timm_spa_cli.predict import SHIPPED_MODEL, load_named
 
 HELP = 'show what a net looks at, and what its attention does: class activation, gates, pyramid weights, its worth'
+EXAMPLES = ('timm-spa explain cam beet.jpg --compare resnet50 --out figures',)
 LIMITS = (
     'A class activation map shows which places raise a score, and is no proof of reasoning. A gate acts on channels, '
     'and a mean over them hides what single ones do. That a gate differs from 1/2 does not say that it helps: `ablate` '
@@ -21,7 +22,6 @@ Rows = List[Tuple[Any, ...]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.epilog = LIMITS
     kinds = parser.add_subparsers(dest='kind', required=True, metavar='WHAT')
 
     def add(name: str, about: str) -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ import argparse
 from timm_spa_cli.predict import load_named, positive
 
 HELP = 'write a model for ONNX Runtime, torch.export, AOTInductor or OpenVINO, and compare it with PyTorch'
+EXAMPLES = ('timm-spa export spa_tf_efficientnet_lite0.grocery81 grocery.onnx --to onnx --dynamic batch',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import Sequence
 from timm_spa_cli._table import print_table
 
 HELP = 'models, their size and cost, and their weights'
+EXAMPLES = ('timm-spa list "spa_b_*"',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

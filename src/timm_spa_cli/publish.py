@@ -4,6 +4,10 @@ from functools import partial
 from typing import Any
 
 HELP = 'publish weights as a repository of the Hub, in one commit'
+EXAMPLES = (
+    'timm-spa publish runs/first/model_best.pth.tar --model spa_resnet50.mine --dry-run out',
+    'timm-spa publish runs/detector/best --repo ORG/NAME',
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

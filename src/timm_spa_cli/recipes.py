@@ -5,6 +5,7 @@ import shutil
 from timm_spa_cli._table import print_table
 
 HELP = "recipes for timm's train.py and launch configurations for accelerate: list, show or copy them"
+EXAMPLES = ('timm-spa recipes finetune_warm --to mine.yaml',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 import argparse
 
 HELP = 'check a repository of the Hub, or a folder that will be one'
+EXAMPLES = ('timm-spa verify ORG/NAME --images DATA --split val',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

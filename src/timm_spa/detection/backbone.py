@@ -11,6 +11,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from .._errors import TimmSpaError
+from .._names import unknown_model
 
 __all__ = ['Backbone', 'DetectionError', 'create_body']
 
@@ -45,6 +46,9 @@ def create_body(name: str, pretrained: Union[bool, str, Path], **kwargs: Any) ->
             convert(str(pretrained), file, name, **kwargs)
             overlay = dict(file=str(file), source='')
             return create_body(name, True, **dict(kwargs, pretrained_cfg_overlay=overlay))
+    problem = unknown_model(name)
+    if problem:
+        raise DetectionError(problem)
     try:
         return timm.create_model(name, pretrained=bool(pretrained), features_only=True, **kwargs)
     except TimmSpaError:

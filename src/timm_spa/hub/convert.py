@@ -15,6 +15,7 @@ from timm.models.efficientnet import EfficientNet
 from .. import __version__
 from .._errors import UsageError
 from .._files import replacing
+from .._names import unknown_model
 from ..layers import SpatialPyramidAttention
 from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
 from ..models._warm_start import gated_modules, warm_start
@@ -90,8 +91,9 @@ def convert(
         raise UsageError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
     if kind not in (None, *KINDS):
         raise UsageError(f'The kind of the source must be one of {", ".join(KINDS)}, got {kind!r}.')
-    if not timm.is_model(model_name.partition('.')[0]):
-        raise UsageError(f'There is no model {model_name!r}.')
+    problem = unknown_model(model_name)
+    if problem:
+        raise UsageError(problem)
     if output.exists() and not overwrite:
         raise CheckpointError(f'{output} is there already; --overwrite replaces it.')
     weights = read_weights(source)

@@ -6,7 +6,6 @@ where the gate goes; a bare norm layer becomes one of these, with an activation 
 there when timm converts them to synchronized or frozen ones. A convolution becomes one of the same class with a gate.
 timm's names of parameters stay. Those of a gate have `.attn.` in them, as 'layer1.0.bn3.drop.attn.fc1.weight'.
 """
-import difflib
 import os
 import re
 from collections import Counter
@@ -41,6 +40,7 @@ from timm.models import (
 from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
 
+from .._names import did_you_mean, unknown_model
 from ._block_types import BLOCK_TYPES, default_places, place_in_block
 from ._entrypoints import list_models
 from ._gated_net import adopt
@@ -213,8 +213,7 @@ def _named_places(modules: Dict[str, nn.Module], where: Any) -> List[str]:
             if (fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.fullmatch(name))]
         if not found:
             text = pattern if isinstance(pattern, str) else pattern.pattern
-            near = difflib.get_close_matches(text, modules, n=3, cutoff=0.4)
-            raise ValueError(f'The model has no module {text!r}. Nearest: {", ".join(near) or "none"}.')
+            raise ValueError(f'The model has no module {text!r}.{did_you_mean(text, modules)}')
         names += [place_in_block(name, modules[name]) or name for name in found]
     return list(dict.fromkeys(names))
 
@@ -332,9 +331,9 @@ def create_gated(
         ValueError: See `add_attention`.
     """
     name, _, tag = base.partition('.')
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise RuntimeError(f'Unknown model ({name}), the base of {variant}. Nearest: {", ".join(near) or "none"}.')
+    problem = unknown_model(name)
+    if problem:
+        raise RuntimeError(f'The base of {variant} is unknown. {problem}')
     if isinstance(pretrained_cfg, str):
         wanted = pretrained_cfg.removeprefix('warm_')
         if wanted != (tag or wanted):
