@@ -1,4 +1,6 @@
 """The pages are built without a warning, and the Python code of README and pages runs as it stands."""
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / 'docs' / 'finetune.ipynb'
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 
@@ -40,6 +43,29 @@ def test_links_to_files(page):
     links = re.findall(r'\]\(([^)#]+)[^)]*\)', text) + re.findall(r'\{image\} (\S+)', page.read_text(encoding='utf-8'))
     missing = [link for link in links if '://' not in link and not (page.parent / link).exists()]
     assert not missing
+
+
+def test_notebook_is_shown_as_it_ran():
+    """Its outputs are those of one run from top to bottom, without an error or a path of a machine."""
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells'] if cell['cell_type'] == 'code']
+    assert [cell['execution_count'] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell['outputs']]
+    assert {output['output_type'] for output in outputs} == {'stream', 'execute_result'}
+    assert not re.search(r'/(home|root|tmp|work|Users)/', json.dumps(outputs))
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path):
+    """In one process, without a network; what it says of the result is checked."""
+    cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+    code = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+        env=dict(os.environ, HF_HUB_OFFLINE='1'))
+    assert done.returncode == 0, done.stderr
+    assert 'largest difference: 0.0\n' in done.stdout
+    assert 'problems: []\n' in done.stdout
+    assert done.stdout.endswith('Garant-Ecological-Medium-Fat-Milk -> carton\nGreen-Bell-Pepper -> vegetable\n')
 
 
 def test_pages_are_built(tmp_path):
