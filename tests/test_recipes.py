@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -47,19 +46,6 @@ def test_a_recipe_by_name(arguments, tmp_path, capfd):
     assert yaml.safe_load(Path(path).read_text()) == yaml.safe_load(shipped_files()['finetune_warm'].read_text())
     assert run.main(['train', '--timm-scripts', str(tmp_path), '--config', 'recipe:none']) == 2
     assert "There is no recipe 'none'" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_source_distribution_is_the_whole_project(tmp_path):
-    """What git knows, so that its tests pass where it was unpacked."""
-    if not (ROOT / '.git').exists():
-        pytest.skip('needs a checkout of git')
-    known = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    subprocess.run(
-        [sys.executable, '-m', 'build', '--sdist', '--outdir', tmp_path, ROOT], check=True, capture_output=True)
-    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive:
-        packed = {name.partition('/')[2] for name in archive.getnames()}
-    assert [name for name in known.split('\0') if name not in packed] == []
 
 
 @pytest.fixture(scope='module')
