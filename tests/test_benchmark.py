@@ -343,7 +343,7 @@ class Changing(Net):
 
 
 @pytest.mark.parametrize(('warmup', 'message'), [
-    (2, 'it was compiled again after its warm-up'), (20, 'recompilation limit')])
+    (2, 'the model was recompiled after its warm-up'), (20, 'recompilation limit')])
 def test_what_is_compiled_again_has_no_time(warmup, message, monkeypatch):
     settings = Settings(batch_size=2, warmup=warmup, min_seconds=0., compile='eager')
     monkeypatch.setattr(benchmark_worker, '_workload', benchmark_worker.Workload(

@@ -11,7 +11,7 @@ from ._errors import TimmSpaError
 
 __all__ = ['ReadError', 'WriteError', 'read_text', 'replacing']
 
-LARGEST_TEXT = 2_000_000  # bytes: what a run writes has some thousand
+LARGEST_TEXT = 2_000_000  # bytes; files of a run have some thousand
 
 
 class WriteError(TimmSpaError, OSError):

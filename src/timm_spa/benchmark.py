@@ -26,7 +26,7 @@ __all__ = ['BenchmarkError', 'Settings', 'Worker', 'measure', 'notes', 'table_ro
 
 KIND = 'timm-spa bench 1'
 AS_BUILT = ' as built'  # behind the name of the base that is also measured without --reparam
-# of the surroundings, what changes how fast a machine computes
+# environment variables that affect speed, kept with the results
 VARIABLES = ('CUDA_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_')
 
 
@@ -41,11 +41,11 @@ class Worker:
     def __init__(self, model: str, settings: Settings) -> None:
         self.model = model
         self.settings = settings
-        # what models and compilers print is no part of the table
+        # keep what models and compilers print out of stdout, where the table goes
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), os.dup2, (2, 1))
 
     def ask(self, what: str) -> Dict[str, Any]:
-        """Asks the process for something, and waits for it.
+        """Sends a request to the process and waits for the answer.
 
         Args:
             what: As for `benchmark_worker.answer`.
@@ -82,7 +82,7 @@ def measure(
         settings: How to measure them.
         base: The one of them that the others are compared with; the first if None.
         command: Command that this is the outcome of, to be kept with it.
-        progress: Is told what goes on.
+        progress: Called with a line on the current step.
 
     Returns:
         The record, of what JSON knows: 'settings', 'environment', 'base', every round of every model, and what
@@ -137,7 +137,7 @@ def measure(
 
 
 def _summarise(entries: Sequence[Dict[str, Any]], base: int, batch_size: int) -> None:
-    """Adds speeds and ratios to each round, and their middle and spread to each model."""
+    """Adds speed and ratio to each round, and their quartiles to each model."""
     for entry in entries:
         for r in entry['rounds']:
             r['images_per_second'] = batch_size * r['steps'] / r['seconds']
@@ -184,7 +184,7 @@ def _figures(summary: Dict[str, float], form: str) -> Tuple[str, str]:
 
 
 def notes(record: Dict[str, Any]) -> List[str]:
-    """Tells what the figures of a record are, and of what.
+    """Describes what was measured and how.
 
     Args:
         record: Of `measure`.

@@ -128,7 +128,7 @@ def reparameterized(net: nn.Module, images: torch.Tensor) -> nn.Module:
     net = reparameterize_model(net, inplace=True)
     if any(isinstance(m, FusedBranch) for m in net.modules()):
         return net
-    made: Dict[int, Tuple[str, torch.Tensor]] = {}  # with the map, so that no other one gets its id
+    made: Dict[int, Tuple[str, torch.Tensor]] = {}  # keeps the map alive, so that its id is not reused
     pairs: List[Tuple[str, str]] = []
 
     def listen(name: str, module: nn.Module) -> Any:
@@ -214,7 +214,7 @@ class Workload:
         for _ in range(1 + self.settings.warmup):
             self.step()
         if self._device.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats()  # what choosing the kernels took is not what a step takes
+            torch.cuda.reset_peak_memory_stats()  # leave out the memory that choosing kernels took
         self._graphs, breaks = self._compiled()
         return dict(graphs=self._graphs, graph_breaks=breaks)
 
@@ -230,11 +230,11 @@ class Workload:
         timer = Timer('step()', globals=dict(step=self.step), num_threads=torch.get_num_threads())
         found = timer.blocked_autorange(min_run_time=max(self.settings.min_seconds, 1e-6))
         if self._compiled()[0] != self._graphs:
-            raise RuntimeError('it was compiled again after its warm-up, so that no time can be told; try a longer one')
+            raise RuntimeError('the model was recompiled after its warm-up, so the timing is invalid; raise --warmup')
         return dict(steps=len(found.raw_times) * found.number_per_run, seconds=sum(found.raw_times))
 
     def memory(self) -> Dict[str, Any]:
-        """Tells the peak of the memory.
+        """Reports the peak memory.
 
         Returns:
             'peak_memory' in bytes (None where the system does not say), and in 'peak_memory_is' what was measured.
@@ -261,7 +261,7 @@ _workload: Any = None  # of this process
 
 
 def answer(what: str, model: str, settings: Settings) -> Dict[str, Any]:
-    """Does what it is asked to, in the process of the model.
+    """Handles a request in the process of the model.
 
     Args:
         what: 'build', 'warm_up', 'measure' or 'memory'.
@@ -276,7 +276,7 @@ def answer(what: str, model: str, settings: Settings) -> Dict[str, Any]:
     """
     try:
         return _build(model, settings) if what == 'build' else getattr(_workload, what)()
-    except Exception as e:  # many of torch's do not come through to another process
+    except Exception as e:  # many of torch's exceptions cannot be pickled
         text = str(e).strip()
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
             cause = f'out of memory with --batch-size {settings.batch_size}.'

@@ -39,7 +39,7 @@ class PictureError(TimmSpaError, OSError):
 
 @dataclasses.dataclass
 class Prediction:
-    """What a model says of one picture, or why it could say nothing.
+    """The classes of one picture, or why it could not be classified.
 
     Attributes:
         path: The picture.
@@ -191,7 +191,7 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
         try:
             with Image.open(path) as image:
                 return transform(ImageOps.exif_transpose(image).convert(mode))
-        except Exception as e:  # whatever a decoder raises for a broken file
+        except Exception as e:  # decoders raise all kinds of exceptions for a broken file
             raise PictureError(f'{type(e).__name__}: {e}' if not isinstance(e, OSError) else str(e)) from e
 
     return read

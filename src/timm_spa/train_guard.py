@@ -1,4 +1,4 @@
-"""What `timm_spa.run train` watches over while timm's train.py runs, unchanged.
+"""Checks that `timm_spa.run train` adds to timm's train.py, which runs unchanged.
 
 timm's script goes on when the loss is no number any more, and saves such weights; a full disk ends in an error of the
 file format; a resumed run writes a second header into its metrics; the names of the classes are lost. Everything here
@@ -33,7 +33,7 @@ class TrainingError(TimmSpaError, RuntimeError):
 
 
 class _AverageMeter(utils.AverageMeter):
-    """timm's average, which stops the run when the values stop being numbers: only losses can."""
+    """timm's average meter, which stops the run after several non-finite losses in a row."""
 
     bad_in_a_row = 0
 
@@ -97,7 +97,7 @@ def _update_summary(
         else:
             path.unlink(missing_ok=True)
     except SummaryError as e:
-        # what a full disk or a hand left there is kept; the rows from here on begin a file of their own
+        # the file was cut off or edited: keep it, and begin a new one for the rows from here on
         kept = path.with_suffix('.csv.unreadable')
         path.replace(kept)
         rows = []
@@ -107,7 +107,7 @@ def _update_summary(
         utils.summary.update_summary(
             epoch, train_metrics, eval_metrics, filename, lr=lr, write_header=not rows, log_wandb=log_wandb)
     except OSError as e:
-        os.truncate(path, size)  # no half of a row
+        os.truncate(path, size)  # leave no partial row
         raise TrainingError(f'{path} could not be written: {e}. The checkpoints are as they were.') from e
 
 
@@ -139,7 +139,7 @@ def _create_loader(dataset: Any, input_size: Any, batch_size: int, *args: Any, *
 
 
 def _check_padding(dataset: Any, input_size: Any, scale: Any, ratio: Any) -> None:
-    """Warns if crops of one size, which are windows of padded pictures, would be made of other pictures."""
+    """Warns if the recipe's fixed-size crops, meant for padded pictures, would crop pictures that are not padded."""
     if not (scale and ratio and len({*scale}) == len({*ratio}) == 1 and scale[0] < 1 and hasattr(dataset, 'reader')):
         return
     wanted = round(input_size[-1] / math.sqrt(scale[0]))
@@ -168,7 +168,7 @@ _class_names: List[str] = []  # of the data set to train on, in the order of the
 
 @contextmanager
 def guarded_training() -> Iterator[None]:
-    """Puts the checks of this module where timm's train.py finds them, until the block ends.
+    """Installs the checks of this module in timm's train.py within the context.
 
     Raises:
         TrainingError: The loss or the weights are not finite, a checkpoint or the metrics cannot be written, the data

@@ -98,7 +98,7 @@ class Backbone(nn.Module):
         channels = [info.channels()[i] for i in self._indices]
         extra = LastLevelP6P7(channels[-1], PYRAMID_CHANNELS) if p6p7 else LastLevelMaxPool()
         if isinstance(extra, LastLevelP6P7):
-            extra.use_P5 = False  # torchvision takes the pyramid's map where C5 has 256 channels
+            extra.use_P5 = False  # otherwise torchvision computes P6 from P5 where C5 has 256 channels
         self.fpn = FeaturePyramidNetwork(channels, PYRAMID_CHANNELS, extra)
         self.out_channels = PYRAMID_CHANNELS
         _freeze(body, trainable_layers)
@@ -132,7 +132,7 @@ def _freeze(body: Any, trainable_layers: int) -> None:
         return
     parameters = list(body.parameters())
     was_training = body.training
-    body.eval()  # a batch norm would refuse maps of one value, and count this image
+    body.eval()  # batch norm would raise on maps of one value, and update its statistics
     with torch.enable_grad():
         image = torch.rand(1, 3, 64, 64, device=parameters[0].device, dtype=parameters[0].dtype)
         gradients = torch.autograd.grad(body(image)[stages[-1]].sum(), parameters, allow_unused=True)

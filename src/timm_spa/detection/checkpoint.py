@@ -20,7 +20,7 @@ __all__ = ['CONFIG', 'WEIGHTS', 'is_detector', 'load_detector', 'save_detector']
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 HUB = 'hf-hub:'
-# of what a file of somebody else may ask for: more would fill the memory
+# limits on what an untrusted file may ask for, since more would fill the memory
 LARGEST = dict(num_classes=100_000, trainable_layers=5, min_size=4096, max_size=8192)
 
 
@@ -77,7 +77,7 @@ def load_detector(source: Union[str, Path], device: Union[str, torch.device] = '
         categories: List[Dict[str, Any]] = [dict(id=c['id'], name=c['name']) for c in fields.pop('categories')]
         fields.pop('timm_spa', None)
         named = {'detector', 'backbone', 'num_classes'} <= fields.keys()
-        # a file of somebody else must not say what else is opened or fetched
+        # an untrusted file must not make us open or fetch anything else
         foreign = {'pretrained_backbone', *NOT_OF_A_MODEL}
         asked = foreign & {*fields, *(fields.get('backbone_kwargs') or {})}
     except ReadError as e:

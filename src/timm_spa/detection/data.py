@@ -67,7 +67,7 @@ def read_image(path: Union[str, Path], size: Optional[Tuple[int, int]] = None) -
             return pil_to_tensor(image.convert('RGB'))
     except DetectionError:
         raise
-    except Exception as e:  # whatever a decoder raises for a broken file
+    except Exception as e:  # decoders raise all kinds of exceptions for a broken file
         raise DetectionError(f'{path} cannot be read as a picture: {e}') from e
 
 
@@ -168,7 +168,7 @@ class CocoDataset(Dataset):
     def _clipped(self, box: Any, size: Tuple[int, int], named: str) -> Optional[List[float]]:
         """Returns a box inside the picture, None if nothing is left of it."""
         if len(box) != 4 or not all(math.isfinite(value) for value in box):
-            raise DetectionError(f'{named} has a bbox of no four numbers: {box!r}.')
+            raise DetectionError(f'{named} has a bbox that is not four numbers: {box!r}.')
         left, top, width, height = map(float, box)
         x0, x1 = (min(max(x, 0.), size[0]) for x in (left, left + width))
         y0, y1 = (min(max(y, 0.), size[1]) for y in (top, top + height))

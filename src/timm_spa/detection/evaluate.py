@@ -111,7 +111,7 @@ def coco_figures(dataset: CocoDataset, detections: Mapping[int, Detection]) -> D
         coco = COCO()
         coco.dataset = dict(
             images=[dict(id=place) for place in range(len(dataset))], categories=[dict(id=label) for label in known],
-            # from 1: pycocotools takes a match with id 0 for none
+            # from 1: pycocotools treats a match with id 0 as no match
             annotations=[dict(entry, id=number) for number, entry in enumerate(entries, start=1)])
         coco.createIndex()
         return coco

@@ -64,7 +64,7 @@ def _gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Dict[str
 
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode, for as long as the block lasts."""
+    """Puts a model in eval mode within the context."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -76,7 +76,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forward_hooks(modules: Iterable[Tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
-    """Hooks on modules, for as long as the block lasts."""
+    """Registers forward hooks within the context."""
     handles = [module.register_forward_hook(hook) for module, hook in modules]
     try:
         yield
@@ -130,7 +130,7 @@ def scale_weights(model: nn.Module) -> Dict[str, ScaleWeights]:
 
 @contextlib.contextmanager
 def neutral_gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Iterator[None]:
-    """Sets gates to 1/2 everywhere, what they are at a warm start, until the block ends.
+    """Sets gates to 1/2, their value at a warm start, within the context.
 
     Args:
         model: A net with SPA, as it is built or fused, not compiled.
@@ -149,7 +149,7 @@ def ablate(
         batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
         progress: Callable[[int], None] = lambda seen: None,
 ) -> Dict[str, Tuple[int, int]]:
-    """Counts the right answers of a net as it is, without each of its gates, and without any.
+    """Counts right answers with all gates, with each one neutral in turn, and with all neutral.
 
     Args:
         model: A net with SPA, as it is built or fused, not compiled.

@@ -1,4 +1,4 @@
-"""The metrics of training runs, sorted into what was trained alike but for the seed."""
+"""Metrics of training runs, grouped by what was trained; runs of a group differ in the seed alone."""
 import re
 from pathlib import Path
 from typing import Dict, Iterable, List, Union

@@ -35,7 +35,7 @@ class FigureError(TimmSpaError, ImportError):
 
 @contextlib.contextmanager
 def _style(dark: bool = False) -> Iterator[None]:
-    """Sets how matplotlib draws, for as long as the block lasts."""
+    """Sets matplotlib's style within the context."""
     try:
         import matplotlib
         from matplotlib import style
@@ -47,7 +47,7 @@ def _style(dark: bool = False) -> Iterator[None]:
 
 
 def _panels(rows: int, columns: int, width: float, height: float, **kwargs: Any) -> Tuple[Any, Any]:
-    """Makes a figure of panels, each so wide and high (inches), without pyplot and its state."""
+    """Makes a figure of panels of a width and height in inches, without pyplot's global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout='constrained')
@@ -227,7 +227,7 @@ def save(figure: Any, path: Union[str, Path]) -> List[Path]:
     """
     png, svg = Path(f'{path}.png'), Path(f'{path}.svg')
     with replacing(png) as partial:
-        # 256 colours are a third of the file, and no loss that anybody sees
+        # 256 colours look the same, in a third of the bytes
         as_image(figure).quantize(256).save(partial, format='png', optimize=True)
     with replacing(svg) as partial, _style():
         figure.savefig(partial, format='svg', metadata={'Date': None})

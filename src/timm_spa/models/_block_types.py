@@ -10,7 +10,7 @@ from timm.models.vgg import VGG
 
 __all__ = ['BLOCK_TYPES', 'default_places', 'place_in_block']
 
-# File of timm, class: the branch's last norm layer or convolution, or what ends with it; the first that the block has.
+# timm's file -> class of block -> names of the branch's last norm layer or convolution; the first one found is gated.
 # An empty path is the block itself, which sums its branches (RepVGG) or has none (VGG).
 BLOCK_TYPES: Dict[str, Dict[str, Tuple[str, ...]]] = {
     'timm.models.resnet': {'BasicBlock': ('bn2',), 'Bottleneck': ('bn3',)},  # also of HRNet

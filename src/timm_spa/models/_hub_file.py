@@ -78,7 +78,7 @@ def locate_weights(
         if problem:
             _logger.info(f'Using the cached {filename} of {repo_id}: {problem}.')
         elif path != cached and re.fullmatch(r'[0-9a-f]{64}', digest) and _sha256(path) != digest:
-            os.unlink(os.path.realpath(path))  # or it would be taken for the right one from now on
+            os.unlink(os.path.realpath(path))  # otherwise the cache would keep serving the damaged file
             raise HubWeightsError(
                 f'Damaged weights: {filename} of {repo_id} is not what was published: its bytes changed on the way '
                 f'(the Hub says SHA-256 {digest}). It is deleted; load it again.')
@@ -93,7 +93,7 @@ def locate_weights(
 
 
 def _ask(url: str, revision: Optional[str]) -> Tuple[str, Optional[str]]:
-    """Asks once for a file's head; returns its digest, and what stands in the way of a download, if anything does."""
+    """Sends one HEAD request; returns the digest of the file, and why it cannot be downloaded, if it cannot."""
     try:
         return get_hf_file_metadata(url, timeout=PROBE_TIMEOUT).etag or '', None
     except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises

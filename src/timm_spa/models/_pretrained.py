@@ -191,7 +191,7 @@ def build_model(
         **kwargs,
     )
     if located:
-        model.pretrained_cfg.pop('file', None)  # the weights come from the Hub; where they lay is no part of the model
+        model.pretrained_cfg.pop('file', None)  # the path in the cache should not end up in saved configurations
         model.pretrained_cfg['source'] = source
     return model
 

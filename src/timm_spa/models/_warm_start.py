@@ -78,7 +78,7 @@ def checkpoint_filter_fn(
         model: nn.Module,
         plain_filter: Optional[Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]] = None,
 ) -> Dict[str, torch.Tensor]:
-    """Prepares a checkpoint for loading: one without the weights of a model's gates is a plain model's: a warm start.
+    """Prepares a checkpoint for loading; one without the gates' weights is a plain model's, and becomes a warm start.
 
     Args:
         state_dict: Weights of the gated or of the plain model, under timm's names.

@@ -52,7 +52,7 @@ __all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'ad
 
 
 class GateSlot(nn.Module):
-    """A gate between the norm layer and the activation of one of timm's layers of both."""
+    """The gate of one of timm's norm-activation layers, between norm and activation."""
 
     def __init__(self, attn: nn.Module, norm_name: str, parameters: Tuple[str, ...], drop: nn.Module):
         """
@@ -73,7 +73,7 @@ class GateSlot(nn.Module):
 
 
 class _Gated(nn.Module):
-    """Takes over a module, and gates what the class beside this one among the bases computes."""
+    """Mixin that takes over an existing module and gates the output of the next base class."""
 
     def __init__(self, original: nn.Module, attn: nn.Module, parameters: Tuple[str, ...]):
         """
@@ -104,7 +104,7 @@ class GatedConv2dSame(_Gated, Conv2dSame):
 
 
 class GatedGhostModule(_Gated, GhostModule):
-    """GhostNet's two convolutions, the second of the first's output, with a gate on both maps."""
+    """GhostNet's module with a gate on both of its maps, the second of which is computed from the first."""
     if TYPE_CHECKING:  # TorchScript would read it
         primary_conv: nn.Module
         cheap_operation: nn.Module
@@ -242,7 +242,7 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
 
 
 def _linear_parameters(module: Any) -> Tuple[str, ...]:
-    """Returns the names of the tensors in which a module's output is linear, all together."""
+    """Returns the names of the tensors that scale a module's output when they are all scaled alike."""
     if isinstance(module, GhostModule):
         names = [f'{conv}.1.{key}' for conv in ('primary_conv', 'cheap_operation') for key in ('weight', 'bias')]
         return tuple(names)
@@ -339,7 +339,7 @@ def create_gated(
         if wanted != (tag or wanted):
             raise ValueError(f'{variant}.{pretrained_cfg} is not of base={base!r}. Give the tag with base.')
         base, tag = f'{name}.{wanted}', wanted
-    kwargs.pop('pretrained_model_args', None)  # those of the repository that the weights are of: the ones given here
+    kwargs.pop('pretrained_model_args', None)  # the published arguments, which are those given here
     # timm's scripts may pass the registered configuration of this name, which knows nothing of base
     own = pretrained_cfg if _source(pretrained_cfg) else None
     cfg = resolve_pretrained_cfg(name, own or tag or None, pretrained_cfg_overlay)
@@ -362,7 +362,7 @@ def create_gated(
         else:
             overlay = dict(pretrained_cfg_overlay or {}, state_dict=state, file='', source='')
             model = create(pretrained=True, pretrained_cfg_overlay=overlay)
-            # a repository's own weights of a gate without any look like the plain ones
+            # weights with a gate that has no parameters look like those of the plain net
             attach(model, neutral=not (own and gate == 'ge') if neutral is None else neutral)
     fields = {**model.pretrained_cfg, **(cfg.to_dict() if own else {}), **(pretrained_cfg_overlay or {})}
     model.pretrained_cfg = {**fields, 'architecture': variant}

@@ -141,7 +141,7 @@ class CifarVGG(GatedNet, VGG):
         """
         norm_layer = get_norm_layer(norm_layer)
         dd: Any = {'device': device, 'dtype': dtype}
-        # timm's methods are wanted, its layers are not: the smallest ones are made, and replaced
+        # only timm's methods are needed: build its smallest layers, and replace them below
         super().__init__([1], num_classes=num_classes, in_chans=in_chans, mlp_ratio=1 / 4096, **dd)
         layers: List[nn.Module] = []
         self.feature_info: List[Dict[str, Any]] = []
