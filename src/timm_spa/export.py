@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from timm.data import resolve_model_data_config
 from timm.models import reparameterize_model
+from tqdm import tqdm
 
 from . import __version__
 from ._errors import TimmSpaError, UsageError
@@ -369,7 +370,7 @@ def _padded(x: torch.Tensor, fixed: Optional[int]) -> torch.Tensor:
 def _accuracy(run: Runner, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]], fixed: Optional[int]) -> float:
     """Returns the share of right answers in percent."""
     right = seen = 0
-    for pixels, target in batches:
+    for pixels, target in tqdm(batches, 'accuracy', leave=False, disable=None):  # None: on terminals only
         answers = run(_padded(pixels, fixed))[:len(pixels)].argmax(1)
         right, seen = right + int((answers == target).sum()), seen + len(target)
     return 100 * right / seen

@@ -15,6 +15,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from safetensors import safe_open
 from timm.utils import AverageMeter, accuracy
+from tqdm import tqdm
 
 from .._files import ReadError, read_text
 from ..models._hub_file import endpoint, without_password
@@ -264,7 +265,7 @@ def _measure(model: Any, images: Path, split: str, batch_size: int, device: str,
     ranks = (1, min(5, model.num_classes))
     meters = [AverageMeter(), AverageMeter()]
     with torch.inference_mode():
-        for pixels, target in loader:
+        for pixels, target in tqdm(loader, str(images), leave=False, disable=None):  # None: on terminals only
             values = accuracy(model(pixels.to(device)), target.to(device), topk=ranks)
             for meter, value in zip(meters, values, strict=True):
                 meter.update(value.item(), len(target))
