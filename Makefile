@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # the tests run in two processes, whose threads would get in each other's way
 SERIAL := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow quality timm-suite docs clean
+.PHONY: demo test test-slow quality timm-suite timm-patch docs clean
 
 demo: $(READY)
 	$(BIN)/timm-spa demo
@@ -24,6 +24,10 @@ quality: $(READY)
 # timm's own model tests on our names: all of them, or NAMES="spa_resnet50 spa_mobilenetv2"
 timm-suite: $(READY)
 	$(BIN)/python tests/timm_suite.py $(NAMES)
+
+# a patch that brings SPA-A into timm's newest source, and timm's model tests with it, in build/timm_patch
+timm-patch: $(READY)
+	$(BIN)/python docs/upstream/timm_patch.py
 
 # the pages, into build/docs
 docs: $(READY)
