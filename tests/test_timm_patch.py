@@ -115,6 +115,7 @@ def test_text_has_the_figures_of_the_pages(timm_patch):
     assert '{' not in text
     rows = [row for row in text.splitlines() if row.startswith('| ') and re.search(r'\d\.\d\d', row)]
     assert len(rows) > 15
+    assert all(version in pages for version in re.findall(r'torch \d+\.\d+\.\d+', text))
     costs = timm.create_model('spa_resnet50', device='meta')
     assert f'| `spa_resnet50` | {sum(p.numel() for p in costs.parameters()):,} | 4.21 |' in text
     for row in rows:
