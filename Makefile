@@ -37,7 +37,7 @@ test-lowest test-newest: ENVIRONMENT = build/$@
 test-lowest test-newest:
 	$(PYTHON) -m venv --clear $(ENVIRONMENT)
 	$(ENVIRONMENT)/bin/python -m pip install --quiet setuptools uv
-	$(ENVIRONMENT)/bin/uv pip compile pyproject.toml --extra train --extra app --resolution $(RESOLUTION) \
+	$(ENVIRONMENT)/bin/uv pip compile pyproject.toml --extra train --extra app --no-deps --resolution $(RESOLUTION) \
 		--python $(ENVIRONMENT)/bin/python --no-annotate --output-file $(ENVIRONMENT)/constraints.txt
 	$(ENVIRONMENT)/bin/uv pip install --quiet --python $(ENVIRONMENT)/bin/python \
 		--constraint $(ENVIRONMENT)/constraints.txt --editable ".[train,test]"
