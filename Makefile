@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 # the tests run in two processes, whose threads would get in each other's way
 SERIAL := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow quality timm-suite docs clean
+.PHONY: demo test test-slow quality timm-suite timm-patch test-lowest test-newest sbom docs clean
 
 demo: $(READY)
 	$(BIN)/timm-spa demo
@@ -24,6 +24,36 @@ quality: $(READY)
 # timm's own model tests on our names: all of them, or NAMES="spa_resnet50 spa_mobilenetv2"
 timm-suite: $(READY)
 	$(BIN)/python tests/timm_suite.py $(NAMES)
+
+# a patch that brings SPA-A into timm's newest source, and timm's model tests with it, in build/timm_patch
+timm-patch: $(READY)
+	$(BIN)/python docs/upstream/timm_patch.py
+
+# the quick tests with the lowest versions that pyproject.toml allows, and with the newest there are: each makes an
+# environment of its own, of 6 GB, which `make clean` removes
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest: ENVIRONMENT = build/$@
+test-lowest test-newest:
+	$(PYTHON) -m venv --clear $(ENVIRONMENT)
+	$(ENVIRONMENT)/bin/python -m pip install --quiet setuptools uv
+	$(ENVIRONMENT)/bin/uv pip compile pyproject.toml --extra train --extra app --no-deps --resolution $(RESOLUTION) \
+		--python $(ENVIRONMENT)/bin/python --no-annotate --output-file $(ENVIRONMENT)/constraints.txt
+	$(ENVIRONMENT)/bin/uv pip install --quiet --python $(ENVIRONMENT)/bin/python \
+		--constraint $(ENVIRONMENT)/constraints.txt --editable ".[train,test]"
+	$(SERIAL) PATH="$(CURDIR)/$(ENVIRONMENT)/bin:$$PATH" $(ENVIRONMENT)/bin/python -m pytest -m "not slow" -n 2
+
+# components, licences and digests of all that the tests and the package need, into build/sbom
+sbom: $(READY)
+	$(PYTHON) -m venv --clear build/sbom/tools
+	build/sbom/tools/bin/python -m pip install --quiet cyclonedx-bom pip-licenses uv
+	build/sbom/tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+		--output-file build/sbom/sbom.json $(BIN)/python
+	build/sbom/tools/bin/pip-licenses --python $(BIN)/python --format csv --order license \
+		--output-file build/sbom/licences.csv
+	build/sbom/tools/bin/uv pip freeze --quiet --exclude-editable --python $(BIN)/python > build/sbom/versions.txt
+	build/sbom/tools/bin/uv pip compile build/sbom/versions.txt --quiet --generate-hashes --no-deps --no-annotate \
+		--no-header --python $(BIN)/python --output-file build/sbom/requirements.txt
 
 # the pages, into build/docs
 docs: $(READY)

@@ -211,7 +211,8 @@ class Hub:
             raise Refusal(403 if user else 401)
         status = 409 if name in self.repositories else 200
         if status == 200:
-            repository = self.repositories[name] = Repository(private=wanted.get('visibility') == 'private')
+            repository = self.repositories[name] = Repository(
+                private=wanted.get('private', wanted.get('visibility') == 'private'))  # older clients, newer ones
             repository.commit('main', {'.gitattributes': _regular(b'*.safetensors filter=lfs\n')})
         return as_json(dict(url=f'{self.url}/{name}', name=name), status)
 

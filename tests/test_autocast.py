@@ -44,6 +44,10 @@ def float32_outputs(net, image, grad, dtype=torch.bfloat16):
 def test_half_precision_stays_half(name, grad):
     """CUDA's autocast resizes in float32. A gate in float32 would make the rest of the net float32, as it once did."""
     with FakeTensorMode():
+        try:
+            torch.nn.Linear(1, 1, device='cuda')
+        except RuntimeError as e:
+            pytest.skip(f'torch {torch.__version__} asks for a GPU even for tensors without memory: {e}')
         net = timm.create_model(name, device='cuda').train(grad)
         image = torch.empty(2, *net.pretrained_cfg['input_size'], device='cuda')
         assert float32_outputs(net, image, grad) == []

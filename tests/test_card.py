@@ -388,15 +388,33 @@ def test_figures(tmp_path):
         assert not (tmp_path / 'other').exists()
 
 
-@pytest.mark.parametrize(('text', 'message'), [
-    ('abuot: x', "unknown key 'abuot'"), ('about: [x]', "'about' should be a str"), ('dataset: {nme: x}', 'has nme'),
-    ('- x', 'holds a list'), ('about: "', 'cannot be read'),
+@pytest.mark.parametrize(('name', 'text', 'message'), [
+    ('card.yaml', 'abuot: x', "unknown key 'abuot'"),
+    ('card.yaml', 'about: [x]', "'about' should be a str"),
+    ('card.yaml', 'training:', "'training' should be a str"),
+    ('card.yaml', 'dataset: {nme: x}', 'has nme'),
+    ('card.yaml', 'dataset: {name: [x]}', "'dataset: name' should be a text"),
+    ('card.yaml', 'accuracy: {top1: best}', "'accuracy: top1' should be a number"),
+    ('card.yaml', 'epoch: true', "'epoch' should be a int"),
+    ('card.yaml', 'commands: x', "'commands' should be a list"),
+    ('card.yaml', 'commands: [1]', "'an entry of commands' should be a str"),
+    ('card.yaml', '- x', 'holds a list'),
+    ('card.yaml', 'about: "', 'cannot be read'),
+    ('args.yaml', 'num_classes: ten', "'num_classes' should be a int"),
+    ('args.yaml', 'input_size: 3', "'input_size' should be a list"),
+    ('run.json', '{"versions": "2.6"}', "'versions' should be a dict"),
+    ('run.json', '{"seconds": "one hour"}', "'seconds' should be a number"),
 ])
-def test_a_wrong_card_yaml_is_named(tmp_path, text, message):
-    (tmp_path / 'card.yaml').write_text(text)
+def test_a_wrong_file_of_a_run_is_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
     with pytest.raises(RunError, match=re.escape(message)) as e:
         Run.read(tmp_path)
-    assert 'card.yaml' in str(e.value)
+    assert name in str(e.value)
+
+
+def test_what_timm_writes_of_arguments_that_are_not_set(tmp_path):
+    (tmp_path / 'args.yaml').write_text('num_classes: null\nmean: null\nmodel_kwargs: {}\nopt_betas: [0.9, 0.999]\n')
+    assert Run.read(tmp_path).args['num_classes'] is None
 
 
 def test_command_line(tmp_path, capsys):

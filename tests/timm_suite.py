@@ -18,9 +18,10 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Dict, List, Set
+from typing import Dict, List, Optional, Set
 
 import safetensors.torch
 import timm
@@ -45,19 +46,19 @@ TESTS = {
 PRETRAINED_TESTS = {'test_model_load_pretrained', 'test_model_features_pretrained'}
 
 
-def timm_tests() -> Path:
-    """Returns the folder of the installed timm's tests, fetched if it is not there."""
-    version = importlib.metadata.version('timm')
-    folder = BUILD / f'timm-{version}' / 'tests'
-    if not folder.is_dir():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        subprocess.run(
-            [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm',
-             '--dest', str(BUILD), f'timm=={version}'], check=True)
-        with tarfile.open(BUILD / f'timm-{version}.tar.gz') as archive:
-            members = [m for m in archive.getmembers() if m.name.startswith(f'timm-{version}/tests/')]
-            archive.extractall(BUILD, members=members, filter='data')
-    return folder
+def timm_source(version: Optional[str] = None) -> Path:
+    """Returns the folder of a timm release's source distribution, fetched if it is not there; None for the newest."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    if version is None or not (BUILD / f'timm-{version}' / 'PKG-INFO').exists():
+        with tempfile.TemporaryDirectory(dir=BUILD) as downloads:
+            subprocess.run(
+                [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--no-binary', 'timm',
+                 '--dest', downloads, f'timm=={version}' if version else 'timm'], check=True)
+            [archive] = Path(downloads).glob('*.tar.gz')
+            version = archive.name.removeprefix('timm-').removesuffix('.tar.gz')
+            with tarfile.open(archive) as members:
+                members.extractall(BUILD, filter='data')
+    return BUILD / f'timm-{version}'
 
 
 def default_tag(name: str) -> str:
@@ -84,41 +85,44 @@ def fill_cache(names: List[str], cache: Path) -> None:
             partial.rename(target)
 
 
-def run_tests(names: List[str], folder: Path, cache: Path, jobs: int) -> ET.Element:
-    """Runs timm's file in a process of its own, and returns its report."""
+def run_tests(cases: List[str], source: Path, jobs: int, **environment: str) -> ET.Element:
+    """Runs timm's file of model tests in a process of its own, and returns its report.
+
+    Args:
+        cases: Names of models, those for the tests of pretrained weights with their tags.
+        source: Folder of timm's source distribution.
+        jobs: Processes.
+        **environment: Environment variables of the tests.
+    """
     report = BUILD / 'report.xml'
     report.unlink(missing_ok=True)
     # cases are called '...[1-spa_resnet18]' or '...[1-spa_resnet18.warm_a1_in1k]'; '-k' would also find longer names
     selector = BUILD / 'select_names.py'
     selector.write_text(
         'import re\n'
-        f'CASES = {sorted([*names, *map(default_tag, names)])!r}\n'
+        f'CASES = {sorted(cases)!r}\n'
         'def pytest_collection_modifyitems(config, items):\n'
         "    cases = [re.search(r'\\[\\d+-([^]]+)', item.name) for item in items]\n"
         '    keep = [i for i, case in zip(items, cases) if case and case[1] in CASES]\n'
         '    config.hook.pytest_deselected(items=[i for i in items if i not in set(keep)])\n'
         '    items[:] = keep\n')
-    environment = dict(
-        os.environ,
-        TORCH_BACKEND='timm_spa',
-        HF_HUB_OFFLINE='1',
-        HF_HUB_CACHE=str(cache),
-        PYTHONPATH=os.pathsep.join([str(BUILD), os.environ.get('PYTHONPATH', '')]),
-        TIMEOUT='1200',
-    )
-    environment.pop('GITHUB_ACTIONS', None)  # timm runs less where it is set
+    paths = [str(BUILD), environment.pop('PYTHONPATH', ''), os.environ.get('PYTHONPATH', '')]
+    variables = dict(os.environ, **environment, PYTHONPATH=os.pathsep.join(filter(None, paths)), TIMEOUT='1200')
+    variables.pop('GITHUB_ACTIONS', None)  # timm runs less where it is set
     if jobs > 1:
-        environment['OMP_NUM_THREADS'] = '1'
+        variables['OMP_NUM_THREADS'] = '1'
     subprocess.run(
-        [sys.executable, '-m', 'pytest', str(folder / 'test_models.py'), '-p', 'select_names', '-p', 'no:cacheprovider',
-         '-c', os.devnull, '--rootdir', str(folder.parent), '-n', str(jobs), '-q', '-rfEs', '-W', 'ignore',
-         f'--junitxml={report}', '--override-ini', 'markers=base\ncfg\ntorchscript\nfeatures\nfxforward\nfxbackward'],
-        env=environment, check=False)
+        [sys.executable, '-m', 'pytest', str(source / 'tests' / 'test_models.py'), '-p', 'select_names',
+         '-p', 'no:cacheprovider', '-c', os.devnull, '--rootdir', str(source), '-n', str(jobs), '-q', '-rfEs',
+         '--import-mode', 'importlib',  # not to import the timm that lies beside the tests
+         '-W', 'ignore', f'--junitxml={report}',
+         '--override-ini', 'markers=base\ncfg\ntorchscript\nfeatures\nfxforward\nfxbackward'],
+        env=variables, check=False)
     return ET.parse(report).getroot()
 
 
-def problems_of(report: ET.Element, names: List[str]) -> List[str]:
-    """Holds the report against the tests that every name must have passed."""
+def problems_of(report: ET.Element, names: List[str], pretrained: List[str]) -> List[str]:
+    """Compares the report with the tests that every name, and every tag with weights, must have passed."""
     problems = []
     passed: Dict[str, Set[str]] = collections.defaultdict(set)
     for case in report.iter('testcase'):
@@ -137,9 +141,9 @@ def problems_of(report: ET.Element, names: List[str]) -> List[str]:
         missing = expected - set().union(*(tests for key, tests in passed.items() if key.partition('.')[0] == name))
         if missing:
             problems.append(f'{name} was not tested by {", ".join(sorted(missing))}')
-        for tagged in {default_tag(name)} & {*timm.list_pretrained(f'{name}.*')}:
-            if not passed[tagged] >= PRETRAINED_TESTS:
-                problems.append(f'{tagged} was not tested by {", ".join(sorted(PRETRAINED_TESTS - passed[tagged]))}')
+    for tagged in pretrained:
+        if not passed[tagged] >= PRETRAINED_TESTS:
+            problems.append(f'{tagged} was not tested by {", ".join(sorted(PRETRAINED_TESTS - passed[tagged]))}')
     return problems
 
 
@@ -155,11 +159,13 @@ def main() -> int:
     if unknown:
         parser.error(f'no model of this package: {", ".join(unknown)}')
 
-    folder = timm_tests()
+    source = timm_source(importlib.metadata.version('timm'))
     cache = BUILD / 'hub'
     fill_cache(names, cache)
-    report = run_tests(names, folder, cache, args.jobs)
-    problems = problems_of(report, names)
+    tags = [default_tag(name) for name in names]
+    report = run_tests(
+        [*names, *tags], source, args.jobs, TORCH_BACKEND='timm_spa', HF_HUB_OFFLINE='1', HF_HUB_CACHE=str(cache))
+    problems = problems_of(report, names, [tag for tag in tags if tag in timm.list_pretrained()])
     count = sum(1 for _ in report.iter('testcase'))
     print(f"timm {timm.__version__}'s own tests on {len(names)} models: {count} run, {len(problems)} problems")
     for problem in problems:

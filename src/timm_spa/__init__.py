@@ -1,4 +1,5 @@
 """Spatial Pyramid Attention for timm: importing this package registers its models with timm."""
+from . import _timm_release as _timm_release  # refuses a timm that is too old for what follows
 from . import models
 from .layers import SpatialPyramidAttention
 from .models import add_attention, list_models

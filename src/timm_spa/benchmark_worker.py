@@ -187,8 +187,10 @@ class Workload:
             net = reparameterized(net, self.input[:1])
         self._net: Callable[[torch.Tensor], torch.Tensor] = net
         if settings.compile:
-            # the older name of the option, which newer releases of torch know too
-            torch._dynamo.config.fail_on_cache_limit_hit = True
+            # not public: its name since torch 2.7, the older one, and none if it is gone
+            for option in ('fail_on_recompile_limit_hit', 'fail_on_cache_limit_hit'):
+                if hasattr(torch._dynamo.config, option):
+                    setattr(torch._dynamo.config, option, True)
             self._net = torch.compile(net, backend=settings.compile)
         self._graphs = 0
 

@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_model_data_config
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from tqdm import tqdm
 
 from . import __version__

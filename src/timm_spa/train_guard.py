@@ -57,7 +57,7 @@ class _CheckpointSaver(utils.CheckpointSaver):
         # timm's script forgets the best epoch when it resumes, and would call the next one the best
         resume = getattr(self.args, 'resume', None)
         in_place = resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(self.checkpoint_dir)
-        if in_place and hasattr(self, 'load_state_dict_from_checkpoint'):  # not in timm 1.0.28
+        if in_place:
             self.load_state_dict_from_checkpoint(resume)
 
     def _save(self, save_path: str, epoch: int, metric: Any = None) -> None:

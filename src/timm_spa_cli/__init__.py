@@ -68,9 +68,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     except Exception as e:
         if args.traceback:
             raise
-        from timm_spa._errors import TimmSpaError
-
-        expected = isinstance(e, (TimmSpaError, OSError))  # the file system names file and cause by itself
+        # not imported here: with a timm that is too old, the package refuses to be
+        own = getattr(sys.modules.get('timm_spa._errors'), 'TimmSpaError', OSError)
+        expected = isinstance(e, (own, OSError))  # the file system names file and cause by itself
         report = '' if expected else (
             f'\nThis is a bug of timm_spa, please report it with what `timm-spa --traceback {args.verb} ...` shows.')
         if getattr(args, 'json', None) is True:

@@ -1,16 +1,18 @@
 """Model cards, made of what was measured and of nothing else."""
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from safetensors import safe_open
 
+from .._files import ReadError, read_text
 from ..predict import load_model, predict
 from .card_sections import (
     CardError,
+    cost_of,
     description,
     details,
     evaluation,
@@ -21,7 +23,9 @@ from .card_sections import (
     shapes,
     start_weights,
 )
+from .checkpoint import CheckpointError, read_header, stored_epoch
 from .comparison import comparison_table, read_results
+from .config_file import config_problems
 from .markdown import listed, paragraphs, wrapped
 from .run_record import Run
 
@@ -61,6 +65,7 @@ def make_card(
 
     Raises:
         CardError: A fact is missing that a card must state, or facts contradict each other.
+        CheckpointError: `weights` cannot be read, or are of a smaller model.
         RunError: A file of a control's run cannot be read, or it is no control.
         SummaryError: The metrics of a control are no table.
     """
@@ -81,6 +86,13 @@ def make_card(
         raise CardError(
             f'Nobody but you can choose the licence of {model_name}, and a card must name it. Say in card.yaml beside '
             'the checkpoint: "license: apache-2.0", or another identifier of the Hub.')
+    try:
+        cost, examples = cost_of(config), shapes(config)
+    except Exception as e:  # timm's and torch's, for arguments that are not the model's
+        raise CardError(f'{config["architecture"]} cannot be made with the arguments of config.json: {e}') from e
+    if weights is not None and cost.parameters > os.path.getsize(weights):
+        raise CheckpointError(
+            f'{weights} is too small for the {cost.parameters:,} parameters of the model in config.json.')
     data = ModelCardData(
         license=licence,
         library_name='timm',
@@ -109,10 +121,10 @@ def make_card(
         template_str=TEMPLATE.read_text(encoding='utf-8'),
         title=model_name,
         about=paragraphs(description(config, scores, dataset), facts.get('about')),
-        details=details(config, dataset, weights),
+        details=details(config, dataset, weights, cost),
         source=_source(model_name, repo_id),
         top_k=min(5, config['num_classes']),
-        **shapes(config),
+        **examples,
         commands=[wrapped(command) for command in facts.get('commands') or listed(run.record.get('command'))],
         recipe=recipe(run),
         training=facts.get('training', '').strip(),
@@ -140,17 +152,21 @@ def card_of_folder(
         The card.
 
     Raises:
-        CardError: The folder has no config.json that can be read, or as for `make_card`.
+        CheckpointError: model.safetensors cannot be read.
+        CardError: The folder has no config.json that a model can be made of, or as for `make_card`.
         RunError: As for `make_card`, also for the files of the folder.
         SummaryError: As for `make_card`, also for the files of the folder.
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e:
+        config = json.loads(read_text(folder / 'config.json'))
+    except (ReadError, ValueError, RecursionError) as e:
         raise CardError(f'{folder} is no folder of a repository: config.json cannot be read ({e}).') from e
-    architecture = str(config.get('architecture', ''))
-    name = '.'.join(filter(None, (architecture, config.get('pretrained_cfg', {}).get('tag'))))
+    problems = config_problems(config)
+    if problems:
+        raise CardError(f'{folder}: {"; ".join(problems)}.')
+    architecture = config['architecture']
+    name = '.'.join(filter(None, (architecture, config['pretrained_cfg'].get('tag'))))
     cfg = timm.get_pretrained_cfg(name) if name in timm.list_pretrained(f'{architecture}.*') else None
     candidates = (folder / 'model.safetensors', Path(cfg.file) if cfg and cfg.file else None)
     weights = next((path for path in candidates if path and path.is_file()), None)
@@ -184,16 +200,9 @@ def _untagged(name: Optional[str]) -> Optional[str]:
     return None if name is None else str(name).partition('.')[0]
 
 
-def _metadata(weights: Optional[Union[str, Path]]) -> Dict[str, str]:
-    if weights is None:
-        return {}
-    with safe_open(weights, 'pt') as f:
-        return f.metadata() or {}
-
-
 def _agreed_epoch(run: Run, weights: Optional[Union[str, Path]], epoch: Optional[int]) -> Optional[int]:
-    stored = _metadata(weights).get('epoch')
-    said = {int(e) for e in (epoch, run.facts.get('epoch'), stored) if e is not None}
+    stored = None if weights is None else stored_epoch(read_header(weights).facts)
+    said = {e for e in (epoch, run.facts.get('epoch'), stored) if e is not None}
     if len(said) > 1:
         raise CardError(f'The weights are of epoch {" and ".join(map(str, sorted(said)))}: only one can be true.')
     found = next(iter(said), None)
@@ -215,7 +224,7 @@ def _dataset(model_name: str, run: Run) -> Dict[str, str]:
 def _scores(run: Run, row: Optional[Mapping[str, float]], num_classes: int) -> Dict[int, float]:
     """Returns the accuracy by k: what was measured on the published file, else that of the run's own evaluation."""
     ks = (1, 5) if num_classes > 5 else (1,)  # the best five of five are always right
-    measured = run.facts.get('accuracy') or {}
+    measured = run.facts.get('accuracy')
     if measured:
         if 'top1' not in measured:
             raise CardError("'accuracy' in card.yaml lacks 'top1'.")
@@ -252,6 +261,8 @@ def _widget(
         key: config[key] for key in ('label_names', 'label_descriptions') if key in config})
     entries = []
     for entry in pictures:
+        if not {'src', 'picture'} <= entry.keys():
+            raise CardError(f"An entry of 'widget' in card.yaml needs 'src' and 'picture', and is {entry}.")
         prediction = next(predict(model, [run.folder / entry['picture']]))
         if prediction.error:
             raise CardError(f'The picture {entry["picture"]} of card.yaml cannot be read: {prediction.error}')

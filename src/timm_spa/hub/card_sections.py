@@ -6,17 +6,17 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import timm
 import torch
-from safetensors import safe_open
 from timm.models import model_entrypoint
 
 from .._errors import TimmSpaError
-from ..profile import count_cost
+from ..profile import ModelCost, count_cost
+from .checkpoint import read_header
 from .markdown import link, numbers, paragraphs, plain, wrapped
 from .run_record import Run
 
 __all__ = [
-    'CardError', 'description', 'details', 'evaluation', 'evidence', 'figure_file', 'figures', 'limits', 'recipe',
-    'shapes', 'start_weights']
+    'CardError', 'cost_of', 'description', 'details', 'evaluation', 'evidence', 'figure_file', 'figures', 'limits',
+    'recipe', 'shapes', 'start_weights']
 
 
 class CardError(TimmSpaError, ValueError):
@@ -45,10 +45,10 @@ def details(
         config: Mapping[str, Any],
         dataset: Mapping[str, str],
         weights: Optional[Union[str, Path]],
+        cost: ModelCost,
 ) -> List[Tuple[str, str]]:
     """Returns the rows of the table of the model: name and value."""
     cfg = config['pretrained_cfg']
-    cost = count_cost(config['architecture'], **_model_args(config))
     channels, height, width = cfg['input_size']
     papers = cfg.get('paper_ids') or ()
     rows = [
@@ -62,10 +62,8 @@ def details(
             ', in the order of `label_names` in config.json' if config.get('label_names') else '')),
     ]
     if weights is not None:
-        with safe_open(weights, 'pt') as f:
-            dtypes = {f.get_slice(key).get_dtype() for key in f.keys()} - {'I64'}  # noqa: SIM118  no mapping
         names = dict(F32='float32', F16='float16', BF16='bfloat16')
-        stored = ', '.join(sorted(names.get(d, d) for d in dtypes))
+        stored = ', '.join(sorted(names.get(d, d) for d in read_header(weights).dtypes - {'I64'}))
         rows.append(('storage', f'{stored}, {os.path.getsize(weights) / 1e6:.1f} MB'))
     rows.append(('papers', ', '.join(link(p) for p in ([papers] if isinstance(papers, str) else papers))))
     if 'name' in dataset:
@@ -73,6 +71,11 @@ def details(
         rows.append(('data set', ', '.join(filter(None, (dataset['name'] + known, dataset.get('note'))))))
     rows.append(('original', cfg.get('origin_url')))
     return [(name, plain(value)) for name, value in rows if value]
+
+
+def cost_of(config: Mapping[str, Any]) -> ModelCost:
+    """Counts what the model of a configuration costs."""
+    return count_cost(config['architecture'], **_model_args(config))
 
 
 def shapes(config: Mapping[str, Any]) -> Dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, FrozenSet, Mapping, Optional, Union
 
 import safetensors
 import safetensors.torch
@@ -18,7 +18,9 @@ from timm.models import clean_state_dict
 from .._errors import TimmSpaError
 from ..models.tensors import compare_tensors, first_few
 
-__all__ = ['CheckpointError', 'Weights', 'check_weights', 'read_checkpoint', 'read_weights']
+__all__ = [
+    'CheckpointError', 'Header', 'Weights', 'check_shapes', 'check_weights', 'read_checkpoint', 'read_header',
+    'read_weights', 'stored_epoch']
 
 # what is taken of a training checkpoint, the best first
 _STATE_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
@@ -120,14 +122,46 @@ def read_weights(path: Union[str, Path]) -> Weights:
 
 def _published_facts(path: Path) -> Dict[str, Any]:
     """Reads what `publish` noted in a safetensors file, so that to publish it again changes nothing."""
-    if not _is_safetensors(path, _head(path)):
-        return {}
-    with safetensors.safe_open(path, framework='pt') as f:
-        facts: Dict[str, Any] = f.metadata() or {}
-    if 'source_sha256' not in facts:
-        return {}
+    facts = read_header(path).facts if _is_safetensors(path, _head(path)) else {}
+    return dict(facts, epoch=stored_epoch(facts)) if 'source_sha256' in facts else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself.
+
+    Attributes:
+        facts: Its metadata, texts by name.
+        dtypes: The kinds of numbers in it, as the format calls them, e.g. 'F32'.
+    """
+    facts: Dict[str, str]
+    dtypes: FrozenSet[str]
+
+
+def read_header(path: Union[str, Path]) -> Header:
+    """Reads the header of a safetensors file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it says.
+
+    Raises:
+        CheckpointError: It is no safetensors file, or not whole.
+    """
+    try:
+        with safetensors.safe_open(path, framework='pt') as f:
+            names = list(f.keys())  # noqa: SIM118  no mapping
+            return Header(f.metadata() or {}, frozenset(f.get_slice(name).get_dtype() for name in names))
+    except Exception as e:  # safetensors has its own error, and hands on those of the file system
+        raise CheckpointError(f'{path} cannot be read as weights: {_what_it_is(Path(path), e)}') from e
+
+
+def stored_epoch(facts: Mapping[str, str]) -> Optional[int]:
+    """Returns the epoch that the metadata of a published file names, None if it names none."""
     epoch = facts.get('epoch', '')
-    return dict(facts, epoch=int(epoch) if epoch.isdigit() else None)
+    return int(epoch) if re.fullmatch('[0-9]{1,9}', epoch) else None
 
 
 def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:
@@ -142,16 +176,7 @@ def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, sour
         CheckpointError: A tensor is missing, unexpected, of another shape or kind, or not finite; a variance
             is negative; or the number of classes differs.
     """
-    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
-    classifier = f'{cfg.get("classifier")}.weight'
-    own = model.state_dict()
-    if classifier in own and classifier in state_dict and len(own[classifier]) != len(state_dict[classifier]):
-        raise CheckpointError(
-            f'{source} has {len(state_dict[classifier])} classes ({classifier}), and the model has '
-            f'{len(own[classifier])}. Name the right number with --num-classes, or another model.')
-    misfit = compare_tensors(state_dict, own)
-    if misfit:
-        raise CheckpointError(f'{source} does not fit {type(model).__name__}; tensors {misfit}.')
+    check_shapes(state_dict, model, source)
     odd = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
     if odd:
         raise CheckpointError(
@@ -161,6 +186,29 @@ def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, sour
     if odd:
         raise CheckpointError(f'{source} has {len(odd)} variances below zero: {first_few(odd)}. The file is damaged.')
     model.load_state_dict(dict(state_dict), strict=True)
+
+
+def check_shapes(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:
+    """Checks names and shapes of weights.
+
+    Args:
+        state_dict: Tensors by name.
+        model: The model that they should fit; it may be on the meta device.
+        source: File or repository of the weights, for the message.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected, of another shape or kind, or the number of classes differs.
+    """
+    cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
+    classifier = f'{cfg.get("classifier")}.weight'
+    own = model.state_dict()
+    if classifier in own and classifier in state_dict and own[classifier].shape[:1] != state_dict[classifier].shape[:1]:
+        raise CheckpointError(
+            f'{source} has {len(state_dict[classifier])} classes ({classifier}), and the model has '
+            f'{len(own[classifier])}. Name the right number with --num-classes, or another model.')
+    misfit = compare_tensors(state_dict, own)
+    if misfit:
+        raise CheckpointError(f'{source} does not fit {type(model).__name__}; tensors {misfit}.')
 
 
 def _head(path: Path) -> bytes:
@@ -216,5 +264,5 @@ def _missing_bytes(path: Path, size: int) -> int:
     try:
         ends = [entry['data_offsets'][1] for name, entry in json.loads(header).items() if name != '__metadata__']
         return max(0, 8 + header_size + max(ends, default=0) - size)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return 0

@@ -95,12 +95,13 @@ def _cfg_problems(cfg: Dict[str, Any]) -> List[str]:
         expect(is_share or (value is None and key != 'crop_pct'), key, 'a share of the picture')
     expect(cfg.get('crop_mode') in (None, 'border', 'center', 'squash'), 'crop_mode', 'border, center or squash')
     expect(cfg.get('interpolation') in INTERPOLATIONS, 'interpolation', f'one of {", ".join(INTERPOLATIONS)}')
-    for key in ('architecture', 'tag', 'license', 'hf_hub_filename'):
+    for key in ('architecture', 'tag', 'license', 'origin_url', 'hf_hub_filename'):
         expect(isinstance(cfg.get(key), (str, type(None))), key, 'a name')
-    for key in ('classifier', 'first_conv'):
+    for key, what in (
+            ('classifier', 'the name of a layer'), ('first_conv', 'the name of a layer'), ('paper_ids', 'a text')):
         value = cfg.get(key)
         names = value if isinstance(value, list) else [value]
-        expect(all(isinstance(name, (str, type(None))) for name in names), key, 'the name of a layer')
+        expect(all(isinstance(name, (str, type(None))) for name in names), key, what)
     count = cfg.get('num_classes')
     expect(count is None or (_is_whole(count) and 0 < count <= LARGEST_CLASSES), 'num_classes', 'a number of classes')
     return problems

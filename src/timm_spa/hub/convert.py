@@ -9,7 +9,6 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
 from timm.models.efficientnet import EfficientNet
 
 from .. import __version__
@@ -22,7 +21,7 @@ from ..models._warm_start import gated_modules, warm_start
 from ..models.densenet import rename_torchvision
 from ..models.tensors import compare_tensors, first_few
 from .authors import rename_authors, rename_efficientnet, reorder_authors
-from .checkpoint import CheckpointError, Weights, check_weights, read_weights
+from .checkpoint import CheckpointError, Weights, check_weights, read_header, read_weights
 
 __all__ = ['DTYPES', 'KINDS', 'Conversion', 'convert']
 
@@ -216,14 +215,15 @@ def _has_gates(weights: Mapping[str, torch.Tensor]) -> bool:
 def _said(source: Union[str, Path], weights: Weights) -> Optional[Tuple[str, Dict[str, Any]]]:
     """Returns the model and its arguments that the file says it is of, if it does."""
     if weights.arch:
-        return weights.arch.partition('.')[0], dict(weights.args.get('model_kwargs') or {})
+        kwargs = weights.args.get('model_kwargs')
+        return weights.arch.partition('.')[0], dict(kwargs) if isinstance(kwargs, Mapping) else {}
     try:
-        with safe_open(source, 'pt') as f:
-            metadata = f.metadata() or {}
-    except SafetensorError:  # a file of torch.save
+        facts = read_header(source).facts
+        kwargs = json.loads(facts.get('model_args', '{}'))
+    except (CheckpointError, ValueError, RecursionError):  # a file of torch.save, or of somebody else
         return None
-    name = metadata.get('model', '').partition('.')[0]
-    return (name, json.loads(metadata.get('model_args', '{}'))) if name else None
+    name = facts.get('model', '').partition('.')[0]
+    return (name, kwargs) if name and isinstance(kwargs, dict) else None
 
 
 def _named(name: str, kwargs: Mapping[str, Any]) -> str:

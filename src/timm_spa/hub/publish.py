@@ -27,8 +27,8 @@ from ..models._pretrained import WEIGHTS_FILENAME
 from ..training_log import write_summary
 from .card import check_repository_name, make_card
 from .card_sections import figure_file
-from .checkpoint import Weights, check_weights, read_weights
-from .run_record import Run
+from .checkpoint import Weights, check_shapes, check_weights, read_weights
+from .run_record import ARGUMENTS, Run, checked
 
 __all__ = [
     'HUB_ORG', 'Published', 'PublishError', 'publish', 'refuse_secrets', 'upload', 'without_private_paths',
@@ -104,8 +104,11 @@ def write_repository(
     weights = read_weights(checkpoint)
     check_repository_name(repo_id)
     run = Run.read(checkpoint.parent)
-    refuse_secrets(dataclasses.replace(run, args=run.args or weights.args))
-    run, notes = without_private_paths(dataclasses.replace(run, args=run.args or weights.args))
+    run = dataclasses.replace(run, args=run.args or checked(weights.args, ARGUMENTS, checkpoint))
+    refuse_secrets(run)
+    run, notes = without_private_paths(run)
+    # without memory first: what a file says of the number of classes may be anything
+    check_shapes(weights.state_dict, _named_model(model_name, run, num_classes, device='meta'), checkpoint)
     model = _named_model(model_name, run, num_classes)
     check_weights(weights.state_dict, model, checkpoint)
     notes.insert(0, f'Weights: {weights.used or "all tensors"} of {checkpoint}' + (
@@ -308,7 +311,7 @@ def _cause(error: Exception, repo_id: str) -> str:
     }.get(status, f'The Hub answered with status {status} ({message}).')
 
 
-def _named_model(model_name: str, run: Run, num_classes: Optional[int]) -> Any:
+def _named_model(model_name: str, run: Run, num_classes: Optional[int], **kwargs: Any) -> Any:
     """Creates the model as it was trained, with the preprocessing of the training in its configuration."""
     args = run.args
     architecture, _, tag = model_name.partition('.')
@@ -338,6 +341,7 @@ def _named_model(model_name: str, run: Run, num_classes: Optional[int]) -> Any:
             bn_eps=args.get('bn_eps'),
             pretrained_cfg_overlay=overlay,
             **(args.get('model_kwargs') or {}),
+            **kwargs,
         )
     except Exception as e:  # timm's, for arguments that are not the model's
         raise PublishError(f'{architecture} cannot be made with the arguments of the training: {e}') from e
@@ -362,7 +366,7 @@ def _write_weights(path: Path, weights: Weights, model_name: str) -> None:
 def _write_config(path: Path, model: Any) -> Dict[str, Any]:
     named = len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes
     labels = {key: model.pretrained_cfg.get(key) for key in ('label_names', 'label_descriptions')}
-    save_config_for_hf(model, str(path), model_config={k: v for k, v in labels.items() if v and named})
+    save_config_for_hf(model, path, model_config={k: v for k, v in labels.items() if v and named})
     config = json.loads(path.read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)  # it stands above, and transformers fails on a second one
     config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_FILENAME  # without it timm may look for a pickle

@@ -1,6 +1,7 @@
 """What a training run left beside its checkpoint: the facts that a card may state."""
 import dataclasses
 import json
+import reprlib
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
@@ -10,24 +11,32 @@ from .._errors import TimmSpaError
 from .._files import ReadError, read_text
 from ..training_log import read_classes, read_summary
 
-__all__ = ['FACTS', 'Run', 'RunError', 'load_yaml']
+__all__ = ['ARGUMENTS', 'FACTS', 'Run', 'RunError', 'checked', 'load_yaml']
 
 LARGEST_DOCUMENT = 100_000  # values
 
+NUMBER = (int, float)
+TEXT = (str, int, float)  # a name that YAML reads as a number is one
 # keys of card.yaml, and of the mappings in it
 FACTS: Dict[str, Any] = dict(
     about=str,
-    dataset=('name', 'id', 'type', 'split', 'note'),
-    accuracy=('top1', 'top5', 'command', 'note'),
+    dataset=dict(name=TEXT, id=TEXT, type=TEXT, split=TEXT, note=TEXT),
+    accuracy=dict(top1=NUMBER, top5=NUMBER, command=str, note=str),
     epoch=int,
     base_model=str,
     license=str,
-    commands=list,
+    commands=[str],
     training=str,
     limits=str,
     figures=list,
-    widget=list,
+    widget=[dict(src=str, picture=str)],
 )
+# of args.yaml and run.json those that a card or a configuration is made of; there may be others
+ARGUMENTS: Dict[str, Any] = dict(
+    model=str, model_kwargs=dict, num_classes=int, in_chans=int, img_size=int, input_size=[int], gp=str, bn_eps=NUMBER,
+    mean=[NUMBER], std=[NUMBER], interpolation=str, crop_pct=NUMBER, seed=int, dataset=str, val_split=str)
+RECORD: Dict[str, Any] = dict(
+    model=str, seed=int, command=str, seconds=NUMBER, hardware=str, python=str, versions=dict)
 
 
 class RunError(TimmSpaError, ValueError):
@@ -77,9 +86,9 @@ class Run:
         folder = Path(folder)
         summary = folder / 'summary.csv'
         return cls(
-            args=_read_mapping(folder / 'args.yaml'),
+            args=checked(_read_mapping(folder / 'args.yaml'), ARGUMENTS, folder / 'args.yaml'),
             summary=read_summary(summary) if summary.exists() else [],
-            record=_read_mapping(folder / 'run.json'),
+            record=checked(_read_mapping(folder / 'run.json'), RECORD, folder / 'run.json'),
             facts=_checked_facts(folder / 'card.yaml'),
             classes=read_classes(folder),
             folder=folder,
@@ -149,13 +158,44 @@ def _count(value: Any, counted: Dict[int, Optional[int]]) -> int:
 def _checked_facts(path: Path) -> Dict[str, Any]:
     facts = _read_mapping(path)
     for key, value in facts.items():
-        kind = FACTS.get(key)
-        if kind is None:
+        if key not in FACTS:
             raise RunError(f'{path} has the unknown key {key!r}. Known are: {", ".join(FACTS)}.')
-        if isinstance(kind, tuple):
-            unknown = [k for k in value if k not in kind] if isinstance(value, dict) else [value]
-            if unknown:
-                raise RunError(f'{path}: {key!r} takes {", ".join(kind)}, and has {", ".join(map(str, unknown))}.')
-        elif not isinstance(value, kind):
-            raise RunError(f'{path}: {key!r} should be a {kind.__name__}, and is {value!r}.')
+        _check(value, FACTS[key], key, path)
     return facts
+
+
+def checked(content: Dict[str, Any], kinds: Dict[str, Any], path: Union[str, Path]) -> Dict[str, Any]:
+    """Checks the kinds of some of the values of a file.
+
+    Args:
+        content: What the file holds.
+        kinds: `ARGUMENTS` or `RECORD`.
+        path: The file, for the message.
+
+    Returns:
+        The content.
+
+    Raises:
+        RunError: A value that is there, and not None, is of another kind.
+    """
+    for key, kind in kinds.items():
+        if content.get(key) is not None:
+            _check(content[key], kind, key, path)
+    return content
+
+
+def _check(value: Any, kind: Any, name: str, path: Union[str, Path]) -> None:
+    if isinstance(kind, dict):
+        unknown = [k for k in value if k not in kind] if isinstance(value, dict) else [value]
+        if unknown:
+            shown = ', '.join(str(k)[:60] for k in unknown[:6])
+            raise RunError(f'{path}: {name!r} takes {", ".join(kind)}, and has {shown}.')
+        for key, part in value.items():
+            _check(part, kind[key], f'{name}: {key}', path)
+    elif isinstance(kind, list) and isinstance(value, (list, tuple)):
+        for part in value:
+            _check(part, kind[0], f'an entry of {name}', path)
+    elif isinstance(kind, list) or not isinstance(value, kind) or isinstance(value, bool):
+        right = {NUMBER: 'number', TEXT: 'text'}.get(kind) if isinstance(kind, tuple) else (
+            'list' if isinstance(kind, list) else kind.__name__)
+        raise RunError(f'{path}: {name!r} should be a {right}, and is {reprlib.repr(value)}.')

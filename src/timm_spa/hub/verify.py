@@ -5,7 +5,7 @@ import re
 import zipfile
 from importlib import resources
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Union
 
 import timm
 import torch
@@ -13,7 +13,6 @@ import yaml
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
-from safetensors import safe_open
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from ..models._hub_file import endpoint, without_password
 from ..models._pretrained import WEIGHTS_FILENAME
 from ..models.tensors import compare_tensors, first_few
 from ..predict import PictureError, for_inference, labelled_batches, load_model, predict
-from .checkpoint import CheckpointError, read_weights
+from .checkpoint import CheckpointError, read_header, read_weights
 from .config_file import config_problems
 from .run_record import load_yaml
 
@@ -86,8 +85,9 @@ def verify(
             report.checked += checked
             report.problems += problems
             return report
-        model = _check_config(folder, report)
-        if model is not None and _check_weights(folder, model, report):
+        create = _check_config(folder, report)
+        model = create and _check_weights(folder, create, report)
+        if model is not None:
             _check_use(folder, model, report)
             if images is not None:
                 _measure(for_inference(model, device), Path(images), split, batch_size, device, report)
@@ -166,8 +166,8 @@ def _is_pickle(path: Path) -> bool:
     return False
 
 
-def _check_config(folder: Path, report: Report) -> Optional[Any]:
-    """Returns the model that config.json describes, in eval mode; None if it describes none."""
+def _check_config(folder: Path, report: Report) -> Optional[Callable[..., Any]]:
+    """Returns what makes the model that config.json describes, in eval mode; None if it describes none."""
     report.checked.append('config.json: the model that it describes')
     try:
         config = json.loads(read_text(folder / 'config.json'))
@@ -191,29 +191,33 @@ def _check_config(folder: Path, report: Report) -> Optional[Any]:
     labels = config.get('label_names')
     if labels is not None and (len(labels) != count or len(set(labels)) != count):
         report.problems.append(f'config.json has {len(set(labels))} label_names for {count} classes')
-    try:
+
+    def create(**kwargs: Any) -> Any:
         model: Any = timm.create_model(
-            architecture, num_classes=count, pretrained_cfg_overlay=cfg, **model_args).eval()
+            architecture, num_classes=count, pretrained_cfg_overlay=cfg, **model_args, **kwargs).eval()
+        model.pretrained_cfg['label_names'] = labels  # none are none, and not those of the registered weights
+        return model
+
+    try:
+        model = create(device='meta')  # which takes no memory, whatever the file asks for
     except Exception as e:  # whatever a wrong argument makes a model raise
         report.problems.append(f'{architecture} cannot be created with the arguments of config.json: {e}')
         return None
     if config.get('num_features', model.num_features) != model.num_features:
         report.problems.append(
             f'config.json has num_features {config["num_features"]}, and {architecture} has {model.num_features}')
-    model.pretrained_cfg['label_names'] = labels  # none are none, and not those of the registered weights
-    return model
+    return create
 
 
-def _check_weights(folder: Path, model: Any, report: Report) -> bool:
-    """Loads the weights; returns whether they fit and are numbers."""
-    path = folder / WEIGHTS_FILENAME
+def _check_weights(folder: Path, create: Callable[..., Any], report: Report) -> Optional[Any]:
+    """Returns the model with its weights, None if they do not fit or are no numbers."""
+    model, path = create(device='meta'), folder / WEIGHTS_FILENAME
     try:
         state_dict = read_weights(path).state_dict
-        with safe_open(path, 'pt') as f:
-            metadata = f.metadata() or {}
+        metadata = read_header(path).facts
     except CheckpointError as e:
         report.problems.append(str(e))
-        return False
+        return None
     report.checked.append(f'{WEIGHTS_FILENAME}: metadata {metadata}')
     architecture, tag = model.pretrained_cfg['architecture'], model.pretrained_cfg.get('tag')
     name = '.'.join(filter(None, (architecture, tag)))
@@ -233,9 +237,10 @@ def _check_weights(folder: Path, model: Any, report: Report) -> bool:
         report.problems.append(f'{WEIGHTS_FILENAME} has variances below zero: {first_few(negative)}')
     report.checked.append(f'{len(state_dict)} tensors: names, shapes, kinds, every value finite')
     if misfit or odd:
-        return False
+        return None
+    model = create()
     model.load_state_dict(state_dict, strict=True)
-    return True
+    return model
 
 
 def _check_use(folder: Path, model: Any, report: Report) -> None:

@@ -83,7 +83,7 @@ class GatherExcite(nn.Module):
     """Gather-excite without parameters, of global extent: every channel is gated by the sigmoid of its own mean.
 
     Paper: `Gather-Excite: Exploiting Feature Context in Convolutional Neural Networks`, https://arxiv.org/abs/1810.12348
-    timm's layer of that name computes the same, and cannot be scripted in timm 1.0.28 to 1.0.31.
+    timm's layer of that name computes the same, and cannot be scripted in timm 1.0.31.
     """
     reads_block_input = False
 
@@ -96,7 +96,7 @@ class GatherExciteConv(nn.Module):
     """Gather-excite with learned gathering over an extent of 8: three depthwise convolutions of stride 2.
 
     It has 33 parameters a channel, as the SPA paper's table III counts them. timm's `GatherExcite(extra_params=True)`
-    cannot be built in timm 1.0.28 to 1.0.31.
+    cannot be built in timm 1.0.31.
     """
     reads_block_input = False
 
