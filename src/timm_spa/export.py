@@ -26,7 +26,7 @@ from .predict import class_names, labelled_batches, picture_reader
 __all__ = ['FORMATS', 'ExportError', 'ExportReport', 'export']
 
 INPUT, OUTPUT = 'image', 'logits'
-AXES = {None: {}, 'batch': {0: 'batch'}, 'size': {0: 'batch', 2: 'height', 3: 'width'}}  # those that stay free
+AXES = {None: {}, 'batch': {0: 'batch'}, 'size': {0: 'batch', 2: 'height', 3: 'width'}}  # dynamic axes
 LIMITS = {'float32': 1e-4, 'float16': 1e-2, 'int8': float('inf')}  # of the difference, relative to the largest output
 CALIBRATION_PICTURES = 128
 
@@ -209,7 +209,7 @@ def export(
     config = resolve_model_data_config(net)
     channels = getattr(net, 'in_chans', config['input_size'][0])
     size = (channels, *((img_size, img_size) if img_size else config['input_size'][1:]))
-    # the readers of pictures take the size from here
+    # picture readers take the size from pretrained_cfg
     net.pretrained_cfg = dict(net.pretrained_cfg, input_size=size)
     about = _describe(net, to, dtype, dynamic, fuse, batch_size)
     with contextlib.ExitStack() as stack, torch.no_grad():

@@ -17,7 +17,7 @@ from .checkpoint import CheckpointError, read_checkpoint
 
 __all__ = ['ConversionError', 'convert_state_dict', 'rename_authors', 'rename_efficientnet', 'reorder_authors']
 
-ConversionError = CheckpointError  # whether a file or its tensors do not fit, the reader has one thing to catch
+ConversionError = CheckpointError  # one exception to catch for files and tensors that do not fit
 Rules = List[Tuple[str, str]]
 
 # names inside a block's attention; its attribute is called spa, SPA3, SPAB, SPAC, se, ...
@@ -132,7 +132,7 @@ def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: n
 
 
 def rename_authors(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Gives weights of the authors' gated or plain models, or of torchvision's, the names of this package.
+    """Renames weights of the authors' models, gated or plain, or of torchvision's, to the names of this package.
 
     Args:
         weights: Tensors by their names there.
@@ -158,7 +158,7 @@ def rename_authors(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dic
 
 
 def rename_efficientnet(weights: Mapping[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:
-    """Gives weights under the names of EfficientNet-PyTorch, '_blocks.0._bn1.weight', those of timm.
+    """Renames weights of EfficientNet-PyTorch, such as '_blocks.0._bn1.weight', to timm's names.
 
     Args:
         weights: Tensors by their names there.
@@ -219,7 +219,7 @@ def _vgg_rules(model: CifarVGG) -> Rules:
 
 
 def reorder_authors(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Reorders in a DenseNet what reads concatenated channels: the authors put new ones before the old, timm behind.
+    """Reorders the input channels of a DenseNet's layers: the authors concatenate new channels first, timm last.
 
     Args:
         weights: What `rename_authors` gave.

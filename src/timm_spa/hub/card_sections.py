@@ -20,7 +20,7 @@ __all__ = [
 
 
 class CardError(TimmSpaError, ValueError):
-    """A card lacks a fact that it cannot do without, or two facts contradict; the message says which and where."""
+    """A card lacks a required fact, or two facts contradict each other; the message says which and where."""
 
 
 def start_weights(run: Run) -> Optional[str]:
@@ -32,7 +32,7 @@ def start_weights(run: Run) -> Optional[str]:
 
 
 def description(config: Mapping[str, Any], scores: Mapping[int, float], dataset: Mapping[str, str]) -> str:
-    """Says what the model is, and how good on which data."""
+    """Describes the model and its accuracy."""
     text = (model_entrypoint(config['architecture']).__doc__ or '').strip()
     if not scores:
         return text
@@ -154,7 +154,7 @@ def evaluation(
         split: Optional[str],
         scores: Mapping[int, float],
 ) -> str:
-    """Says how the accuracy was measured, and what the run itself had found."""
+    """Describes how the accuracy was measured, and the run's own evaluation."""
     measured = run.facts.get('accuracy') or {}
     lines = []
     if measured.get('command'):
@@ -196,7 +196,7 @@ def figures(run: Run) -> List[Tuple[str, str]]:
 
 
 def limits(config: Mapping[str, Any], dataset: Mapping[str, str], facts: Mapping[str, Any]) -> str:
-    """Says what the weights are not good for."""
+    """Describes what the weights should not be used for."""
     text = (
         f'It gives every picture one of its {config["num_classes"]} classes, also one that shows none of them. How it '
         'does on pictures from elsewhere is not measured.')

@@ -84,7 +84,7 @@ def comparison_table(runs: List[Run], reference: Run, architecture: str) -> List
 
 
 def verdicts(run: Run) -> Optional[List[bool]]:
-    """Tells of each test picture whether a run was right about it.
+    """Returns for each test picture whether a run classified it correctly.
 
     Args:
         run: A run, perhaps with a `test.csv` of `train_scripts/evaluate.py`.
@@ -111,7 +111,7 @@ def tested_top1(runs: List[Run]) -> List[float]:
 
 
 def _net(model: str) -> str:
-    """Returns what a model is called without its gate; timm's own plain and SE models have a spelling of their own."""
+    """Returns the name of a model without its gate; timm spells its own plain and SE models differently."""
     return split_gate(model)[0].removeprefix('se').removesuffix('_100')
 
 

@@ -1,4 +1,4 @@
-"""What the config.json of a repository may say, checked before anything is made of it or loaded for it."""
+"""Checks of a repository's config.json, before a model is created from it."""
 import math
 from typing import Any, Dict, List, Mapping
 

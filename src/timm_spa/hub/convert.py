@@ -101,12 +101,12 @@ def convert(
         model = timm.create_model(model_name.partition('.')[0], num_classes=num_classes, **kwargs).eval()
     except Exception as e:  # timm's, for arguments that are not the model's
         raise UsageError(f'{model_name} cannot be made with {kwargs}: {e}') from e
-    said, wanted = _said(source, weights), (model_name.partition('.')[0], kwargs)
-    differs = json.dumps(said, sort_keys=True) != json.dumps(wanted, sort_keys=True)
-    if said and differs and _has_gates(weights.state_dict):
-        # it may have the names and shapes of this one, and compute something else
+    named, wanted = _model_named_in(source, weights), (model_name.partition('.')[0], kwargs)
+    differs = json.dumps(named, sort_keys=True) != json.dumps(wanted, sort_keys=True)
+    if named and differs and _has_gates(weights.state_dict):
+        # another model may have the same names and shapes, and compute something else
         raise CheckpointError(
-            f'{source} is of {_named(*said)}, as it says itself, and not of {_named(*wanted)}.')
+            f'{source} says that it is of {_described(*named)}, and not of {_described(*wanted)}.')
     converted, kind, description = _converted(weights.state_dict, model, str(source), kind)
     check_weights(converted, model, source)
     stored, error, error_in = _stored(converted, DTYPES[dtype], dtype)
@@ -130,7 +130,7 @@ def _converted(
         source: str,
         kind: Optional[str],
 ) -> Tuple[Dict[str, torch.Tensor], str, str]:
-    """Returns the weights for the model, their kind, and what they were of in words."""
+    """Returns the weights for the model, the kind of the source, and a description of it."""
     failures = {}
     for of_kind, description, read in _readings(weights, model):
         if kind in (None, of_kind):
@@ -148,7 +148,7 @@ Reading = Callable[[], Tuple[Dict[str, torch.Tensor], str]]
 
 
 def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> List[Tuple[str, str, Reading]]:
-    """Returns kind, description, and what gives the weights under our names, or says what does not fit."""
+    """Returns the kinds of source: name, description, and a function that returns renamed weights and what is wrong."""
     def plain(named: Mapping[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], str]:
         fitted, misfit = _fitted(named, _without_gates(model))
         return ({}, misfit) if misfit else (warm_start(fitted, model), '')
@@ -182,7 +182,7 @@ def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> List[Tup
 
 
 def _count(misfit: str) -> float:
-    """Adds up the tensors of a message of `compare_tensors`; a message of another kind is of all of them."""
+    """Returns the number of tensors in a message of `compare_tensors`, infinity for any other message."""
     return sum(map(int, re.findall(r'(?:^|; )(\d+) ', misfit))) or float('inf')
 
 
@@ -212,8 +212,8 @@ def _has_gates(weights: Mapping[str, torch.Tensor]) -> bool:
     return any('.attn.' in name for name in weights)
 
 
-def _said(source: Union[str, Path], weights: Weights) -> Optional[Tuple[str, Dict[str, Any]]]:
-    """Returns the model and its arguments that the file says it is of, if it does."""
+def _model_named_in(source: Union[str, Path], weights: Weights) -> Optional[Tuple[str, Dict[str, Any]]]:
+    """Returns the model and arguments that the file names, if it names any."""
     if weights.arch:
         kwargs = weights.args.get('model_kwargs')
         return weights.arch.partition('.')[0], dict(kwargs) if isinstance(kwargs, Mapping) else {}
@@ -226,7 +226,7 @@ def _said(source: Union[str, Path], weights: Weights) -> Optional[Tuple[str, Dic
     return (name, kwargs) if name and isinstance(kwargs, dict) else None
 
 
-def _named(name: str, kwargs: Mapping[str, Any]) -> str:
+def _described(name: str, kwargs: Mapping[str, Any]) -> str:
     return ' '.join([name, *(f'{key}={value}' for key, value in kwargs.items())])
 
 

@@ -11,7 +11,7 @@ def paragraphs(*texts: Optional[str]) -> str:
 
 
 def plain(text: str) -> str:
-    """Returns a line of text as Markdown shows it, with nothing in it that is markup of a page or of a table."""
+    """Escapes a line of text, so that nothing in it is markup of a page or a table."""
     text = ' '.join(text.split()).replace('```', '').replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
     return text.replace('|', '\\|')
 

@@ -36,7 +36,7 @@ __all__ = [
 
 HUB_ORG = os.environ.get('TIMM_SPA_HUB_ORG', 'timm-spa')
 CARD = 'README.md'
-OWN_FILES = ('run.json', 'card.yaml')  # stay here: the card says what is in them
+OWN_FILES = ('run.json', 'card.yaml')  # not uploaded: the card has their content
 RUN_FILES = ('args.yaml', 'summary.csv')
 HTTP_LIBRARIES = ('httpx', 'requests')  # that huggingface_hub used so far
 # tokens of the Hub, of GitHub and of clouds; a password in an address
@@ -251,7 +251,7 @@ def upload(
 
 
 def _open_repository(repo_id: str, private: bool, tag: Optional[str]) -> Tuple[HfApi, Any, bool]:
-    """Finds out before an upload what would stop it; a first request with a short time limit shows a dead network."""
+    """Checks network, token, visibility and tag before an upload."""
     url = f'{constants.ENDPOINT}/api/whoami-v2'
     hf_raise_for_status(get_session().get(url, headers=build_hf_headers(token=True), timeout=PROBE_TIMEOUT))
     api = HfApi(token=True, library_name='timm_spa', library_version=__version__)
@@ -266,7 +266,7 @@ def _open_repository(repo_id: str, private: bool, tag: Optional[str]) -> Tuple[H
 
 
 def _state_after(api: HfApi, before: Any) -> str:
-    """Says what a failed upload left: a commit is there as a whole or not at all, also if its answer was lost."""
+    """Describes the repository after a failed upload: the commit is there as a whole or not at all."""
     try:
         now = api.model_info(before.id, timeout=PROBE_TIMEOUT).sha
     except Exception:
@@ -292,7 +292,7 @@ def _cause(error: Exception, repo_id: str) -> str:
         return 'There is no token on this machine: `hf auth login` asks for one, or set HF_TOKEN.'
     if isinstance(error, OfflineModeIsEnabled):
         return 'HF_HUB_OFFLINE is set: unset it to publish.'
-    # huggingface_hub raises an error of its own for an upload that failed, from that which says why
+    # huggingface_hub wraps the error that has the cause
     chain: List[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -351,7 +351,7 @@ def _write_weights(path: Path, weights: Weights, model_name: str) -> None:
     metadata = dict(format='pt', model=model_name, timm_spa=__version__, source_sha256=weights.sha256)
     if weights.epoch is not None:
         metadata['epoch'] = str(weights.epoch)
-    # a tensor of its own for each name, which the format asks for
+    # safetensors refuses tensors that share memory
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.state_dict.items()}
     safetensors.torch.save_file(tensors, path, metadata=metadata)
     # safetensors writes metadata in an order that changes from run to run; the same weights should be the same bytes
@@ -368,7 +368,7 @@ def _write_config(path: Path, model: Any) -> Dict[str, Any]:
     labels = {key: model.pretrained_cfg.get(key) for key in ('label_names', 'label_descriptions')}
     save_config_for_hf(model, path, model_config={k: v for k, v in labels.items() if v and named})
     config = json.loads(path.read_text(encoding='utf-8'))
-    config.get('model_args', {}).pop('num_classes', None)  # it stands above, and transformers fails on a second one
+    config.get('model_args', {}).pop('num_classes', None)  # also at the top level; transformers fails on two
     config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_FILENAME  # without it timm may look for a pickle
     for key in labels:
         config['pretrained_cfg'].pop(key, None)
@@ -421,7 +421,7 @@ def without_private_paths(run: Run) -> Tuple[Run, List[str]]:
             return [reduce(v, key) for v in value]
         if not isinstance(value, str):
             return value
-        # a value as a whole, or words in it: a path may have spaces
+        # try the whole value first, since a path may have spaces, then its words
         reduced = _last_part(value)
         if reduced == value:
             reduced = re.sub(r'''(?<![^\s='",])[^\s='",]+''', lambda m: _last_part(m[0]), value)

@@ -134,7 +134,7 @@ def load_yaml(text: str) -> Any:
         yaml.YAMLError: It is no YAML of plain values.
     """
     try:
-        content = yaml.load(text, _Loader)  # noqa: S506  a safe one
+        content = yaml.load(text, _Loader)  # noqa: S506  derived from SafeLoader
         _count(content, {})
     except RecursionError:
         raise ValueError('it is nested too deeply.') from None
@@ -142,7 +142,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _count(value: Any, counted: Dict[int, Optional[int]]) -> int:
-    """Counts the values of a document as they would be written out, those that YAML repeats by a name too."""
+    """Counts the values of a document once its YAML aliases are written out."""
     if not isinstance(value, (dict, list)):
         return 1
     if id(value) not in counted:

@@ -91,7 +91,7 @@ def verify(
             _check_use(folder, model, report)
             if images is not None:
                 _measure(for_inference(model, device), Path(images), split, batch_size, device, report)
-    except Exception as e:  # what a file may hold has no end, and a report should name it
+    except Exception as e:  # files can be wrong in more ways than can be listed, and the report should name each
         report.problems.append(f'{folder} cannot be used: {type(e).__name__}: {" ".join(str(e).split())[:500]}')
     return report
 
@@ -103,7 +103,7 @@ def _download(repo_id: str, revision: Optional[str], report: Report) -> Optional
         report.problems.append(f'{repo_id} is no folder, and no name of a repository (organization/name)')
         return None
     try:
-        info = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)  # soon shows a network that is down
+        info = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)  # fails early if the network is down
         tree = HfApi().list_repo_tree(repo_id, revision=info.sha, recursive=True)
         files = [file for file in tree if isinstance(file, RepoFile)]
         wanted = [file.path for file in files if not PICKLE_NAMES.search(file.path)]
@@ -156,7 +156,7 @@ def _check_files(folder: Path, report: Report) -> None:
 def _is_pickle(path: Path) -> bool:
     with open(path, 'rb') as f:
         head = f.read(9)
-    if path.suffix == '.safetensors' and head[8:] == b'{':  # behind the size of its header, which may be any bytes
+    if path.suffix == '.safetensors' and head[8:] == b'{':  # behind eight bytes of any value, the size of the header
         return False
     if len(head) > 1 and head[0] == 0x80 and 2 <= head[1] <= 5:  # the opcode of a protocol, and its number
         return True
