@@ -1,5 +1,6 @@
 """Refuses a timm that is too old, by one line in place of whatever name it lacks first."""
 import re
+from typing import List
 
 import timm
 
@@ -14,7 +15,7 @@ class TimmTooOldError(TimmSpaError, ImportError):
     """The installed timm lacks what this package extends."""
 
 
-def _numbers(version: str) -> list[int]:
+def _numbers(version: str) -> List[int]:
     return [int(number) for number in re.findall(r'\d+', version)[:3]]
 
 

@@ -1,5 +1,5 @@
 """What every gated family adds to its timm base class."""
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,7 @@ class GatedNet:
 
     A family has a method `init_convs`, which initializes convolutions and linear layers as timm does.
     """
-    init_convs: Any
+    init_convs: Callable[..., None]  # Python 3.10: TorchScript takes Any for a constant
 
     @torch.jit.ignore
     def init_weights(self: Any, **kwargs: Any) -> None:
