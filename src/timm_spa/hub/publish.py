@@ -336,7 +336,7 @@ def _write_config(path: Path, model: Any) -> Dict[str, Any]:
     labels: Dict[str, Any] = dict(label_names=names) if names and not descriptions else {}
     if descriptions:
         labels['id2label'] = {i: descriptions.get(name, name) for i, name in enumerate(names)}
-    # transformers would compute in the precision of the file, and training in float16 overflows
+    # transformers would compute in the precision of the file, and AdamW in float16 gives NaN after one step
     save_config_for_hf(model, str(path), model_config=dict(dtype='float32', **labels))
     config = json.loads(path.read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)  # it stands above, and transformers fails on a second one
