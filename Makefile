@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HOSTS := .venv-hosts
 # the tests run in two processes, whose threads would get in each other's way
 SERIAL := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow quality timm-suite timm-patch test-lowest test-newest sbom docs clean
+.PHONY: demo test test-slow hosts quality timm-suite timm-patch test-lowest test-newest sbom docs clean
 
 demo: $(READY)
 	$(BIN)/timm-spa demo
@@ -16,6 +17,10 @@ test: $(READY) quality
 
 test-slow: $(READY)
 	$(SERIAL) $(BIN)/python -m pytest -m slow -n 2
+
+# other people's tools with our nets, in an environment of their own; writes the table of docs/works_with.md
+hosts: $(HOSTS)/.ready
+	$(SERIAL) $(HOSTS)/bin/python -m pytest tests/hosts -m slow -n 2 --dist loadfile --table tests/hosts/table.md
 
 quality: $(READY)
 	$(BIN)/ruff check .
@@ -65,5 +70,11 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --quiet --editable ".[train,test]"
 	touch $@
 
+$(HOSTS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip install --quiet --upgrade pip
+	$(HOSTS)/bin/python -m pip install --quiet --quiet --editable ".[hosts]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(HOSTS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -89,12 +89,14 @@ def test_card_config_cfg_and_results_agree(folder):
     assert metadata['license'] == config['pretrained_cfg']['license'] == cfg.license
     assert metadata['library_name'] == 'timm'
     assert metadata['pipeline_tag'] == 'image-classification'
-    assert 'transformers' not in metadata['tags'], 'nobody has tested that path'
+    assert 'transformers' not in metadata['tags'], 'the Hub would show its own lines, without `import timm_spa`'
     for field in ('mean', 'std', 'input_size'):
         assert tuple(config['pretrained_cfg'][field]) == getattr(cfg, field)
     for field in ('crop_pct', 'interpolation', 'num_classes'):
         assert config['pretrained_cfg'][field] == getattr(cfg, field)
-    assert config.get('label_names') == (list(cfg.label_names) if cfg.label_names else None)
+    labels = dict(config['pretrained_cfg'], **config)
+    assert labels.get('label_names') == (list(cfg.label_names) if cfg.label_names else None)
+    assert labels.get('label_descriptions') == cfg.label_descriptions
     assert 'num_classes' not in config.get('model_args', {}), 'transformers fails with it'
 
     model = timm.create_model(config['architecture'], num_classes=config['num_classes'])
@@ -157,11 +159,12 @@ def test_snippets_of_a_card_run(folder, tmp_path, monkeypatch):
 
 
 def run_snippets(text, repository, monkeypatch):
-    """Runs the Python of a card, with its repository's folder in the place of the repository."""
+    """Runs the Python of a card for timm, with its repository's folder in the place of the repository."""
     monkeypatch.chdir(repository)
     shutil.copy(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg', repository / 'picture.jpg')
-    snippets = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    *snippets, for_transformers = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
     assert len(snippets) == 3, 'classes, feature maps, an embedding'
+    assert for_transformers.startswith('import timm_spa\nfrom transformers'), 'see hosts/test_cards.py'
     values = []
     for snippet in snippets:
         assert snippet.startswith('import timm_spa\n')

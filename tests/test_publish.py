@@ -120,8 +120,30 @@ def test_labels_are_those_of_the_registered_weights_only(weights_to_publish, tmp
     write_repository(tmp_path / 'mine', weights_to_publish, 'spa_mobilenetv2_cifar.mine')
     config = json.loads((tmp_path / 'mine' / 'config.json').read_text())
     assert config['num_classes'] == 200
-    assert 'label_names' not in config
-    assert 'label_names' in json.loads(weights_to_publish.with_name('config.json').read_text())
+    assert 'label_names' not in {**config, **config['pretrained_cfg']}
+    assert 'label_names' in json.loads(weights_to_publish.with_name('config.json').read_text())['pretrained_cfg']
+
+
+def test_names_of_classes(weights_to_publish, tmp_path):
+    """timm reads labels and descriptions; transformers reads names for people, and the precision to train in."""
+    cfg = timm.get_pretrained_cfg(NAME)
+    loaded = timm.create_model(f'local-dir:{weights_to_publish.parent}', pretrained=True).pretrained_cfg
+    assert list(loaded['label_names']) == list(cfg.label_names)
+    assert loaded['label_descriptions'] == cfg.label_descriptions
+    config = json.loads(weights_to_publish.with_name('config.json').read_text())
+    assert config['dtype'] == 'float32'
+    assert 'label_names' not in config, 'transformers would show these, and leave id2label unread'
+    assert config['id2label'] == {str(i): cfg.label_descriptions[n] for i, n in enumerate(cfg.label_names)}
+
+    notes = write_repository(tmp_path / 'unnamed', weights_to_publish, 'spa_mobilenetv2_cifar.mine')
+    assert any('classes.txt beside the checkpoint names them' in note for note in notes)
+    names = [f'thing {i}' for i in range(200)]
+    weights_to_publish.with_name('classes.txt').write_text('\n'.join(names))
+    notes = write_repository(tmp_path / 'named', weights_to_publish, 'spa_mobilenetv2_cifar.mine')
+    assert not any('classes.txt' in note for note in notes)
+    config = json.loads((tmp_path / 'named' / 'config.json').read_text())
+    assert config['label_names'] == names, 'both read these'
+    assert 'id2label' not in config
 
 
 def test_another_model_than_was_trained(hub, owner, weights_to_publish, capsys):

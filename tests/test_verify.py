@@ -149,6 +149,7 @@ FAULTS = [
     (lambda folder: change_config(folder, num_classes=4), 'config.json has 4 classes, and 3'),
     (lambda folder: change_config(folder, num_features=7), 'num_features 7, and spa_mobilenetv2_cifar has 1280'),
     (lambda folder: change_config(folder, label_names=['a', 'b']), '2 label_names for 3 classes'),
+    (lambda folder: change_config(folder, id2label={'0': 'a', '1': 'b'}), 'id2label for the classes 0 to 2'),
     (lambda folder: change_config(folder, model_args=dict(num_classes=3)), 'num_classes in model_args'),
     (lambda folder: change_config(folder, model_args=dict(pyramid_sizes=[0])), 'cannot be created'),
     (lambda folder: change_cfg(folder, hf_hub_filename=None), 'does not set hf_hub_filename'),
@@ -174,6 +175,7 @@ HOSTILE = [
     *(dict(num_classes=value) for value in (0, -1, 2.5, '3', None, True, 10 ** 12)),
     *(dict(num_features=value) for value in ('1280', [1280])), dict(global_pool=['avg']),
     *(dict(label_names=value) for value in ('abc', [1, 2, 3], [None] * 3, {'a': 0}, [['a'], ['b'], ['c']])),
+    *(dict(id2label=value) for value in (['a'], {'0': 1}, 'x')), dict(dtype=32), dict(cfg=dict(label_descriptions='x')),
     *(dict(label_descriptions=value) for value in (['a'], {'bird': 1}, 'x')),
     *(dict(model_args=value) for value in (
         [], 'x', dict(pretrained=True), dict(checkpoint_path='/etc/hostname'), dict(pretrained_cfg=dict(file='/etc/x')),

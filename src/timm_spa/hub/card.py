@@ -25,7 +25,7 @@ from .card_sections import (
 )
 from .checkpoint import CheckpointError, read_header, stored_epoch
 from .comparison import comparison_table, read_results
-from .config_file import config_problems
+from .config_file import class_labels, config_problems
 from .markdown import listed, paragraphs, wrapped
 from .run_record import Run
 
@@ -123,6 +123,7 @@ def make_card(
         about=paragraphs(description(config, scores, dataset), facts.get('about')),
         details=details(config, dataset, weights, cost),
         source=_source(model_name, repo_id),
+        repository=repo_id or '.',
         top_k=min(5, config['num_classes']),
         **examples,
         commands=[wrapped(command) for command in facts.get('commands') or listed(run.record.get('command'))],
@@ -257,8 +258,7 @@ def _widget(
     if weights is None:
         raise CardError("'widget' in card.yaml needs the weights: what they say of a picture is computed.")
     model: Any = load_model(config['architecture'], weights, config['num_classes'])
-    model.pretrained_cfg.update(config['pretrained_cfg'], **{
-        key: config[key] for key in ('label_names', 'label_descriptions') if key in config})
+    model.pretrained_cfg.update(config['pretrained_cfg'], **class_labels(config))
     entries = []
     for entry in pictures:
         if not {'src', 'picture'} <= entry.keys():

@@ -11,6 +11,7 @@ from timm.models import model_entrypoint
 from .._errors import TimmSpaError
 from ..profile import ModelCost, count_cost
 from .checkpoint import read_header
+from .config_file import class_labels
 from .markdown import link, numbers, paragraphs, plain, wrapped
 from .run_record import Run
 
@@ -59,7 +60,7 @@ def details(
         ('image', f'{height}x{width}, {channels} channels, mean {numbers(cfg["mean"])}, std {numbers(cfg["std"])}, '
                   f'{cfg["interpolation"]} interpolation, centre crop of {cfg["crop_pct"]}'),
         ('classes', str(config['num_classes']) + (
-            ', in the order of `label_names` in config.json' if config.get('label_names') else '')),
+            ', in the order of `label_names` in config.json' if class_labels(config) else '')),
     ]
     if weights is not None:
         names = dict(F32='float32', F16='float16', BF16='bfloat16')

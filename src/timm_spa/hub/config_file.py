@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Mapping
 import timm
 from timm.models import PretrainedCfg
 
-__all__ = ['NOT_OF_A_MODEL', 'config_problems']
+__all__ = ['NOT_OF_A_MODEL', 'class_labels', 'config_problems']
 
 LARGEST_IMAGE = 3 * 2048 * 2048  # values
 LARGEST_CLASSES = 1_000_000
@@ -16,6 +16,20 @@ NOT_OF_A_MODEL = (
     'cache_dir', 'checkpoint_path', 'device', 'dtype', 'exportable', 'features_only', 'no_jit', 'out_indices',
     'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'scriptable')
 INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest', 'random')
+
+
+def class_labels(config: Mapping[str, Any]) -> Dict[str, Any]:
+    """Finds the labels of a config.json as timm does.
+
+    Args:
+        config: Its content.
+
+    Returns:
+        Its 'label_names' and 'label_descriptions', those that it has: of the top level, else of pretrained_cfg.
+    """
+    keys = ('label_names', 'label_descriptions')
+    found = {key: config[key] if key in config else config['pretrained_cfg'].get(key) for key in keys}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def config_problems(config: Any) -> List[str]:
@@ -42,14 +56,18 @@ def config_problems(config: Any) -> List[str]:
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         problems.append(f'config.json names the architecture {_shown(architecture)}, which is none that is registered')
     expect(_is_whole(count) and 0 < count <= LARGEST_CLASSES, 'num_classes', count, 'a number of classes')
+    if not isinstance(cfg, dict):
+        expect(False, 'pretrained_cfg', cfg, 'names with values')
+        return problems
+    labelled = dict(config, **class_labels(config))
     for key, kind, what in (
-            ('num_features', int, 'a whole number'), ('global_pool', str, 'a name'),
+            ('num_features', int, 'a whole number'), ('global_pool', str, 'a name'), ('dtype', str, 'a name'),
             ('label_names', list, 'a list of names'), ('label_descriptions', dict, 'names with descriptions'),
-            ('model_args', dict, 'names with values')):
-        value = config.get(key)
+            ('id2label', dict, 'numbers with names'), ('model_args', dict, 'names with values')):
+        value = labelled.get(key)
         expect(value is None or isinstance(value, kind), key, value, what)
-    for key in ('label_names', 'label_descriptions'):
-        names: Any = config.get(key) or ()
+    for key in ('label_names', 'label_descriptions', 'id2label'):
+        names: Any = labelled.get(key) or ()
         values = names.values() if isinstance(names, dict) else names
         odd = [v for v in values if not isinstance(v, str)] if isinstance(names, (dict, list, tuple)) else []
         expect(not odd, f'an entry of {key}', odd[:1], 'a text')
@@ -57,9 +75,6 @@ def config_problems(config: Any) -> List[str]:
     taken = [key for key in NOT_OF_A_MODEL if isinstance(arguments, dict) and key in arguments]
     if taken:
         problems.append(f'config.json: model_args has {", ".join(taken)}, which no model takes')
-    if not isinstance(cfg, dict):
-        expect(False, 'pretrained_cfg', cfg, 'names with values')
-        return problems
     return problems + _cfg_problems(cfg)
 
 

@@ -28,6 +28,7 @@ from ..training_log import write_summary
 from .card import check_repository_name, make_card
 from .card_sections import figure_file
 from .checkpoint import Weights, check_shapes, check_weights, read_weights
+from .config_file import class_labels
 from .run_record import ARGUMENTS, Run, checked
 
 __all__ = [
@@ -118,6 +119,9 @@ def write_repository(
         partial.mkdir(parents=True)
         _write_weights(partial / WEIGHTS_FILENAME, weights, model_name)
         config = _write_config(partial / 'config.json', model)
+        if not class_labels(config) and model.num_classes != 1000:
+            notes.append(
+                'The classes have numbers and no names. classes.txt beside the checkpoint names them, one a line.')
         shutil.copymode(partial / 'config.json', partial / WEIGHTS_FILENAME)  # safetensors' is for the owner alone
         if run.args:
             (partial / 'args.yaml').write_text(yaml.safe_dump(run.args, allow_unicode=True), encoding='utf-8')
@@ -364,14 +368,23 @@ def _write_weights(path: Path, weights: Weights, model_name: str) -> None:
 
 
 def _write_config(path: Path, model: Any) -> Dict[str, Any]:
-    named = len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes
-    labels = {key: model.pretrained_cfg.get(key) for key in ('label_names', 'label_descriptions')}
-    save_config_for_hf(model, path, model_config={k: v for k, v in labels.items() if v and named})
+    names, descriptions = (model.pretrained_cfg.get(key) for key in ('label_names', 'label_descriptions'))
+    if len(names or ()) != model.num_classes:
+        names = descriptions = None
+    # timm reads labels at either level; transformers shows `label_names` of the upper one as they are, and reads
+    # `id2label` only where there are none
+    labels: Dict[str, Any] = dict(label_names=names) if names and not descriptions else {}
+    if descriptions:
+        labels['id2label'] = {i: descriptions.get(name, name) for i, name in enumerate(names)}
+    # transformers would compute in the precision of the file, and AdamW in float16 gives NaN after one step
+    save_config_for_hf(model, path, model_config=dict(dtype='float32', **labels))
     config = json.loads(path.read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)  # also at the top level; transformers fails on two
     config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_FILENAME  # without it timm may look for a pickle
-    for key in labels:
+    for key in ('label_names', 'label_descriptions'):
         config['pretrained_cfg'].pop(key, None)
+    if descriptions:
+        config['pretrained_cfg'].update(label_names=names, label_descriptions=descriptions)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     return config
 

@@ -22,7 +22,7 @@ from ..models._pretrained import WEIGHTS_FILENAME
 from ..models.tensors import compare_tensors, first_few
 from ..predict import PictureError, for_inference, labelled_batches, load_model, predict
 from .checkpoint import CheckpointError, read_header, read_weights
-from .config_file import config_problems
+from .config_file import class_labels, config_problems
 from .run_record import load_yaml
 
 __all__ = ['Report', 'verify']
@@ -188,9 +188,12 @@ def _check_config(folder: Path, report: Report) -> Optional[Callable[..., Any]]:
             f'config.json does not set hf_hub_filename to {WEIGHTS_FILENAME}: timm may look for a pickle')
     if (cfg.get('num_classes') or count) != count:
         report.problems.append(f'config.json has {count} classes, and {cfg["num_classes"]} in pretrained_cfg')
-    labels = config.get('label_names')
+    labels = class_labels(config).get('label_names')
     if labels is not None and (len(labels) != count or len(set(labels)) != count):
         report.problems.append(f'config.json has {len(set(labels))} label_names for {count} classes')
+    numbered = config.get('id2label')
+    if numbered and set(numbered) != set(map(str, range(count))):
+        report.problems.append(f'config.json should have id2label for the classes 0 to {count - 1}, and has others')
 
     def create(**kwargs: Any) -> Any:
         model: Any = timm.create_model(
