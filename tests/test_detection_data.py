@@ -143,7 +143,7 @@ def test_files_that_are_not_of_coco(tmp_path, text, message):
 
 @pytest.mark.parametrize('box', [[1, 2, 3], [1, 2, math.nan, 4]])
 def test_boxes_of_no_four_numbers(tmp_path, box):
-    with pytest.raises(DetectionError, match='annotation 1 has a bbox of no four numbers'):
+    with pytest.raises(DetectionError, match='annotation 1 has a bbox that is not four numbers'):
         CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=box)]))
 
 

@@ -19,8 +19,8 @@ from timm.data import (
 from timm.utils import reparameterize_model
 
 from ._errors import TimmSpaError
-from ._names import did_you_mean, unknown_model
 from .hub.checkpoint import check_weights, read_weights
+from .models.names import did_you_mean, unknown_model
 from .models.tensors import first_few
 from .training_log import read_classes
 

@@ -11,7 +11,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from .._errors import TimmSpaError
-from .._names import unknown_model
+from ..models.names import unknown_model
 
 __all__ = ['Backbone', 'DetectionError', 'create_body']
 

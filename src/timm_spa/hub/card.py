@@ -133,6 +133,7 @@ def make_card(
         comparison=comparison,
         evaluation=evaluation(run, row, dataset.get('split'), scores),
         figures=figures(run),
+        runtimes=facts.get('runtimes', '').strip(),
         limits=limits(config, dataset, facts),
     )
 

@@ -14,11 +14,11 @@ from timm.models.efficientnet import EfficientNet
 from .. import __version__
 from .._errors import UsageError
 from .._files import replacing
-from .._names import unknown_model
 from ..layers import SpatialPyramidAttention
 from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
 from ..models._warm_start import gated_modules, warm_start
 from ..models.densenet import rename_torchvision
+from ..models.names import unknown_model
 from ..models.tensors import compare_tensors, first_few
 from .authors import rename_authors, rename_efficientnet, reorder_authors
 from .checkpoint import CheckpointError, Weights, check_weights, read_header, read_weights

@@ -27,6 +27,7 @@ FACTS: Dict[str, Any] = dict(
     license=str,
     commands=[str],
     training=str,
+    runtimes=str,
     limits=str,
     figures=list,
     widget=[dict(src=str, picture=str)],
@@ -57,8 +58,8 @@ class Run:
             accuracy is of, 'note'), 'accuracy' (measured on the published file: 'top1', 'top5', the 'command' that
             prints it, 'note'), 'epoch' (the one in summary.csv that the weights are of), 'base_model' (its Hub id),
             'license' (of the weights, which nobody else can choose), 'commands' (if the one of run.json is not all),
-            'training' and 'limits' (paragraphs), 'figures' (a list of a picture's 'file' and its 'text'),
-            'widget' (a list of a picture's address 'src' and its file 'picture').
+            'training', 'runtimes' (of exported files) and 'limits' (paragraphs), 'figures' (a list of a picture's
+            'file' and its 'text'), 'widget' (a list of a picture's address 'src' and its file 'picture').
         classes: `classes.txt`, the names of the classes in the order of the model's outputs.
         folder: Where these were read; files that `facts` names are relative to it.
     """

@@ -40,13 +40,13 @@ from timm.models import (
 from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
 
-from .._names import did_you_mean, unknown_model
 from ._block_types import BLOCK_TYPES, default_places, place_in_block
 from ._entrypoints import list_models
 from ._gated_net import adopt
 from ._gates import GATES, create_gate
 from ._pretrained import WEIGHTS_FILENAME, check_fit, locate, warm_cfg
 from ._warm_start import gate_weights, gated_modules, neutral_factors
+from .names import did_you_mean, unknown_model
 
 __all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'create_gated', 'gated']
 
