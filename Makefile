@@ -21,6 +21,7 @@ test-slow: $(READY)
 # other people's tools with our nets, in an environment of their own; writes the table of docs/works_with.md
 hosts: $(HOSTS)/.ready
 	$(SERIAL) $(HOSTS)/bin/python -m pytest tests/hosts -m slow -n 2 --dist loadfile --table tests/hosts/table.md
+	$(SERIAL) $(HOSTS)/bin/python -m pytest tests/test_mmdet.py
 
 quality: $(READY)
 	$(BIN)/ruff check .

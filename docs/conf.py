@@ -17,5 +17,6 @@ autodoc_typehints_description_target = 'documented'
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = False
+autodoc_mock_imports = ['mmcv', 'mmdet']  # timm_spa.detection.mmdet cannot be imported without compiled operators
 # pages show files of the project that are no pages
 suppress_warnings = ['myst.xref_missing']

@@ -2,7 +2,7 @@
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -22,17 +22,23 @@ class DetectionError(TimmSpaError, ValueError):
     """A detector, its data or its training cannot be what was asked for; the message names the thing."""
 
 
-def create_body(name: str, pretrained: Union[bool, str, Path], **kwargs: Any) -> Any:
+def create_body(
+        name: str,
+        pretrained: Union[bool, str, Path],
+        out_indices: Optional[Sequence[int]] = None,
+        **kwargs: Any,
+) -> Any:
     """Creates the feature extractor of a model of timm.
 
     Args:
         name: Name of the model, e.g. 'spa_resnet50', 'resnet50.a1_in1k' or 'gated'.
         pretrained: Load the published weights; or a file of weights of the classification net, whatever
             `timm_spa.hub.convert` reads, so that a plain net's file starts a net with attention.
+        out_indices: Maps to give out, counted from 0; all that the model has if None.
         **kwargs: Further arguments of the model, e.g. base='regnety_032' for 'gated'.
 
     Returns:
-        Feature extractor, with all maps that the model has.
+        Feature extractor.
 
     Raises:
         DetectionError: There is no such model, it gives out no maps, or an argument is not its own.
@@ -45,12 +51,13 @@ def create_body(name: str, pretrained: Union[bool, str, Path], **kwargs: Any) ->
             file = Path(folder) / 'model.safetensors'
             convert(str(pretrained), file, name, **kwargs)
             overlay = dict(file=str(file), source='')
-            return create_body(name, True, **dict(kwargs, pretrained_cfg_overlay=overlay))
+            return create_body(name, True, out_indices, **dict(kwargs, pretrained_cfg_overlay=overlay))
     problem = unknown_model(name)
     if problem:
         raise DetectionError(problem)
     try:
-        return timm.create_model(name, pretrained=bool(pretrained), features_only=True, **kwargs)
+        return timm.create_model(
+            name, pretrained=bool(pretrained), features_only=True, out_indices=out_indices, **kwargs)
     except TimmSpaError:
         raise
     except Exception as e:  # timm, torch and the Hub each raise their own
@@ -101,15 +108,15 @@ class Backbone(nn.Module):
             extra.use_P5 = False  # otherwise torchvision computes P6 from P5 where C5 has 256 channels
         self.fpn = FeaturePyramidNetwork(channels, PYRAMID_CHANNELS, extra)
         self.out_channels = PYRAMID_CHANNELS
-        _freeze(body, trainable_layers)
+        if trainable_layers not in range(6):
+            raise DetectionError(f'trainable_layers is a number from 0 to 5, got {trainable_layers!r}.')
+        freeze_stages(body, 5 - trainable_layers)
         self.train()
 
     def train(self, mode: bool = True) -> 'Backbone':
         """Sets the mode of everything but the norm layers with statistics, which stay in eval mode."""
         super().train(mode)
-        for module in self.body.modules():
-            if isinstance(getattr(module, 'running_mean', None), torch.Tensor):
-                module.training = False  # not eval(), which reaches the gate in such a layer, and its drop path
+        freeze_statistics(self.body)
         return self
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -119,13 +126,25 @@ class Backbone(nn.Module):
         return self.fpn(OrderedDict((str(stride), maps[index]) for stride, index in chosen))
 
 
-def _freeze(body: Any, trainable_layers: int) -> None:
-    """Freezes every parameter that the map of a stage depends on: exact in any architecture, whatever its names."""
-    if trainable_layers not in range(6):
-        raise DetectionError(f'trainable_layers is a number from 0 to 5, got {trainable_layers!r}.')
-    if trainable_layers == 5:
+def freeze_statistics(body: nn.Module, only_frozen: bool = False) -> None:
+    """Sets the norm layers with statistics to eval mode; or only those of them whose weights are frozen."""
+    for module in body.modules():
+        if isinstance(getattr(module, 'running_mean', None), torch.Tensor):
+            if only_frozen and any(p.requires_grad for p in module.parameters(recurse=False)):
+                continue
+            module.training = False  # not eval(), which reaches the gate in such a layer, and its drop path
+
+
+def freeze_stages(body: Any, count: int) -> None:
+    """Freezes every parameter that the map of a stage depends on: exact in any architecture, whatever its names.
+
+    Args:
+        body: Feature extractor of timm, with the maps of all stages to freeze.
+        count: Number of stages, of which the stem is the first.
+    """
+    if count == 0:
         return
-    limit = 2 ** (5 - trainable_layers)
+    limit = 2 ** count
     reductions = body.feature_info.reduction()
     stages = [i for i, reduction in enumerate(reductions) if reduction <= limit]
     if not stages:  # ConvNeXt's first map has stride 4

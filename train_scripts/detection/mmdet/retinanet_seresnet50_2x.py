@@ -1,0 +1,3 @@
+"""RetinaNet with SE."""
+_base_ = 'retinanet_resnet50_2x.py'
+model = dict(backbone=dict(model='seresnet50'))

@@ -1,0 +1,3 @@
+"""RetinaNet with SPA."""
+_base_ = 'retinanet_resnet50_2x.py'
+model = dict(backbone=dict(model='spa_resnet50'))
