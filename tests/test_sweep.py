@@ -12,7 +12,6 @@ import yaml
 ROOT = Path(__file__).parent.parent
 SWEEP = ROOT / 'train_scripts' / 'sweep.py'
 RESULTS = ROOT / 'train_scripts' / 'results.py'
-DETECTORS = ROOT / 'train_scripts' / 'detector_results.py'
 KEPT = sorted(path.parent for path in (ROOT / 'train_scripts' / 'results').glob('*/table.md'))
 
 TRAIN = '''
@@ -180,13 +179,12 @@ def test_bad_arguments(sweep, tmp_path, args, message):
 
 @pytest.mark.parametrize('folder', KEPT, ids=lambda p: p.name)
 def test_the_tables_of_the_project_are_those_of_their_runs(folder):
-    script = DETECTORS if folder.name == 'mosaic' else RESULTS
-    assert runpy.run_path(str(script))['main']([str(folder), '--check']) == 0
+    assert runpy.run_path(str(RESULTS))['main']([str(folder), '--check']) == 0
 
 
 def test_results_of_detectors(tmp_path, capsys):
     """Means over seeds, after the last epoch that all runs of a detector have, beside sums by hand."""
-    main = runpy.run_path(str(DETECTORS))['main']
+    main = runpy.run_path(str(RESULTS))['main']
     values = {'resnet18': [(10, 20), (14, 26, 30)], 'spa_resnet18': [(11, 23)]}
     for model, runs in values.items():
         for seed, aps in enumerate(runs):

@@ -1,6 +1,7 @@
 """Rebuilds the tables and figures of a folder of results from the files of its runs.
 
     python train_scripts/results.py train_scripts/results/grocery81
+    python train_scripts/results.py train_scripts/results/mosaic
 
 A run is a folder with `summary.csv`, `args.yaml` and `run.json`, as `sweep.py` keeps them, and perhaps with what
 `evaluate.py` adds. `table.md` has the accuracy of the last epoch on the validation pictures and on those of `test.csv`:
@@ -8,6 +9,8 @@ the mean over seeds and, from two on, the sample standard deviation. Where every
 compared with the plain net of the same seed on the same pictures, by McNemar's exact test. `curves.png` has losses
 and accuracy of every epoch, as the paper's figures 3 and 4, and `pyramid_weights.png` the learned weights of
 equation (1).
+A run of `timm-spa detect train` is a folder with `summary.csv` and `args.yaml`. `table.md` has COCO's figures on the
+validation pictures after the last epoch that all runs of a detector have.
 `--check` writes nothing and fails if the table that is there is not the one of its runs.
 """
 import argparse
@@ -16,7 +19,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from timm_spa._errors import TimmSpaError
 from timm_spa._files import read_text
@@ -28,7 +31,11 @@ from timm_spa.models import GATES
 from timm_spa.models._entrypoints import split_gate
 from timm_spa.profile import count_cost
 
+DETECTORS = {'retinanet': 'RetinaNet', 'cascade_rcnn': 'Cascade R-CNN'}
+COCO = {'eval_map': 'AP', 'eval_ap50': 'AP50', 'eval_ap75': 'AP75', 'train_loss': 'training loss'}
+
 Nets = Dict[str, Dict[str, List[Run]]]  # runs by net and label of the gate
+Detectors = Dict[str, Dict[str, List[Run]]]  # runs by detector and backbone
 
 
 def read_runs(folder: Path) -> List[Run]:
@@ -154,6 +161,76 @@ def mean_pyramid_weights(runs: List[Run]) -> Dict[str, Dict[str, ScaleWeights]]:
     return found
 
 
+def read_detectors(folder: Path) -> Detectors:
+    """Reads every run of a folder of detectors.
+
+    Raises:
+        RunError: There is none, or runs of a detector were not trained alike.
+        SummaryError: The metrics of a run are no table.
+    """
+    found: Detectors = {}
+    alike: Dict[str, Any] = {}
+    for path in sorted(folder.glob('*/summary.csv')):
+        run = Run.read(path.parent)
+        detector, model = str(run.args.get('detector')), str(run.args.get('model'))
+        if detector not in DETECTORS:
+            raise RunError(f'{path.parent} is no run of `timm-spa detect train`: its args.yaml names no detector.')
+        how = {**run.args['settings'], 'seed': None, 'processes': run.args['processes']}
+        if alike.setdefault(detector, how) != how:
+            raise RunError(f'{path.parent} was not trained like the runs of {detector} before it.')
+        found.setdefault(detector, {}).setdefault(model, []).append(run)
+    if not found:
+        raise RunError(f'{folder} has no run in it: there is no summary.csv in its folders.')
+    return {  # the plain net first
+        detector: dict(sorted(found[detector].items(), key=lambda item: (len(item[0]), item[0])))
+        for detector in DETECTORS if detector in found}
+
+
+def make_detector_table(detectors: Detectors) -> str:
+    """Returns COCO's figures after the last epoch that all runs of a detector have, as Markdown."""
+    lines = [
+        f'| detector | backbone | seeds | epochs | {" | ".join(COCO.values())} |',
+        '|---' * (4 + len(COCO)) + '|']
+    for detector, rows in detectors.items():
+        epochs = min(len(run.summary) for runs in rows.values() for run in runs)
+        planned = next(iter(rows.values()))[0].args['settings']['epochs']
+        for model, runs in rows.items():
+            at = [run.summary[epochs - 1] for run in runs]
+            cells = [
+                DETECTORS[detector], f'`{model}`', ', '.join(str(run.args['settings']['seed']) for run in runs),
+                f'{epochs} of {planned}', *(mean_and_spread([row[key] for row in at]) for key in COCO)]
+            lines.append('| ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
+def _has_detectors(folder: Path) -> bool:
+    return any(
+        Run.read(path.parent).args.get('detector') for path in sorted(folder.glob('*/args.yaml'))[:1])
+
+
+def _of_classifiers(folder: Path) -> Tuple[str, Callable[[], Dict[str, Any]]]:
+    """Returns the table, and what draws the figures by their names."""
+    runs = read_runs(folder)
+
+    def draw() -> Dict[str, Any]:
+        curves = {
+            net: {label: [run.summary for run in row] for label, row in rows.items()}
+            for net, rows in grouped(runs).items()}
+        weights = mean_pyramid_weights(runs)
+        drawn = dict(curves=figures.draw_curves(curves))
+        return dict(drawn, pyramid_weights=figures.draw_scales(weights)) if weights else drawn
+
+    return make_table(runs), draw
+
+
+def _of_detectors(folder: Path) -> Tuple[str, Callable[[], Dict[str, Any]]]:
+    detectors = read_detectors(folder)
+    curves = {
+        DETECTORS[detector]: {model: [run.summary for run in runs] for model, runs in rows.items()}
+        for detector, rows in detectors.items()}
+    return make_detector_table(detectors), lambda: dict(curves=figures.draw_curves(curves))
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line, and returns its exit code."""
     parser = argparse.ArgumentParser(
@@ -162,11 +239,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--check', action='store_true', help='compare table.md with the runs, and write nothing')
     args = parser.parse_args(argv)
     try:
-        runs = read_runs(args.folder)
+        table, draw = _of_detectors(args.folder) if _has_detectors(args.folder) else _of_classifiers(args.folder)
     except TimmSpaError as e:
         print(f'results: {e}', file=sys.stderr)
         return 1
-    table = make_table(runs)
     path = args.folder / 'table.md'
     if args.check:
         if not path.exists() or path.read_text(encoding='utf-8') != table:
@@ -174,13 +250,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             return 1
         return 0
     path.write_text(table, encoding='utf-8')
-    curves = {
-        net: {label: [run.summary for run in row] for label, row in rows.items()}
-        for net, rows in grouped(runs).items()}
-    figures.save(figures.draw_curves(curves), args.folder / 'curves')
-    weights = mean_pyramid_weights(runs)
-    if weights:
-        figures.save(figures.draw_scales(weights), args.folder / 'pyramid_weights')
+    for name, figure in draw().items():
+        figures.save(figure, args.folder / name)
     print(table)
     return 0
 
