@@ -19,6 +19,8 @@ import timm_spa_cli
 from timm_spa.detection import DetectionError, load_detector, retinanet, save_detector
 from timm_spa.detection import train as training
 from timm_spa.detection.data import CocoDataset, find_dataset
+from timm_spa.detection.evaluate import coco_figures
+from timm_spa.detection.evaluate import detect as run_detector
 from timm_spa.detection.train import Settings, learning_rate, train
 from timm_spa.train_guard import TrainingError
 
@@ -33,6 +35,13 @@ def detect(*arguments):
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     return write_rectangles(tmp_path_factory.mktemp('data'), count=8, size=64)
+
+
+def evaluate_alone(checkpoint, data):
+    """COCO's AP in percent, by one process."""
+    model = load_detector(checkpoint)
+    dataset = CocoDataset(data / 'val', data / 'val.json', categories=model.categories)
+    return coco_figures(dataset, run_detector(model, dataset, 4, 0))['AP']
 
 
 def content(run):
@@ -245,3 +254,22 @@ def test_nothing_of_it_is_imported_before_it_is_asked_for():
     code = 'import sys, timm_spa_cli.detect; print("torch" in sys.modules)'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout == 'False\n'
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path, data):
+    """Each takes half of the pictures; they evaluate together, and one writes. Their weights stay equal."""
+    run = tmp_path / 'run'
+    command = [
+        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, '-m', 'timm_spa', 'detect', 'train',
+        '--data', data, *SMALL, '--epochs', 6, '--output', run, '--lr', 0.005, '--warmup-steps', 0, '--clip-grad', 10]
+    environment = dict(os.environ, OMP_NUM_THREADS='1')
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count('epoch 5: loss') == 1
+    assert yaml.safe_load((run / 'args.yaml').read_text())['processes'] == 2
+    with open(run / 'summary.csv', newline='') as f:
+        first, *_, last = csv.DictReader(f)
+    assert float(last['train_loss']) < float(first['train_loss'])
+    figures = evaluate_alone(run / 'last', data)
+    assert figures == pytest.approx(float(last['eval_map']), abs=0.051)
