@@ -11,6 +11,9 @@ import timm
 import torch
 import yaml
 
+import timm_spa
+from timm_spa.profile import LIST
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / 'docs' / 'finetune.ipynb'
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -83,3 +86,27 @@ def test_pages_are_built(tmp_path):
     ids=lambda path: path.name)
 def test_files_of_the_repository_are_yaml(path):
     assert yaml.safe_load(path.read_text(encoding='utf-8'))
+
+
+def test_table_of_models():
+    """It names every network with SPA-A, with parameters and multiply-adds as they are counted for `timm-spa list`."""
+    counted = json.loads(LIST.read_text())
+    named = []
+    for line in (ROOT / 'docs' / 'models.md').read_text().splitlines():
+        cells = line.strip('| ').split(' | ')
+        if len(cells) != 6 or '`spa_' not in cells[1]:
+            continue
+        names = []
+        for word in re.findall(r'`([^`]+)`', cells[1]):  # later ones may be endings: `spa_resnet18` `34`
+            last = names[-1] if names else ''
+            meant = [word, *(last[:i] + word + end for i in range(len(last), 0, -1) for end in ('', '_cifar'))]
+            names.append(next(name for name in meant if name in counted))
+        named += names
+        for cell, key, unit in ((cells[2], 'parameters', 1e6), (cells[3], 'macs', 1e9)):
+            figures = re.findall(r'[\d.]+', cell)
+            if '(' in cell:  # for another number of classes
+                continue
+            for name, figure in zip(names, figures, strict=len(figures) > 1):
+                digits = len(figure.partition('.')[2])
+                assert f'{counted[name][key] / unit:.{digits}f}' == figure, (name, key)
+    assert sorted(named) == sorted(n for n in timm_spa.list_models('spa_*') if not re.match('spa_[bc]_', n))
