@@ -1,4 +1,5 @@
 """`timm-spa export`: files that other runtimes compute the same with as PyTorch, or no files."""
+import copy
 import json
 import shutil
 import subprocess
@@ -22,8 +23,9 @@ import timm_spa_cli
 from timm_spa import export as export_module
 from timm_spa._errors import UsageError
 from timm_spa._files import WriteError
+from timm_spa._shipped import shipped_photographs
 from timm_spa.export import FORMATS, ExportError, export
-from timm_spa.predict import labelled_batches, load_model
+from timm_spa.predict import labelled_batches, load_model, picture_reader
 from timm_spa_cli.predict import SHIPPED_MODEL
 
 NETS = {
@@ -308,13 +310,23 @@ def test_a_net_for_grey_pictures(tmp_path):
 @pytest.mark.parametrize('name', timm_spa.list_models('spa_*'))
 @torch.no_grad()
 def test_every_net_with_spa(name, tmp_path):
-    """With the statistics of a batch in the norm layers, as in a trained net: else the maps of 152 layers grow so large
-    that a gate's rounding error decides between 0 and 1."""
+    """A net as conditioned as trained ones: statistics of photographs in the norm layers, gates that vary moderately.
+
+    With random ones, PyTorch's own float32 outputs of spa_densenet161 are off by 3 % of those in float64. Where that
+    error is larger than a millionth, the file may be off by ten times as much.
+    """
     model, size = make_model(name).train(), min(image_size(name)[0], 128)
+    for key, parameter in model.named_parameters():
+        if key.endswith('attn.fc2.weight'):
+            parameter.mul_(0.1)
     for module in model.modules():
         if hasattr(module, 'momentum'):
             module.momentum = 1.
-    model(torch.randn(4, 3, size, size))
+    read = picture_reader(model)
+    pictures = torch.stack([read(path) for path in shipped_photographs()])
+    model(torch.nn.functional.interpolate(pictures, size=(size, size), mode='bilinear', antialias=True))
     report = export(model.eval(), tmp_path / 'net.onnx', dynamic='size', img_size=size)
     assert len(set(report.shapes)) == 3
-    assert report.difference < EXACT
+    exact = copy.deepcopy(model).double()
+    own = max(rel(model(x), exact(x.double()).float()) for x in map(torch.randn, set(report.shapes)))
+    assert report.difference < max(EXACT, 10 * own)
