@@ -23,6 +23,8 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from timm_spa._errors import TimmSpaError
 from timm_spa._files import read_text
+from timm_spa.detection.repository import TITLES
+from timm_spa.detection.train import METRICS
 from timm_spa.explain import ScaleWeights, figures
 from timm_spa.explain.attention import block_of
 from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results, tested_top1, verdicts
@@ -31,8 +33,7 @@ from timm_spa.models import GATES
 from timm_spa.models._entrypoints import split_gate
 from timm_spa.profile import count_cost
 
-DETECTORS = {'retinanet': 'RetinaNet', 'cascade_rcnn': 'Cascade R-CNN'}
-COCO = {'eval_map': 'AP', 'eval_ap50': 'AP50', 'eval_ap75': 'AP75', 'train_loss': 'training loss'}
+COCO = {**METRICS, 'train_loss': 'training loss'}
 
 Nets = Dict[str, Dict[str, List[Run]]]  # runs by net and label of the gate
 Detectors = Dict[str, Dict[str, List[Run]]]  # runs by detector and backbone
@@ -173,7 +174,7 @@ def read_detectors(folder: Path) -> Detectors:
     for path in sorted(folder.glob('*/summary.csv')):
         run = Run.read(path.parent)
         detector, model = str(run.args.get('detector')), str(run.args.get('model'))
-        if detector not in DETECTORS:
+        if detector not in TITLES:
             raise RunError(f'{path.parent} is no run of `timm-spa detect train`: its args.yaml names no detector.')
         how = {**run.args['settings'], 'seed': None, 'processes': run.args['processes']}
         if alike.setdefault(detector, how) != how:
@@ -183,7 +184,7 @@ def read_detectors(folder: Path) -> Detectors:
         raise RunError(f'{folder} has no run in it: there is no summary.csv in its folders.')
     return {  # the plain net first
         detector: dict(sorted(found[detector].items(), key=lambda item: (len(item[0]), item[0])))
-        for detector in DETECTORS if detector in found}
+        for detector in TITLES if detector in found}
 
 
 def make_detector_table(detectors: Detectors) -> str:
@@ -197,15 +198,15 @@ def make_detector_table(detectors: Detectors) -> str:
         for model, runs in rows.items():
             at = [run.summary[epochs - 1] for run in runs]
             cells = [
-                DETECTORS[detector], f'`{model}`', ', '.join(str(run.args['settings']['seed']) for run in runs),
+                TITLES[detector], f'`{model}`', ', '.join(str(run.args['settings']['seed']) for run in runs),
                 f'{epochs} of {planned}', *(mean_and_spread([row[key] for row in at]) for key in COCO)]
             lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
 
 def _has_detectors(folder: Path) -> bool:
-    return any(
-        Run.read(path.parent).args.get('detector') for path in sorted(folder.glob('*/args.yaml'))[:1])
+    first = next(iter(sorted(folder.glob('*/args.yaml'))), None)
+    return first is not None and 'detector' in Run.read(first.parent).args
 
 
 def _of_classifiers(folder: Path) -> Tuple[str, Callable[[], Dict[str, Any]]]:
@@ -226,7 +227,7 @@ def _of_classifiers(folder: Path) -> Tuple[str, Callable[[], Dict[str, Any]]]:
 def _of_detectors(folder: Path) -> Tuple[str, Callable[[], Dict[str, Any]]]:
     detectors = read_detectors(folder)
     curves = {
-        DETECTORS[detector]: {model: [run.summary for run in runs] for model, runs in rows.items()}
+        TITLES[detector]: {model: [run.summary for run in runs] for model, runs in rows.items()}
         for detector, rows in detectors.items()}
     return make_detector_table(detectors), lambda: dict(curves=figures.draw_curves(curves))
 

@@ -1,4 +1,5 @@
 """Repositories of detectors on the Hub: their files, card, upload and checks."""
+import dataclasses
 import shutil
 import tempfile
 from importlib import resources
@@ -6,23 +7,22 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .._errors import TimmSpaError
 from .._files import replacing
 from ..hub.card import CardError, check_repository_name
 from ..hub.markdown import paragraphs, plain, wrapped
-from ..hub.publish import CARD, Published, refuse_secrets, upload, without_private_paths
+from ..hub.publish import refuse_secrets, without_private_paths
 from ..hub.run_record import Run
-from ..training_log import write_summary
+from ..hub.upload import CARD, Published, upload
 from .checkpoint import CONFIG, WEIGHTS, load_detector
 from .data import read_image
+from .train import METRICS
 
-__all__ = ['check_detector', 'publish_detector', 'write_detector_repository']
+__all__ = ['TITLES', 'check_detector', 'publish_detector', 'write_detector_repository']
 
 TITLES = {'retinanet': 'RetinaNet', 'cascade_rcnn': 'Cascade R-CNN'}
-METRICS = {'eval_map': 'AP', 'eval_ap50': 'AP50', 'eval_ap75': 'AP75'}
 TEMPLATE = """---
 {{ card_data }}
 ---
@@ -103,13 +103,8 @@ def write_detector_repository(
         partial.mkdir(parents=True)
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(checkpoint / name, partial / name)
-        if run.args:
-            (partial / 'args.yaml').write_text(yaml.safe_dump(run.args, allow_unicode=True), encoding='utf-8')
-        if run.summary:
-            write_summary(partial / 'summary.csv', run.summary)
-        if run.facts:
-            facts = dict(run.facts, epoch=int(row['epoch'])) if row else run.facts
-            (partial / 'card.yaml').write_text(yaml.safe_dump(facts, allow_unicode=True), encoding='utf-8')
+        facts = dict(run.facts, epoch=int(row['epoch'])) if row and run.facts else run.facts
+        dataclasses.replace(run, facts=facts).write(partial)
         if (folder / CARD).exists() and not replace_card:
             notes.append(f'The card is {folder / CARD}, as it is.')
             shutil.copyfile(folder / CARD, partial / CARD)
@@ -118,38 +113,25 @@ def write_detector_repository(
     return notes
 
 
-def publish_detector(
-        checkpoint: Union[str, Path],
-        repo_id: str,
-        *,
-        private: bool = False,
-        create_pr: bool = False,
-        tag: Optional[str] = None,
-        replace_card: bool = False,
-) -> Published:
+def publish_detector(checkpoint: Union[str, Path], repo_id: str, **kwargs: Any) -> Published:
     """Publishes a detector as one commit of a Hub repository, which is created if there is none.
 
     Args:
         checkpoint: As for `write_detector_repository`.
         repo_id: Repository, 'organization/name'.
-        private: As for `timm_spa.hub.publish.publish`.
-        create_pr: As for that.
-        tag: As for that.
-        replace_card: As for that.
+        **kwargs: Further arguments of `timm_spa.hub.upload.upload`.
 
     Returns:
         What became of the repository.
 
     Raises:
-        PublishError: As for `timm_spa.hub.publish.publish`.
+        PublishError: As for `timm_spa.hub.upload.upload`.
         DetectionError: As for `write_detector_repository`, and also its other errors; nothing has left the machine.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, 'detector')
         notes = write_detector_repository(folder, checkpoint, repo_id)
-        return upload(
-            folder, repo_id, 'Weights of a detector', notes, private=private, create_pr=create_pr, tag=tag,
-            replace_card=replace_card)
+        return upload(folder, repo_id, 'Weights of a detector', notes, **kwargs)
 
 
 def check_detector(folder: Path) -> Tuple[List[str], List[str]]:

@@ -1,71 +1,40 @@
-"""Publishing of trained weights: the files of one Hub repository, and their upload in one commit."""
+"""Publishing of trained weights: the files of one Hub repository."""
 import dataclasses
 import json
 import os
 import re
 import shutil
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import safetensors.torch
 import timm
 import torch
-import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub import get_token
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 
 from .. import __version__
-from .._errors import TimmSpaError
 from .._files import replacing
-from ..models._hub_file import PROBE_TIMEOUT, endpoint, without_password
 from ..models._pretrained import WEIGHTS_FILENAME
-from ..training_log import write_summary
 from .card import check_repository_name, make_card
 from .card_sections import figure_file
 from .checkpoint import Weights, check_shapes, check_weights, read_weights
 from .config_file import class_labels
 from .run_record import ARGUMENTS, Run, checked
+from .upload import CARD, Published, PublishError, upload
 
 __all__ = [
-    'HUB_ORG', 'Published', 'PublishError', 'publish', 'refuse_secrets', 'upload', 'without_private_paths',
-    'write_repository']
+    'HUB_ORG', 'Published', 'PublishError', 'publish', 'refuse_secrets', 'without_private_paths', 'write_repository']
 
 HUB_ORG = os.environ.get('TIMM_SPA_HUB_ORG', 'timm-spa')
-CARD = 'README.md'
-OWN_FILES = ('run.json', 'card.yaml')  # not uploaded: the card has their content
-RUN_FILES = ('args.yaml', 'summary.csv')
-HTTP_LIBRARIES = ('httpx', 'requests')  # that huggingface_hub used so far
 # tokens of the Hub, of GitHub and of clouds; a password in an address
 SECRETS = re.compile(
     r'\b(?:hf_[A-Za-z0-9]{16,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|sk-[\w-]{20,})'
     r'|://[^/\s:@]*:[^/\s:@]+@')
 # arguments of timm's train.py that pictures must be prepared with as in training
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
-
-
-class PublishError(TimmSpaError, RuntimeError):
-    """Weights could not be published; the message says why, what is on the Hub now, and how to go on."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """What became of a repository.
-
-    Attributes:
-        url: Page of the commit, or of the pull request.
-        commit: Its full id.
-        changed: Whether there was anything to commit.
-        notes: Remarks for the reader, a line each.
-    """
-    url: str
-    commit: str
-    changed: bool
-    notes: List[str]
 
 
 def write_repository(
@@ -123,19 +92,11 @@ def write_repository(
             notes.append(
                 'The classes have numbers and no names. classes.txt beside the checkpoint names them, one a line.')
         shutil.copymode(partial / 'config.json', partial / WEIGHTS_FILENAME)  # safetensors' is for the owner alone
-        if run.args:
-            (partial / 'args.yaml').write_text(yaml.safe_dump(run.args, allow_unicode=True), encoding='utf-8')
-        if run.summary:
-            write_summary(partial / 'summary.csv', run.summary)
-        # so that the card can be made again from the folder alone
-        if run.record:
-            (partial / 'run.json').write_text(json.dumps(run.record, indent=2) + '\n', encoding='utf-8')
-        if run.facts:
-            (partial / 'card.yaml').write_text(yaml.safe_dump(run.facts, allow_unicode=True), encoding='utf-8')
-            for figure in run.facts.get('figures') or ():
-                file = figure_file(run, figure)
-                if file is not None:  # the card says what is missing
-                    shutil.copyfile(run.folder / file, partial / file)
+        run.write(partial)
+        for figure in run.facts.get('figures') or ():
+            file = figure_file(run, figure)
+            if file is not None:  # the card says what is missing
+                shutil.copyfile(run.folder / file, partial / file)
         # what an earlier call wrote may have been edited since
         cards = [folder / CARD, *([checkpoint.parent / CARD] if checkpoint.name == WEIGHTS_FILENAME else [])]
         written = next((card for card in cards if card.exists()), None)
@@ -190,129 +151,6 @@ def publish(
         return upload(
             folder, repo_id, f'Weights of {model_name}', notes, private=private, create_pr=create_pr, tag=tag,
             replace_card=replace_card)
-
-
-def upload(
-        folder: Path,
-        repo_id: str,
-        message: str,
-        notes: Sequence[str] = (),
-        *,
-        private: bool = False,
-        create_pr: bool = False,
-        tag: Optional[str] = None,
-        replace_card: bool = False,
-) -> Published:
-    """Uploads the files of a repository as one commit.
-
-    Args:
-        folder: Folder of the files.
-        repo_id: Repository, 'organization/name'.
-        message: Message of the commit.
-        notes: Remarks so far.
-        private: As for `publish`.
-        create_pr: As for `publish`.
-        tag: As for `publish`.
-        replace_card: As for `publish`.
-
-    Returns:
-        What became of the repository.
-
-    Raises:
-        PublishError: As for `publish`.
-    """
-    if create_pr and tag:
-        raise PublishError('A tag names a commit, and a pull request has none before it is merged. Leave one out.')
-    notes = list(notes)
-    with _clear_errors(repo_id, 'Nothing was uploaded.'):
-        api, before, tagged = _open_repository(repo_id, private, tag)
-    remote = {file.rfilename for file in before.siblings or ()}
-    files = sorted(file.name for file in folder.iterdir() if file.name not in (CARD, *OWN_FILES))
-    if CARD not in remote or replace_card:
-        files.append(CARD)
-    else:
-        notes.append(f'{repo_id} has a {CARD}, which is kept (--replace-card replaces it).')
-    others = remote - {*files, *RUN_FILES, CARD, '.gitattributes'}
-    if others:
-        notes.append(f'{repo_id} has other files too, which stay: {", ".join(sorted(others))}.')
-    operations: List[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
-    # of another training run
-    operations += [CommitOperationDelete(path_in_repo=name) for name in RUN_FILES if name in remote - {*files}]
-    try:
-        commit = api.create_commit(
-            repo_id, operations, commit_message=message, create_pr=create_pr, parent_commit=before.sha)
-    except Exception as e:
-        raise PublishError(f'{_cause(e, repo_id)} {_state_after(api, before)}') from e
-    changed = commit.oid != before.sha
-    if tag and not tagged:
-        with _clear_errors(repo_id, f'The weights are published as {commit.oid}, and have no tag {tag}.'):
-            api.create_tag(repo_id, tag=tag, revision=commit.oid)
-    elif tag and changed:
-        raise PublishError(
-            f'The weights are published as {commit.oid}. Tag {tag} names the commit before it and is not moved: '
-            'choose another.')
-    return Published(commit.pr_url or commit.commit_url, commit.oid, changed, notes)
-
-
-def _open_repository(repo_id: str, private: bool, tag: Optional[str]) -> Tuple[HfApi, Any, bool]:
-    """Checks network, token, visibility and tag before an upload."""
-    url = f'{constants.ENDPOINT}/api/whoami-v2'
-    hf_raise_for_status(get_session().get(url, headers=build_hf_headers(token=True), timeout=PROBE_TIMEOUT))
-    api = HfApi(token=True, library_name='timm_spa', library_version=__version__)
-    api.create_repo(repo_id, private=private or None, exist_ok=True)
-    info = api.model_info(repo_id)
-    if private and not info.private:
-        raise PublishError(f'{repo_id} is public, and --private asks for a private one. Change it on the Hub first.')
-    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags} if tag else {}
-    if tag in tags and tags[tag] != info.sha:
-        raise PublishError(f'{repo_id} has the tag {tag} already, for {tags[tag]}. It is not moved: choose another.')
-    return api, info, tag in tags
-
-
-def _state_after(api: HfApi, before: Any) -> str:
-    """Describes the repository after a failed upload: the commit is there as a whole or not at all."""
-    try:
-        now = api.model_info(before.id, timeout=PROBE_TIMEOUT).sha
-    except Exception:
-        return f'What {before.id} holds cannot be asked now. Give the same command again to go on.'
-    if now == before.sha:
-        state = 'is as it was' if len(before.siblings or ()) > 1 else 'is there, and empty'
-        return f'{before.id} {state}. Give the same command again to go on; what was uploaded already is kept.'
-    return f'{before.id} has the new commit {now}. Give the same command again: if it is this one, none is added.'
-
-
-@contextmanager
-def _clear_errors(repo_id: str, state: str) -> Iterator[None]:
-    try:
-        yield
-    except PublishError as e:
-        raise PublishError(f'{e} {state}') from None
-    except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
-        raise PublishError(f'{_cause(e, repo_id)} {state}') from e
-
-
-def _cause(error: Exception, repo_id: str) -> str:
-    if isinstance(error, LocalTokenNotFoundError):
-        return 'There is no token on this machine: `hf auth login` asks for one, or set HF_TOKEN.'
-    if isinstance(error, OfflineModeIsEnabled):
-        return 'HF_HUB_OFFLINE is set: unset it to publish.'
-    # huggingface_hub wraps the error that has the cause
-    chain: List[BaseException] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    known = (e for e in chain if hasattr(e, 'response') or type(e).__module__.startswith(HTTP_LIBRARIES))
-    origin = next(known, error)
-    message = without_password(f'{type(origin).__name__}: {" ".join(str(origin).split()).rstrip(".")}')
-    status = getattr(getattr(origin, 'response', None), 'status_code', None)
-    if status is None:
-        unanswered = type(origin).__module__.startswith(HTTP_LIBRARIES)
-        return f'{endpoint()} does not answer ({message}).' if unanswered else f'{message}.'
-    return {
-        401: f'The Hub does not accept the token of this machine for {repo_id}: `hf auth login` sets another.',
-        403: f'The token of this machine has no right to write to {repo_id}: ask its owner, or use one that has.',
-        404: f'The Hub has no {repo_id} that the token of this machine may see.',
-        412: f'{repo_id} was changed by somebody else in the meantime.',
-    }.get(status, f'The Hub answered with status {status} ({message}).')
 
 
 def _named_model(model_name: str, run: Run, num_classes: Optional[int], **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ import yaml
 
 from .._errors import TimmSpaError
 from .._files import ReadError, read_text
-from ..training_log import read_classes, read_summary
+from ..training_log import read_classes, read_summary, write_summary
 
 __all__ = ['ARGUMENTS', 'FACTS', 'Run', 'RunError', 'checked', 'load_yaml']
 
@@ -94,6 +94,17 @@ class Run:
             classes=read_classes(folder),
             folder=folder,
         )
+
+    def write(self, folder: Path) -> None:
+        """Writes all of the run but its classes and figures, so that a card can be made again from the folder alone."""
+        if self.args:
+            (folder / 'args.yaml').write_text(yaml.safe_dump(self.args, allow_unicode=True), encoding='utf-8')
+        if self.summary:
+            write_summary(folder / 'summary.csv', self.summary)
+        if self.record:
+            (folder / 'run.json').write_text(json.dumps(self.record, indent=2) + '\n', encoding='utf-8')
+        if self.facts:
+            (folder / 'card.yaml').write_text(yaml.safe_dump(self.facts, allow_unicode=True), encoding='utf-8')
 
     def row(self, epoch: Optional[int]) -> Optional[Dict[str, float]]:
         """Returns the metrics of an epoch, None if there are none."""
