@@ -22,7 +22,7 @@ from torch.utils.benchmark import Timer
 from ._errors import TimmSpaError
 from .environment import environment
 from .layers.fused_branch import CONVS, NORMS, FusedBranch, merge_norms
-from .models.names import unknown_model
+from .models.names import check_model_name
 
 __all__ = ['BenchmarkError', 'Settings', 'Workload', 'answer', 'parse_model', 'reparameterized']
 
@@ -101,9 +101,7 @@ def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
         ValueError: There is no such model, or an argument is not of the form key=value.
     """
     name, *words = shlex.split(text) or ['']
-    problem = unknown_model(name)
-    if problem:
-        raise ValueError(problem)
+    check_model_name(name, ValueError)
     wrong = [w for w in words if w.count('=') != 1]
     if wrong:
         raise ValueError(f'{text!r}: {wrong[0]!r} is not of the form key=value.')

@@ -20,7 +20,7 @@ from timm.utils import reparameterize_model
 
 from ._errors import TimmSpaError
 from .hub.checkpoint import check_weights, read_weights
-from .models.names import did_you_mean, unknown_model
+from .models.names import check_model_name, did_you_mean
 from .models.tensors import first_few
 from .training_log import read_classes
 
@@ -75,9 +75,7 @@ def load_model(
         ModelError: There is no such model, or its weights could not be had.
         CheckpointError: The file cannot be read, or does not fit the model.
     """
-    problem = unknown_model(name)
-    if problem:
-        raise ModelError(problem)
+    check_model_name(name, ModelError)
     try:
         model = timm.create_model(name, pretrained=checkpoint is None, num_classes=num_classes)
     except TimmSpaError:

@@ -11,7 +11,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from .._errors import TimmSpaError
-from ..models.names import unknown_model
+from ..models.names import check_model_name
 
 __all__ = ['Backbone', 'DetectionError', 'create_body']
 
@@ -52,9 +52,7 @@ def create_body(
             convert(str(pretrained), file, name, **kwargs)
             overlay = dict(file=str(file), source='')
             return create_body(name, True, out_indices, **dict(kwargs, pretrained_cfg_overlay=overlay))
-    problem = unknown_model(name)
-    if problem:
-        raise DetectionError(problem)
+    check_model_name(name, DetectionError)
     try:
         return timm.create_model(
             name, pretrained=bool(pretrained), features_only=True, out_indices=out_indices, **kwargs)

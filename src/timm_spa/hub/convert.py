@@ -18,7 +18,7 @@ from ..layers import SpatialPyramidAttention
 from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
 from ..models._warm_start import gated_modules, warm_start
 from ..models.densenet import rename_torchvision
-from ..models.names import unknown_model
+from ..models.names import check_model_name
 from ..models.tensors import compare_tensors, first_few
 from .authors import rename_authors, rename_efficientnet, reorder_authors
 from .checkpoint import CheckpointError, Weights, check_weights, read_header, read_weights
@@ -90,9 +90,7 @@ def convert(
         raise UsageError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
     if kind not in (None, *KINDS):
         raise UsageError(f'The kind of the source must be one of {", ".join(KINDS)}, got {kind!r}.')
-    problem = unknown_model(model_name)
-    if problem:
-        raise UsageError(problem)
+    check_model_name(model_name, UsageError)
     if output.exists() and not overwrite:
         raise CheckpointError(f'{output} is there already; --overwrite replaces it.')
     weights = read_weights(source)

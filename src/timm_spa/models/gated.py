@@ -46,7 +46,7 @@ from ._gated_net import adopt
 from ._gates import GATES, create_gate
 from ._pretrained import WEIGHTS_FILENAME, check_fit, locate, warm_cfg
 from ._warm_start import gate_weights, gated_modules, neutral_factors
-from .names import did_you_mean, unknown_model
+from .names import check_model_name, did_you_mean
 
 __all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'create_gated', 'gated']
 
@@ -331,9 +331,7 @@ def create_gated(
         ValueError: See `add_attention`.
     """
     name, _, tag = base.partition('.')
-    problem = unknown_model(name)
-    if problem:
-        raise RuntimeError(f'The base of {variant} is unknown. {problem}')
+    check_model_name(name, RuntimeError, f'The base of {variant} is unknown. ')
     if isinstance(pretrained_cfg, str):
         wanted = pretrained_cfg.removeprefix('warm_')
         if wanted != (tag or wanted):

@@ -1,10 +1,10 @@
 """What a name was perhaps meant to be."""
 import difflib
-from typing import Iterable, Optional
+from typing import Iterable, Type
 
 import timm
 
-__all__ = ['did_you_mean', 'unknown_model']
+__all__ = ['check_model_name', 'did_you_mean']
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.4) -> str:
@@ -20,13 +20,15 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 3, cutoff: float 
     return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
-def unknown_model(name: str) -> Optional[str]:
-    """Returns what is wrong with the name of a model, None if timm knows it or it is an address of weights.
+def check_model_name(name: str, error: Type[Exception], prefix: str = '') -> None:
+    """Raises an error with the most similar names if timm does not know a model.
 
     Args:
-        name: Architecture, a tag behind it or not, or e.g. 'hf-hub:organization/name'.
+        name: Architecture, a tag behind it or not, or an address of weights, e.g. 'hf-hub:organization/name'.
+        error: Type of the error.
+        prefix: What the message begins with.
     """
     architecture = name.partition('.')[0]
-    if ':' in name or timm.is_model(architecture):
-        return None
-    return f'There is no model {name!r}.{did_you_mean(architecture, timm.list_models(), cutoff=0.7)}'
+    if ':' not in name and not timm.is_model(architecture):
+        hint = did_you_mean(architecture, timm.list_models(), cutoff=0.7)
+        raise error(f'{prefix}There is no model {name!r}.{hint}')
