@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from marks import slow_unless
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
@@ -31,6 +32,7 @@ NETS = {
 }
 # what a gate is put on: a bare norm layer, one with an activation, one of groups, a convolution, two of these, a block
 KINDS = ['resnet18', 'regnety_002', 'resnet50_gn', 'convnext_atto', 'ghostnet_100', 'repvgg_a0']
+LARGE = ('wide_resnet50_2', 'darknet53', 'seresnet50', 'resnet50_gn', 'efficientnetv2_rw_t')  # have a smaller sibling
 WHOLE_SIZES = ('tresnet_m', 'dla34', 'hrnet_w18_small')  # take no odd sizes
 
 
@@ -59,7 +61,7 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize('name', slow_unless(lambda name: name not in LARGE, NETS))
 def test_same_outputs_until_trained(name):
     """Then every parameter of a gate has a gradient after three steps, and what was learned is in the state dict."""
     model = random_net(name, num_classes=10)
@@ -107,8 +109,8 @@ def test_of_a_model_that_was_changed_before(name, change):
     assert len(list(gated_modules(model))) == NETS[name]
 
 
-@pytest.mark.parametrize('name', KINDS)
-@pytest.mark.parametrize('gate', ['se', 'se_bias', 'cbam', 'gc', 'ge_conv', 'spa'])
+@pytest.mark.parametrize(('name', 'gate'), slow_unless(lambda name: name in ('resnet18', 'convnext_atto'), [
+    (name, gate) for name in KINDS for gate in ('se', 'se_bias', 'cbam', 'gc', 'ge_conv', 'spa')]))
 def test_every_gate_in_double_precision(name, gate):
     model = random_net(name).double()
     images = torch.randn(2, 3, 65, 96, dtype=torch.double)
@@ -283,8 +285,7 @@ class TestTools:
             assert all(torch.equal(a, b) for a, b in zip(asked(IMAGES), expected, strict=True))
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=() if name == 'resnet18' else pytest.mark.slow) for name in KINDS])
+@pytest.mark.parametrize('name', slow_unless(lambda name: name == 'resnet18', KINDS))
 def test_compiled_in_one_graph_and_exported(name):
     model = trained(name)
     torch._dynamo.reset()

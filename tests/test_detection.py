@@ -8,6 +8,7 @@ import safetensors.torch
 import timm
 import torch
 from coco_files import write_rectangles
+from marks import slow_unless
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import box_iou
 
@@ -44,11 +45,10 @@ def test_parameters_are_those_of_the_paper(detector, backbone, expected, toleran
     assert trained(model) == pytest.approx(expected, abs=tolerance)
 
 
-@pytest.mark.parametrize('name', [*RESNETS, 'gated'])
+@pytest.mark.parametrize('name', slow_unless(lambda name: '101' not in name and '152' not in name, [*RESNETS, 'gated']))
 def test_every_resnet_builds(name):
     kwargs = dict(base='resnet18') if name == 'gated' else {}
-    deep = '101' in name or '152' in name  # the same stages: of these the detector that needs more maps
-    for builder in [cascade_rcnn] if deep else BUILDERS.values():
+    for builder in BUILDERS.values():
         with torch.device('meta'):
             model = builder(name, pretrained_backbone=False, backbone_kwargs=kwargs)
         assert {p.requires_grad for p in model.backbone.body.parameters()} == {True, False}
@@ -362,6 +362,7 @@ def test_bad_checkpoints(tmp_path):
         load_detector(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_detector_learns_eight_pictures(tmp_path):
     """From the weights that come with the package, without the network."""
     folder = write_rectangles(tmp_path / 'data', repeats=8)

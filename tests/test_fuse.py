@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from marks import slow_unless
 from test_models import ALSO_SLOW, MODELS
 from test_one_form import gates, images_of, make_model, rel
 from timm.layers import BatchNormAct2d
@@ -62,8 +63,8 @@ def test_same_in_every_mode(name):
         with context():
             assert torch.equal(model(images), expected)
 
-@pytest.mark.parametrize('name', [
-    pytest.param(n, marks=() if n == 'spa_resnet18' else pytest.mark.slow) for n in KINDS])
+
+@pytest.mark.parametrize('name', slow_unless(lambda name: name == 'spa_resnet18', KINDS))
 @torch.no_grad()
 def test_works_with_tools(name, tmp_path):
     """Saves and loads, copies, changes dtype and layout, scripts, compiles and exports."""

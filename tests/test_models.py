@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from marks import slow_unless
 from timm.models import save_for_hf
 
 import timm_spa
@@ -21,12 +22,12 @@ KINDS = (
     'spa_c_vgg16_cifar')
 
 # the deeper and wider nets have the blocks of the others: what holds of a block is tested on them in the slow run
-ALSO_SLOW = [
-    pytest.param(name, marks=pytest.mark.slow)
-    if any(part in name for part in (
-        '34', '101', '152', '161', '169', '201', '121_cifar', '_075', '_140', '50d', 'wide', 'b_resnext', 'c_resnext',
-        'b_efficientnet', 'c_efficientnet')) else name
-    for name in MODELS]
+DEEP = (
+    '34', '101', '152', '161', '169', '201', '121_cifar', '_075', '_140', '50d', 'wide', 'b_resnext', 'c_resnext',
+    'b_efficientnet', 'c_efficientnet')
+ALSO_SLOW = slow_unless(
+    lambda name: name in (*KINDS, 'spa_preresnet50_cifar')
+    or not any(part in name for part in (*DEEP, 'preresnet50')), MODELS)
 
 # timm's nets with gates added, which have timm's initialization
 ATTACHED = ('gated', 'spa_mobilenetv4_conv_small', 'spa_mobilenetv4_conv_medium')
@@ -206,7 +207,7 @@ def test_output_stride(name, output_stride):
     assert model.load_state_dict(plain.state_dict(), strict=True)
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', ALSO_SLOW)
 def test_layer_decay_groups(name):
     """Every parameter has a group, and a gate is in the group of its block."""
     model = timm.create_model(name, device='meta')
@@ -232,9 +233,7 @@ def test_channels_last_and_autocast(name):
             assert model.float()(images.float()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    'name', [
-        pytest.param(name, marks=pytest.mark.slow if name.startswith(('spa_c', 'se_c')) else ()) for name in KINDS])
+@pytest.mark.parametrize('name', slow_unless(lambda name: name in ('spa_b_resnet18', 'spa_mobilenetv2_050'), KINDS))
 def test_export_with_a_dynamic_batch(name):
     # in single precision, a net of random weights may round further than any tolerance that still catches faults
     model = timm.create_model(name).eval().double()
@@ -246,10 +245,7 @@ def test_export_with_a_dynamic_batch(name):
         torch.testing.assert_close(exported(more), model(more))
 
 
-@pytest.mark.parametrize(
-    'name', [
-        pytest.param(name, marks=pytest.mark.slow if name != 'spa_b_preresnet18_cifar' else ())
-        for name in KINDS])
+@pytest.mark.parametrize('name', slow_unless(lambda name: name == 'spa_b_preresnet18_cifar', KINDS))
 def test_compile_is_one_graph(name):
     """`fullgraph=True` raises on any graph break, in eval and in training mode."""
     torch._dynamo.reset()

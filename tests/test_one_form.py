@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from marks import slow_unless
 from test_models import ALSO_SLOW, KINDS, MODELS, image_size
 from timm.models import FeatureListNet
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,10 +58,10 @@ def record(model, images):
     return output, called, counter.get_total_flops()
 
 
-@pytest.mark.parametrize(('name', 'memory_format'), [
-    *(pytest.param(*getattr(name, 'values', [name]), torch.contiguous_format, marks=getattr(name, 'marks', ()))
-      for name in ALSO_SLOW),
-    *((name, torch.channels_last) for name in KINDS)])
+# the gates to compare with are modules of their own, with nothing that could tell modes apart
+@pytest.mark.parametrize(('name', 'memory_format'), slow_unless(
+    lambda name: name in KINDS or name.startswith('spa') and '50' not in name and 'vgg16_bn' not in name,
+    [*((name, torch.contiguous_format) for name in MODELS), *((name, torch.channels_last) for name in KINDS)]))
 def test_same_in_every_mode(name, memory_format):
     """The same bits by the same modules at the same cost, which also grows with the batch and nothing else."""
     model = make_model(name).to(memory_format=memory_format)
@@ -106,7 +107,7 @@ def test_maps_that_somebody_keeps(name, mode):
     assert not {key for key in overwritten[mode] if '.bn3' in key and 'mobilenetv2' in name}
 
 
-@pytest.mark.parametrize('name', ALSO_SLOW)
+@pytest.mark.parametrize('name', slow_unless(lambda name: name in KINDS, MODELS))
 def test_a_batch_of_none(name):
     model = timm.create_model(name, num_classes=7).eval()
     for context in MODES.values():
@@ -147,8 +148,7 @@ def test_as_many_feature_maps_as_the_plain_net(name):
     assert ours.reduction() == theirs.reduction()
 
 
-@pytest.mark.parametrize(
-    'name', [pytest.param(name, marks=pytest.mark.slow if name == 'spa_c_densenet_cifar' else ()) for name in KINDS])
+@pytest.mark.parametrize('name', slow_unless(lambda name: '50' not in name and 'densenet' not in name, KINDS))
 def test_scripted(name):
     images = images_of(name)
     for kwargs in ({}, dict(features_only=True)):
@@ -169,8 +169,8 @@ def test_fx_gives_equal_bits(name):
     assert torch.equal(extractor(images)[0], maps[0])
 
 
-@pytest.mark.parametrize('name', [
-    'spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet50', 'se_c_preresnet50_cifar', 'spa_mobilenetv2_cifar'])
+@pytest.mark.parametrize('name', slow_unless(lambda name: '50' not in name, [
+    'spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet50', 'se_c_preresnet50_cifar', 'spa_mobilenetv2_cifar']))
 @torch.no_grad()
 def test_fx_static_quantization(name):
     from torch.ao.quantization import get_default_qconfig_mapping
@@ -189,9 +189,8 @@ QUICK = ('spa_c_resnet18',)  # to export by the newer ways, which take long for 
 
 
 @pytest.mark.parametrize(('name', 'dynamo'), [
-    *(pytest.param(name, False, marks=() if name in ONNX[2:8] and 'dense' not in name else pytest.mark.slow)
-      for name in ONNX),
-    *(pytest.param(name, True, marks=pytest.mark.slow) for name in ONNX)])
+    *slow_unless(lambda name: name in ('spa_b_resnet18', 'spa_mobilenetv2_cifar'), [(name, False) for name in ONNX]),
+    *slow_unless(lambda name: False, [(name, True) for name in ONNX])])
 @torch.no_grad()
 def test_onnx_agrees_at_every_batch_and_size(name, dynamo, tmp_path):
     """Also where the pyramid's sizes divide no side of a map, and where they divide that of the example."""
@@ -209,8 +208,7 @@ def test_onnx_agrees_at_every_batch_and_size(name, dynamo, tmp_path):
         assert rel(torch.from_numpy(y), model(x)) < 1e-5, (batch, height, width)
 
 
-@pytest.mark.parametrize(
-    'name', [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted({*KINDS, *QUICK})])
+@pytest.mark.parametrize('name', slow_unless(lambda name: name in QUICK, sorted({*KINDS, *QUICK})))
 @torch.no_grad()
 def test_export_with_dynamic_height_and_width(name):
     model, images = make_model(name).double(), torch.randn(2, 3, 64, 64).double()

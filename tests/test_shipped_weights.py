@@ -1,4 +1,4 @@
-"""The weights that come with the package. What their card says of them is held in test_card.py."""
+"""The weights that come with the package. What their card says of them is held in test_hub_cards.py."""
 import os
 import re
 import socket

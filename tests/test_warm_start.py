@@ -9,6 +9,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from marks import slow_unless
 
 import timm_spa
 from timm_spa.layers import SpatialPyramidAttention
@@ -87,9 +88,8 @@ def test_same_function_as_the_plain_model(name, tmp_path, caplog):
         assert torch.equal(model(images), plain(images))
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(name, marks=pytest.mark.slow if any(n in name for n in ('vgg', 'resnet50', 'resnext50')) else ())
-    for name in KINDS if name.startswith('spa')])
+@pytest.mark.parametrize('name', slow_unless(
+    lambda name: not any(n in name for n in ('vgg', 'resnet50', 'resnext50')), filter(lambda n: 'spa' in n, KINDS)))
 def test_every_gate_learns(name, tmp_path):
     """At the first step only the zeroed convolution has a gradient, three steps later every parameter of the gates."""
     safetensors.torch.save_file(random_plain_model(plain_name(name)).state_dict(), tmp_path / 'plain.safetensors')

@@ -4,11 +4,9 @@ import copy
 import dataclasses
 import importlib
 import json
-import logging
 import tempfile
-import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import timm
 import torch
@@ -18,23 +16,15 @@ from timm.utils import reparameterize_model
 from tqdm import tqdm
 
 from . import __version__
-from ._errors import TimmSpaError, UsageError
+from ._errors import UsageError
 from ._files import replacing
 from ._shipped import shipped_photographs
+from .export_formats import AXES, FORMATS, INPUT, ExportError, Runner, add_metadata, padded, quantize, told
 from .predict import class_names, labelled_batches, picture_reader
 
 __all__ = ['FORMATS', 'ExportError', 'ExportReport', 'export']
 
-INPUT, OUTPUT = 'image', 'logits'
-AXES = {None: {}, 'batch': {0: 'batch'}, 'size': {0: 'batch', 2: 'height', 3: 'width'}}  # dynamic axes
 LIMITS = {'float32': 1e-4, 'float16': 1e-2, 'int8': float('inf')}  # of the difference, relative to the largest output
-CALIBRATION_PICTURES = 128
-
-Runner = Callable[[torch.Tensor], torch.Tensor]
-
-
-class ExportError(TimmSpaError, RuntimeError):
-    """A model could not be exported, or its file computes something else; the message says which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,95 +53,6 @@ class ExportReport:
     accuracy_before: Optional[float] = None
     size_before: Optional[int] = None
     notes: List[str] = dataclasses.field(default_factory=list)
-
-
-def _write_onnx(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
-    names = {INPUT: axes, OUTPUT: {i: axis for i, axis in axes.items() if i == 0}}
-    with warnings.catch_warnings():
-        # The older exporter. Both are right at every batch and size (spa_resnet18, spa_mobilenetv2_050,
-        # spa_densenet_cifar, resnet18: 3e-7 to 1e-6), but the newer one took 13, 30, 156 and 6 seconds for these nets,
-        # this one 1.1, 1.2, 5.1 and 0.4; and the newer one writes stack traces with the paths of this machine.
-        warnings.simplefilter('ignore')
-        torch.onnx.export(
-            model, (example,), str(path), dynamo=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_axes=names)
-        if half:
-            import onnx
-            from onnxruntime.transformers.float16 import convert_float_to_float16
-
-            # the exporter itself would write a model in float16 with its weights in float32
-            onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
-
-
-def _run_onnx(path: Path) -> Runner:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-    return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
-
-
-def _exported_program(model: nn.Module, example: torch.Tensor, axes: Dict[int, str]) -> torch.export.ExportedProgram:
-    dynamic = ({i: torch.export.Dim.DYNAMIC for i in axes},) if axes else None
-    program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
-    for node in program.graph.nodes:
-        node.meta.pop('stack_trace', None)  # has the paths of this machine
-    return program
-
-
-def _write_torch_export(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
-    torch.export.save(_exported_program(model, example, axes), path)
-
-
-def _run_torch_export(path: Path) -> Runner:
-    return torch.export.load(path).module()
-
-
-def _write_aoti(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
-    torch._inductor.aoti_compile_and_package(_exported_program(model, example, axes), package_path=str(path))
-
-
-def _run_aoti(path: Path) -> Runner:
-    return torch._inductor.aoti_load_package(str(path))
-
-
-def _write_openvino(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
-    import openvino
-
-    with tempfile.TemporaryDirectory() as folder:
-        # by way of ONNX: reading an exported program takes 5 to 13 seconds, reading this less than one
-        onnx_path = Path(folder, 'model.onnx')
-        _write_onnx(model, onnx_path, example, axes, half=False)
-        openvino.save_model(openvino.Core().read_model(onnx_path), path, compress_to_fp16=half)
-
-
-def _run_openvino(path: Path) -> Runner:
-    import openvino
-
-    # the plug-in for CPUs chooses bfloat16 by itself where the processor has it
-    compiled = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
-
-
-@dataclasses.dataclass(frozen=True)
-class _Format:
-    """A kind of file: how it ends, what it needs, how it is written and run, and what else it can be in."""
-    suffix: str
-    extra: str
-    packages: Tuple[str, ...]
-    write: Callable[[nn.Module, Path, torch.Tensor, Dict[int, str], bool], None]
-    run: Callable[[Path], Runner]
-    dtypes: Tuple[str, ...] = ('float32',)
-    beside: Tuple[str, ...] = ()
-
-
-FORMATS = {
-    'onnx': _Format('.onnx', 'export', ('onnx', 'onnxruntime'), _write_onnx, _run_onnx, tuple(LIMITS)),
-    'torch-export': _Format('.pt2', '', (), _write_torch_export, _run_torch_export),
-    'aoti': _Format('.pt2', '', (), _write_aoti, _run_aoti),
-    'openvino': _Format(
-        '.xml', 'openvino', ('onnx', 'openvino'), _write_openvino, _run_openvino, ('float32', 'float16'), ('.bin',)),
-}
 
 
 def export(
@@ -300,22 +201,22 @@ def _write_and_check(
     example = torch.zeros(2 if dynamic else batch_size, *about['input_size'])  # torch.export takes 1 as a constant
     pictures: Any = labelled_batches(model, images, split, batch_size) if images is not None else None
     before: Dict[str, Any] = {}
-    with _told(f'{about["model"]} cannot be exported to {to}'):
+    with told(f'{about["model"]} cannot be exported to {to}'):
         FORMATS[to].write(form, path, example, AXES[dynamic], dtype == 'float16')
     if dtype == 'int8':
         before = dict(accuracy_before=_accuracy(FORMATS[to].run(path), pictures[0], fixed),
                       size_before=path.stat().st_size)
-        note = _quantize(model, path, images, split, fixed)
+        note = quantize(model, path, images, split, fixed)
         before['notes'] = [note]
     if to == 'onnx':
-        _add_metadata(path, about)
-    with _told(f'The file of {about["model"]} cannot be run'):
+        add_metadata(path, about)
+    with told(f'The file of {about["model"]} cannot be run'):
         run = FORMATS[to].run(path)
     shapes, differences = [], []
     for x in _inputs(model, dynamic, batch_size):
-        with _told(f'{about["model"]} cannot compute an input of {tuple(x.shape)}'):
+        with told(f'{about["model"]} cannot compute an input of {tuple(x.shape)}'):
             expected = model(x)
-        with _told(f'The file of {about["model"]} cannot compute an input of {tuple(x.shape)}'):
+        with told(f'The file of {about["model"]} cannot compute an input of {tuple(x.shape)}'):
             differences.append(((run(x) - expected).abs().max() / expected.abs().max()).item())
         shapes.append(tuple(x.shape))
         if not differences[-1] <= LIMITS[dtype]:  # nor is it for NaN
@@ -326,18 +227,6 @@ def _write_and_check(
     return ExportReport(
         path, size, dtype, max(differences), shapes, _accuracy(run, pictures[0], fixed) if pictures else None,
         pictures[1] if pictures else 0, **before)
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Turns whatever an exporter or a runtime raises into an error for the reader."""
-    try:
-        yield
-    except OSError:  # the file system's
-        raise
-    except Exception as e:
-        lines = str(e).strip().splitlines() or ['']
-        raise ExportError(f'{what}: {type(e).__name__}: {lines[0]}') from e
 
 
 def _inputs(model: Any, dynamic: Optional[str], batch_size: int) -> Iterator[torch.Tensor]:
@@ -360,60 +249,12 @@ def _inputs(model: Any, dynamic: Optional[str], batch_size: int) -> Iterator[tor
         yield torch.stack([read(photograph) for photograph in chosen])
 
 
-def _padded(x: torch.Tensor, fixed: Optional[int]) -> torch.Tensor:
-    """Fills a batch (N, C, H, W) up to the one that a file takes."""
-    if fixed is None or len(x) == fixed:
-        return x
-    return torch.cat([x, x[:1].expand(fixed - len(x), *x.shape[1:])])
-
-
 def _accuracy(run: Runner, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]], fixed: Optional[int]) -> float:
     """Returns the share of right answers in percent."""
     right = seen = 0
     for pixels, target in tqdm(batches, 'accuracy', leave=False, disable=None):  # None: on terminals only
-        answers = run(_padded(pixels, fixed))[:len(pixels)].argmax(1)
+        answers = run(padded(pixels, fixed))[:len(pixels)].argmax(1)
         right, seen = right + int((answers == target).sum()), seen + len(target)
     return 100 * right / seen
 
 
-def _quantize(model: Any, path: Path, images: Any, split: str, fixed: Optional[int]) -> str:
-    """Replaces an ONNX file by a quantized one, and says what it was calibrated on."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
-
-    train = 'train' if split != 'train' and Path(images, 'train').is_dir() else split
-    dataset: Any = labelled_batches(model, images, train, 1)[0].dataset
-    count = min(CALIBRATION_PICTURES, len(dataset))
-    chosen = iter(range(count))
-
-    class Pictures(CalibrationDataReader):
-        def get_next(self) -> Optional[Dict[str, Any]]:
-            i = next(chosen, None)
-            if i is None:
-                return None
-            # folders come one after another: equal steps meet all classes
-            pixels = torch.as_tensor(dataset[i * len(dataset) // count][0]).unsqueeze(0)
-            return {INPUT: _padded(pixels, fixed).numpy()}
-
-    quantized = path.with_name('quantized.onnx')
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it advises a preprocessing that fused models do not need
-    try:
-        with _told('ONNX Runtime cannot quantize it'):
-            # MatMul is left: the averages of the pyramid are products with constant matrices, the classifier is a Gemm
-            quantize_static(
-                path, quantized, Pictures(), per_channel=True,
-                op_types_to_quantize=['Conv', 'Gemm', 'Add', 'Mul', 'Relu', 'Clip', 'MaxPool', 'GlobalAveragePool'])
-    finally:
-        logger.setLevel(level)
-    quantized.replace(path)
-    where = 'the pictures that accuracy is measured on, as there are no others' if train == split else f'{train!r}'
-    return f'Calibrated on {count} pictures of {where}.'
-
-
-def _add_metadata(path: Path, about: Dict[str, Any]) -> None:
-    import onnx
-
-    loaded = onnx.load(path)
-    onnx.helper.set_model_props(loaded, {'timm_spa': json.dumps(about)})
-    onnx.save(loaded, path)

@@ -8,7 +8,7 @@ import timm
 import torch
 from hub_server import OWNER
 from published import SHIPPED
-from test_card import CARDS, weights_of
+from test_hub_cards import CARDS, weights_of
 
 from timm_spa.hub.publish import publish
 

@@ -6,7 +6,7 @@ import os
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, Mapping, Optional, Union
+from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Union
 
 import safetensors
 import safetensors.torch
@@ -20,7 +20,7 @@ from ..models.tensors import compare_tensors, first_few
 
 __all__ = [
     'CheckpointError', 'Header', 'Weights', 'check_shapes', 'check_weights', 'read_checkpoint', 'read_header',
-    'read_weights', 'stored_epoch']
+    'read_weights', 'stored_epoch', 'value_problems']
 
 # what is taken of a training checkpoint, the best first
 _STATE_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
@@ -177,15 +177,23 @@ def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, sour
             is negative; or the number of classes differs.
     """
     check_shapes(state_dict, model, source)
-    odd = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
-    if odd:
-        raise CheckpointError(
-            f'{source} has {len(odd)} tensors with values that are not finite: {first_few(odd)}. The training '
-            'diverged before it was written; take an earlier checkpoint.')
-    odd = [name for name, t in state_dict.items() if name.endswith('running_var') and bool((t < 0).any())]
-    if odd:
-        raise CheckpointError(f'{source} has {len(odd)} variances below zero: {first_few(odd)}. The file is damaged.')
+    for problem in value_problems(state_dict):
+        raise CheckpointError(f'{source} has {problem}.')
     model.load_state_dict(dict(state_dict), strict=True)
+
+
+def value_problems(state_dict: Mapping[str, torch.Tensor]) -> List[str]:
+    """Returns what no weights can have: values that are not finite, and variances below zero."""
+    odd = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+    negative = [name for name, t in state_dict.items() if name.endswith('running_var') and bool((t < 0).any())]
+    problems = []
+    if odd:
+        problems.append(
+            f'{len(odd)} tensors with values that are not finite: {first_few(odd)} (the training diverged before they '
+            'were written; take an earlier checkpoint)')
+    if negative:
+        problems.append(f'{len(negative)} variances below zero: {first_few(negative)} (the file is damaged)')
+    return problems
 
 
 def check_shapes(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:

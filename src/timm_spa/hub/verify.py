@@ -19,9 +19,9 @@ from tqdm import tqdm
 from .._files import ReadError, read_text
 from ..models._hub_file import endpoint, without_password
 from ..models._pretrained import WEIGHTS_FILENAME
-from ..models.tensors import compare_tensors, first_few
+from ..models.tensors import compare_tensors
 from ..predict import PictureError, for_inference, labelled_batches, load_model, predict
-from .checkpoint import CheckpointError, read_header, read_weights
+from .checkpoint import CheckpointError, read_header, read_weights, value_problems
 from .config_file import class_labels, config_problems
 from .run_record import load_yaml
 
@@ -231,13 +231,8 @@ def _check_weights(folder: Path, create: Callable[..., Any], report: Report) -> 
     misfit = compare_tensors(state_dict, model.state_dict())
     if misfit:
         report.problems.append(f'{WEIGHTS_FILENAME} does not fit {architecture}; tensors {misfit}')
-    odd = [key for key, tensor in state_dict.items() if not tensor.isfinite().all()]
-    if odd:
-        report.problems.append(
-            f'{WEIGHTS_FILENAME} has {len(odd)} tensors with values that are not finite: {first_few(odd)}')
-    negative = [key for key, tensor in state_dict.items() if key.endswith('running_var') and (tensor < 0).any()]
-    if negative:
-        report.problems.append(f'{WEIGHTS_FILENAME} has variances below zero: {first_few(negative)}')
+    odd = value_problems(state_dict)
+    report.problems += [f'{WEIGHTS_FILENAME} has {problem}' for problem in odd]
     report.checked.append(f'{len(state_dict)} tensors: names, shapes, kinds, every value finite')
     if misfit or odd:
         return None

@@ -23,11 +23,17 @@ from ._pretrained import build_model, untrained_cfg, warm_cfgs
 __all__ = ['GatedBasicBlock', 'GatedBottleneck', 'GatedResNet']
 
 
-class GatedBasicBlock(BasicBlock):
-    """timm's basic block with a gate on its residual branch."""
-    gated_parameters = ('bn2.weight', 'bn2.bias')
+class _GatedBlock:  # no nn.Module, so that types of timm's attributes come first
+    """What the gated blocks add to timm's. Comes before timm's class among the bases of a block."""
 
-    def __init__(self, inplanes: int, planes: int, *args: Any, make_gate: Callable[..., nn.Module], **kwargs: Any):
+    def __init__(
+            self: Any,
+            inplanes: int,
+            planes: int,
+            *args: Any,
+            make_gate: Callable[..., nn.Module],
+            **kwargs: Any,
+    ):
         """
         Args:
             inplanes: Channels of the input.
@@ -36,8 +42,13 @@ class GatedBasicBlock(BasicBlock):
             make_gate: Makes the gate, see `build_model`.
             **kwargs: Arguments of timm's block.
         """
-        super().__init__(inplanes, planes, *args, **kwargs)
+        super().__init__(inplanes, planes, *args, **kwargs)  # type: ignore[call-arg]  # timm's class is next
         self.attn = make_gate(planes * self.expansion, inplanes, **_shared(kwargs))
+
+
+class GatedBasicBlock(_GatedBlock, BasicBlock):
+    """timm's basic block with a gate on its residual branch."""
+    gated_parameters = ('bn2.weight', 'bn2.bias')
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, inplanes, H, W) to (N, planes * expansion, H / stride, W / stride)."""
@@ -60,21 +71,9 @@ class GatedBasicBlock(BasicBlock):
             shortcut=self.downsample or (), act=self.act2)
 
 
-class GatedBottleneck(Bottleneck):
+class GatedBottleneck(_GatedBlock, Bottleneck):
     """timm's bottleneck block with a gate on its residual branch."""
     gated_parameters = ('bn3.weight', 'bn3.bias')
-
-    def __init__(self, inplanes: int, planes: int, *args: Any, make_gate: Callable[..., nn.Module], **kwargs: Any):
-        """
-        Args:
-            inplanes: Channels of the input.
-            planes: Channels of the branch, those of the output over `expansion`.
-            *args: Positional arguments of timm's block.
-            make_gate: Makes the gate, see `build_model`.
-            **kwargs: Arguments of timm's block.
-        """
-        super().__init__(inplanes, planes, *args, **kwargs)
-        self.attn = make_gate(planes * self.expansion, inplanes, **_shared(kwargs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, inplanes, H, W) to (N, planes * expansion, H / stride, W / stride)."""
