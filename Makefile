@@ -35,15 +35,15 @@ timm-suite: $(READY)
 timm-patch: $(READY)
 	$(BIN)/python docs/upstream/timm_patch.py
 
-# the quick tests with the lowest versions that pyproject.toml allows, and with the newest there are: each makes an
-# environment of its own, of 6 GB, which `make clean` removes
-test-lowest: RESOLUTION := lowest-direct
-test-newest: RESOLUTION := highest
+# the quick tests with the lowest versions that pyproject.toml allows for the package, and with the newest that go together:
+# each makes an environment of its own, of 6 GB, which `make clean` removes
+test-lowest: VERSIONS := --extra app --no-deps --resolution lowest-direct
+test-newest: VERSIONS := --extra test --resolution highest
 test-lowest test-newest: ENVIRONMENT = build/$@
 test-lowest test-newest:
 	$(PYTHON) -m venv --clear $(ENVIRONMENT)
 	$(ENVIRONMENT)/bin/python -m pip install --quiet setuptools uv
-	$(ENVIRONMENT)/bin/uv pip compile pyproject.toml --extra train --extra app --no-deps --resolution $(RESOLUTION) \
+	$(ENVIRONMENT)/bin/uv pip compile pyproject.toml --extra train $(VERSIONS) --quiet \
 		--python $(ENVIRONMENT)/bin/python --no-annotate --output-file $(ENVIRONMENT)/constraints.txt
 	$(ENVIRONMENT)/bin/uv pip install --quiet --python $(ENVIRONMENT)/bin/python \
 		--constraint $(ENVIRONMENT)/constraints.txt --editable ".[train,test]"

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, List, Optional, Sequence, Tuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -84,12 +84,10 @@ def upload(
     others = remote - {*files, *RUN_FILES, CARD, '.gitattributes'}
     if others:
         notes.append(f'{repo_id} has other files too, which stay: {", ".join(sorted(others))}.')
-    operations: List[Any] = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in files]
-    # of another training run
-    operations += [CommitOperationDelete(path_in_repo=name) for name in RUN_FILES if name in remote - {*files}]
     try:
-        commit = api.create_commit(
-            repo_id, operations, commit_message=message, create_pr=create_pr, parent_commit=before.sha)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, allow_patterns=files, commit_message=message, create_pr=create_pr,
+            parent_commit=before.sha, delete_patterns=list(RUN_FILES))  # those of another training run
     except Exception as e:
         raise PublishError(f'{_cause(e, repo_id)} {_state_after(api, before)}') from e
     changed = commit.oid != before.sha

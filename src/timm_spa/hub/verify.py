@@ -11,8 +11,6 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
@@ -103,31 +101,25 @@ def _download(repo_id: str, revision: Optional[str], report: Report) -> Optional
         report.problems.append(f'{repo_id} is no folder, and no name of a repository (organization/name)')
         return None
     try:
-        info = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT)  # fails early if the network is down
-        tree = HfApi().list_repo_tree(repo_id, revision=info.sha, recursive=True)
-        files = [file for file in tree if isinstance(file, RepoFile)]
-        wanted = [file.path for file in files if not PICKLE_NAMES.search(file.path)]
+        api = HfApi()
+        info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT)  # fails early if the network is down
+        names = [file.rfilename for file in info.siblings or ()]
+        wanted = [name for name in names if not PICKLE_NAMES.search(name)]
         folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted))
+        compared = api.verify_repo_checksums(repo_id, revision=info.sha)
     except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
         cause = without_password(' '.join(str(e).split()))
         report.problems.append(f'{named} cannot be had from {endpoint()}: {type(e).__name__}: {cause}')
         return None
-    for name in (file.path for file in files if file.path not in wanted):
-        report.problems.append(f'{name} has the name of a pickle, which can run code when it is opened; not downloaded')
-    compared = [file for file in files if file.path in wanted]
-    for file in compared:
-        path = folder / file.path
-        if not path.is_file():
-            report.problems.append(f'{file.path} is on the Hub and was not downloaded')
-            continue
-        with open(path, 'rb') as f:
-            found = sha_fileobj(f).hex() if file.lfs else git_hash(f.read())
-        expected = file.lfs.sha256 if file.lfs else file.blob_id
-        if found != expected:
-            report.problems.append(
-                f'{file.path} has the digest {found} here ({path.resolve()}) and {expected} on the Hub: it is '
-                'damaged; delete it and verify again')
-    report.checked.append(f'{named}: {len(compared)} files against the digests of the Hub, commit {info.sha}')
+    for name in compared.missing_paths:
+        report.problems.append(
+            f'{name} is on the Hub and was not downloaded' if name in wanted else
+            f'{name} has the name of a pickle, which can run code when it is opened; not downloaded')
+    for file in compared.mismatches:
+        report.problems.append(
+            f'{file["path"]} has the digest {file["actual"]} here ({(folder / file["path"]).resolve()}) and '
+            f'{file["expected"]} on the Hub: it is damaged; delete it and verify again')
+    report.checked.append(f'{named}: {compared.checked_count} files against the digests of the Hub, commit {info.sha}')
     return folder
 
 
