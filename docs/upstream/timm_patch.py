@@ -63,7 +63,8 @@ class Edit(NamedTuple):
 
 def _resnet_entry(base: str) -> str:
     args = resnet._BASES[base]
-    block, layers = args['block'].__mro__[1].__name__, args['layers']
+    block = next(base.__name__ for base in args['block'].__mro__ if base.__module__ == 'timm.models.resnet')
+    layers = args['layers']
     return (
         '@register_model\n'
         f'def spa_{base}(pretrained: bool = False, **kwargs) -> ResNet:\n'
