@@ -78,13 +78,14 @@ def test_frozen_stages(name, stages):
 
 
 def test_statistics_of_norm_layers_are_frozen():
+    """But for those of gates that are trained, which may have seen no picture yet."""
     model = retinanet('spa_resnet18', **SMALL, backbone_kwargs=dict(zero_init_last=False))
     before = {k: v.clone() for k, v in model.state_dict().items() if 'running' in k or 'num_batches' in k}
-    assert len(before) > 20
     assert model.training
     assert model.backbone.body.layer1.training
     sum(model([torch.rand(3, 64, 64)], [target()]).values()).backward()
-    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    moved = {k for k, v in before.items() if not torch.equal(v, model.state_dict()[k])}
+    assert moved == {k for k in before if '.attn.' in k and '.layer1.' not in k}
     assert model.backbone.body.layer2[0].bn1.weight.grad.abs().sum() > 0
     assert model.backbone.body.layer1[0].bn1.weight.grad is None
 

@@ -66,7 +66,7 @@ class Backbone(nn.Module):
     """Maps of a CNN, made a feature pyramid of 256 channels.
 
     The statistics of the norm layers are frozen: those layers stay in eval mode, and their weights and biases are
-    trained.
+    trained. Those of gates that are trained are not: the gates of a warm start have seen no picture yet.
 
     Attributes:
         body: Feature extractor of timm.
@@ -112,7 +112,7 @@ class Backbone(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> 'Backbone':
-        """Sets the mode of everything but the norm layers with statistics, which stay in eval mode."""
+        """Sets the mode of everything but the norm layers with statistics outside of gates, which stay in eval mode."""
         super().train(mode)
         freeze_statistics(self.body)
         return self
@@ -125,12 +125,18 @@ class Backbone(nn.Module):
 
 
 def freeze_statistics(body: nn.Module, only_frozen: bool = False) -> None:
-    """Sets the norm layers with statistics to eval mode; or only those of them whose weights are frozen."""
+    """Sets norm layers with statistics to eval mode, but for those of gates that are trained.
+
+    Args:
+        body: Feature extractor of timm.
+        only_frozen: Leave every norm layer as it is whose weights are trained, not only those of gates.
+    """
+    in_gates = {id(m) for gate in body.modules() if hasattr(gate, 'gate_name') for m in gate.modules()}
     for module in body.modules():
         if isinstance(getattr(module, 'running_mean', None), torch.Tensor):
-            if only_frozen and any(p.requires_grad for p in module.parameters(recurse=False)):
-                continue
-            module.training = False  # not eval(), which reaches the gate in such a layer, and its drop path
+            is_trained = any(p.requires_grad for p in module.parameters(recurse=False))
+            if not is_trained or not (only_frozen or id(module) in in_gates):
+                module.training = False  # not eval(), which reaches the gate in such a layer, and its drop path
 
 
 def freeze_stages(body: Any, count: int) -> None:

@@ -54,7 +54,7 @@ class TimmBackbone(nn.Module):
                 stages.
             frozen_stages: Last stage that is not trained, from 1 to 4; 0 freezes the stem only, -1 nothing. Norm
                 layers of frozen stages stay in eval mode.
-            norm_eval: Keep every norm layer with statistics in eval mode.
+            norm_eval: Keep every norm layer with statistics in eval mode, but for those of gates that are trained.
             **kwargs: Further arguments of the model, e.g. base='regnety_032' for 'gated'.
 
         Raises:
