@@ -131,7 +131,9 @@ def freeze_statistics(body: nn.Module, only_frozen: bool = False) -> None:
         body: Feature extractor of timm.
         only_frozen: Leave every norm layer as it is whose weights are trained, not only those of gates.
     """
-    in_gates = {id(m) for gate in body.modules() if hasattr(gate, 'gate_name') for m in gate.modules()}
+    # a pyramid of one cell has one value a picture, of which a batch of one picture makes no statistics
+    gates = [m for m in body.modules() if hasattr(m, 'gate_name') and getattr(m, 'pyramid_sizes', None) != [1]]
+    in_gates = {id(m) for gate in gates for m in gate.modules()}
     for module in body.modules():
         if isinstance(getattr(module, 'running_mean', None), torch.Tensor):
             is_trained = any(p.requires_grad for p in module.parameters(recurse=False))
