@@ -6,9 +6,8 @@ from importlib import resources
 import pytest
 import timm
 import torch
-from marks import slow_unless
 from PIL import Image
-from test_models import KINDS, MODELS
+from test_models import ALSO_SLOW
 from timm.utils import reparameterize_model
 
 import timm_spa_cli
@@ -34,7 +33,7 @@ def make(name, **kwargs):
     return model, torch.randn(2, 3, 64, 64)
 
 
-@pytest.mark.parametrize('name', slow_unless(lambda name: name in KINDS, MODELS))
+@pytest.mark.parametrize('name', ALSO_SLOW)
 def test_the_layer_is_the_last_map_of_the_family(name):
     with torch.device('meta'):
         model = timm.create_model(name).eval()
