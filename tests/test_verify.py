@@ -290,8 +290,9 @@ def test_a_flipped_byte_on_the_way(hub, folder):
     assert any(problem.startswith('model.safetensors has the digest') for problem in verify('org/name').problems)
 
 
-def test_a_pickle_on_the_hub_is_not_downloaded(hub, folder):
-    on_the_hub(hub, folder, **{'pytorch_model.bin': b'anything'})
+@pytest.mark.parametrize('other', [{}, {'*': b'a file whose name is a pattern'}])
+def test_a_pickle_on_the_hub_is_not_downloaded(hub, folder, other):
+    on_the_hub(hub, folder, **{'pytorch_model.bin': b'anything'}, **other)
     (problem,) = verify('org/name').problems
     assert problem.startswith('pytorch_model.bin has the name of a pickle')
     assert not list(Path(constants.HF_HUB_CACHE).rglob('pytorch_model.bin'))

@@ -1,5 +1,6 @@
 """Checks of a published repository, or of a folder that will be one."""
 import dataclasses
+import glob
 import json
 import re
 import zipfile
@@ -105,7 +106,7 @@ def _download(repo_id: str, revision: Optional[str], report: Report) -> Optional
         info = api.model_info(repo_id, revision=revision, timeout=TIMEOUT)  # fails early if the network is down
         names = [file.rfilename for file in info.siblings or ()]
         wanted = [name for name in names if not PICKLE_NAMES.search(name)]
-        folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted))
+        folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=[*map(glob.escape, wanted)]))
         compared = api.verify_repo_checksums(repo_id, revision=info.sha)
     except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
         cause = without_password(' '.join(str(e).split()))
