@@ -1,4 +1,6 @@
 """The patch for timm: it applies, and timm with it builds the same networks as this package."""
+import difflib
+import functools
 import importlib.util
 import json
 import os
@@ -48,21 +50,28 @@ def timm_patch():
     return module
 
 
+def text_of_timm(timm_patch, path):
+    """The text of one of timm's files; of one that a wheel does not have, the lines that the patch looks for."""
+    file = Path(timm.__file__).parent.parent / path
+    if path.startswith('timm/'):
+        return file.read_text() if file.exists() else ''
+    return ''.join(edit.anchor for edit in timm_patch.edits() if edit.path == path)
+
+
 @pytest.fixture(scope='module')
-def patched(timm_patch, tmp_path_factory):
-    """A copy of the installed timm with the patch; files that a wheel does not have stay as they are in the patch."""
+def changed_files(timm_patch):
+    """The new text of every file that the patch changes."""
     if timm.__version__ != MADE_FOR:
         pytest.skip(f'the patch is made for timm {MADE_FOR}, this is {timm.__version__}')
+    return timm_patch.patched_files(functools.partial(text_of_timm, timm_patch))
+
+
+@pytest.fixture(scope='module')
+def patched(changed_files, tmp_path_factory):
+    """A copy of the installed timm with the patch."""
     folder = tmp_path_factory.mktemp('patched')
-    installed = Path(timm.__file__).parent
-    shutil.copytree(installed, folder / 'timm', ignore=shutil.ignore_patterns('__pycache__'))
-
-    def read(path):
-        if path.startswith('timm/'):
-            return (installed.parent / path).read_text()
-        return ''.join(edit.anchor for edit in timm_patch.edits() if edit.path == path)
-
-    for path, text in timm_patch.patched_files(read).items():
+    shutil.copytree(Path(timm.__file__).parent, folder / 'timm', ignore=shutil.ignore_patterns('__pycache__'))
+    for path, text in changed_files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
     return folder
@@ -100,6 +109,13 @@ def test_patched_timm_builds_the_same_networks(timm_patch, patched, tmp_path):
         (model.train()(x) ** 2).sum().backward()
         for key, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, out[f'grad.{theirs(name, key)}'], msg=f'{name}: {key}')
+
+
+def test_a_patch_can_be_read_in_ten_minutes(timm_patch, changed_files):
+    """`make timm-patch` counts the whole patch; here its headers and the context of README and tests are missing."""
+    lines = [line for path, text in changed_files.items() for line in difflib.unified_diff(
+        text_of_timm(timm_patch, path).splitlines(), text.splitlines())]
+    assert 400 < len(lines) < timm_patch.LIMIT - 47
 
 
 def test_a_changed_timm_is_named(timm_patch):

@@ -147,8 +147,6 @@ def edits() -> List[Edit]:
         Edit('tests/test_layers.py', '    create_act_layer,\n', '    create_attn,\n'),
         Edit('README.md', '    * Squeeze-and-Excitation Networks (SEResNet) - https://arxiv.org/abs/1709.01507\n',
              '    * Spatial Pyramid Attention (SPANet) - https://doi.org/10.1109/TMM.2021.3068576\n'),
-        Edit('README.md', '    * Selective Kernel (SK) - (https://arxiv.org/abs/1903.06586\n',
-             '    * Spatial Pyramid (SPA) - https://doi.org/10.1109/TMM.2021.3068576\n'),
     ]
     return found
 
