@@ -83,6 +83,7 @@ def test_statistics_of_norm_layers_are_frozen(pyramid_sizes):
     kwargs = dict(zero_init_last=False, pyramid_sizes=pyramid_sizes)
     model = retinanet('spa_resnet18', **SMALL, backbone_kwargs=kwargs)
     before = {k: v.clone() for k, v in model.state_dict().items() if 'running' in k or 'num_batches' in k}
+    assert len(before) > 20
     assert model.training
     assert model.backbone.body.layer1.training
     sum(model([torch.rand(3, 64, 64)], [target()]).values()).backward()

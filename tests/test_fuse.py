@@ -25,7 +25,7 @@ KINDS = (
     'spa_resnet18', 'spa_c_resnet18', 'spa_resnet50', 'spa_b_resnet50', 'spa_c_resnet50', 'spa_mobilenetv2_050',
     'spa_c_mobilenetv2', 'se_mobilenetv2', 'spa_mobilenetv2_cifar', 'se_mobilenetv2_cifar')
 
-@pytest.mark.parametrize('name', [n for n in ALSO_SLOW if getattr(n, 'values', [n])[0] in FUSED])
+@pytest.mark.parametrize('name', [case for case in ALSO_SLOW if case.values[0] in FUSED])
 @torch.no_grad()
 def test_fused_model_is_the_model(name):
     """In double precision, at two sizes, one odd; every block is fused, and no norm layer of a branch is left."""

@@ -137,7 +137,8 @@ def freeze_statistics(body: nn.Module, only_frozen: bool = False) -> None:
     for module in body.modules():
         if isinstance(getattr(module, 'running_mean', None), torch.Tensor):
             is_trained = any(p.requires_grad for p in module.parameters(recurse=False))
-            if not is_trained or not (only_frozen or id(module) in in_gates):
+            learns = is_trained and (only_frozen or id(module) in in_gates)
+            if not learns:
                 module.training = False  # not eval(), which reaches the gate in such a layer, and its drop path
 
 
