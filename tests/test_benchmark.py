@@ -81,10 +81,9 @@ class Fake:
         Fake.asked.append((self.model, what))
         return dict(
             measure=lambda: dict(steps=3, seconds=self.left.pop(0)),
-            build=lambda: dict(
+            prepare=lambda: dict(
                 environment=dict(hardware='a machine', python='3', versions=dict(torch='2')), input=[3, 224, 224],
-                parameters=1_000_000, construction_seconds=0.5),
-            warm_up=lambda: dict(graphs=2, graph_breaks=1),
+                parameters=1_000_000, construction_seconds=0.5, graphs=2, graph_breaks=1),
             memory=lambda: dict(peak_memory=2 ** 20, peak_memory_is='a memory'),
         )[what]()
 
@@ -105,7 +104,7 @@ def test_ratios_are_of_one_round_and_rounds_are_taken_in_turn(fake):
     measured = [model for model, what in fake.asked if what == 'measure']
     assert measured == models * 5
     steps = [what for _, what in fake.asked]
-    assert steps == ['build', 'warm_up'] * 3 + ['measure'] * 15 + ['memory'] * 3 + ['close'] * 3
+    assert steps == ['prepare'] * 3 + ['measure'] * 15 + ['memory'] * 3 + ['close'] * 3
 
     ratios = [a / b for a, b in zip(fake.seconds['resnet18'], fake.seconds['resnet34'], strict=True)]
     entry = record['models'][0]
@@ -189,8 +188,6 @@ def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
     (['resnet18', 'resnet34', '--base', 'resnet50'], "the base 'resnet50' is none of the models to measure: resnet18"),
     (['spa_resnet18 pyramid_sizes'], "'pyramid_sizes' is not of the form key=value"),
     (['resnet18', '--device', 'cuda'], 'finds no CUDA device'),
-    (['resnet18', '--rounds', '0'], '--rounds must be at least 1, got 0'),
-    (['resnet18', '--batch-size', '-1'], '--batch-size must be at least 1'),
     (['resnet18', '--min-seconds', 'inf'], '--min-seconds must be a number'),
     (['resnet18', '--amp', '--dtype', 'float32'], '--amp computes in half precision'),
     (['resnet18', '--reparam', '--mode', 'train'], '--reparam makes a form for inference'),
@@ -206,11 +203,16 @@ def test_mistakes_cost_no_measurement(arguments, message, fake, capsys, monkeypa
     assert not fake.asked
 
 
-@pytest.mark.parametrize('arguments', [
-    [], ['resnet18', '--compile', '--compile-with', 'eager']])
-def test_contradictions_of_the_command_line(arguments):
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ([], 'MODEL'),
+    (['resnet18', '--compile', '--compile-with', 'eager'], 'not allowed with argument'),
+    *((['resnet18', option, '0'], f'argument {option}: must be at least 1, got 0')
+      for option in ('--rounds', '--batch-size', '--img-size', '--threads', '--warmup')),
+])
+def test_contradictions_of_the_command_line(arguments, message, capsys):
     with pytest.raises(SystemExit, match='2'):
         bench(*arguments)
+    assert message in capsys.readouterr().err
 
 
 def test_arguments_of_a_model():
@@ -222,14 +224,14 @@ def test_a_process_that_dies_is_named():
     worker = benchmark.Worker('resnet18', Settings(batch_size=5))
     worker.pool.submit(os._exit, 3)
     with pytest.raises(BenchmarkError, match=r'^resnet18: its process died, .* memory with --batch-size 5\.'):
-        worker.ask('build')
+        worker.ask('prepare')
     worker.close()
 
 
 def test_an_error_in_the_process_names_the_model():
     worker = benchmark.Worker('resnet18', Settings(batch_size=10 ** 13))
     with pytest.raises(BenchmarkError, match=r'^resnet18: out of memory with --batch-size 10000000000000\.$'):
-        worker.ask('build')
+        worker.ask('prepare')
     worker.close()
 
 
@@ -370,4 +372,4 @@ def test_an_error_of_a_model_is_one_line(monkeypatch):
 
     monkeypatch.setattr(benchmark_worker, 'Workload', broken)
     with pytest.raises(BenchmarkError, match='^resnet18: RuntimeError: no such thing$'):
-        benchmark_worker.answer('build', 'resnet18', Settings())
+        benchmark_worker.answer('prepare', 'resnet18', Settings())

@@ -8,21 +8,19 @@ import contextlib
 import dataclasses
 import datetime
 import importlib
-import json
+import itertools
 import multiprocessing
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from ._files import replacing
 from .benchmark_worker import BenchmarkError, Settings, answer, parse_model
 
-__all__ = ['BenchmarkError', 'Settings', 'Worker', 'measure', 'notes', 'table_rows', 'write_record']
+__all__ = ['BenchmarkError', 'Settings', 'Worker', 'measure', 'notes', 'table_rows']
 
 KIND = 'timm-spa bench 1'
 AS_BUILT = ' as built'  # behind the name of the base that is also measured without --reparam
@@ -31,12 +29,7 @@ VARIABLES = ('CUDA_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_')
 
 
 class Worker:
-    """A process for one model.
-
-    Args:
-        model: Name, and arguments as for `parse_model`.
-        settings: How to measure it.
-    """
+    """A process for one model, as `parse_model` reads it, which answers as `benchmark_worker.answer` does."""
 
     def __init__(self, model: str, settings: Settings) -> None:
         self.model = model
@@ -45,13 +38,7 @@ class Worker:
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), os.dup2, (2, 1))
 
     def ask(self, what: str) -> Dict[str, Any]:
-        """Sends a request to the process and waits for the answer.
-
-        Args:
-            what: As for `benchmark_worker.answer`.
-
-        Returns:
-            Its answer.
+        """Sends a request and waits for the answer.
 
         Raises:
             BenchmarkError: It failed, or the process died.
@@ -96,11 +83,11 @@ def measure(
             importlib.import_module(module)
         except Exception as e:
             raise BenchmarkError(f'--import {module}: {type(e).__name__}: {e}') from e
-    for model in models:
-        try:
+    try:
+        for model in models:
             parse_model(model)
-        except ValueError as e:
-            raise BenchmarkError(str(e)) from e
+    except ValueError as e:
+        raise BenchmarkError(str(e)) from e
     base = models[0] if base is None else base
     if base not in models:
         raise BenchmarkError(f'the base {base!r} is none of the models to measure: {", ".join(models)}.')
@@ -117,14 +104,12 @@ def measure(
         workers = [stack.enter_context(contextlib.closing(Worker(model, how))) for _, model, how in jobs]
         for worker, entry in zip(workers, entries, strict=True):
             progress(f'{entry["model"]}: warm-up')
-            entry.update(worker.ask('build'))
-            entry.update(worker.ask('warm_up'))
-        sequence = 0
+            entry.update(worker.ask('prepare'))
+        sequence = itertools.count()
         for number in range(1, settings.rounds + 1):
             progress(f'round {number} of {settings.rounds}')
             for worker, entry in zip(workers, entries, strict=True):
-                entry['rounds'].append(dict(sequence=sequence, **worker.ask('measure')))
-                sequence += 1
+                entry['rounds'].append(dict(sequence=next(sequence), **worker.ask('measure')))
         for worker, entry in zip(workers, entries, strict=True):
             entry.update(worker.ask('memory'))
 
@@ -213,17 +198,3 @@ def _setting_text(settings: Dict[str, Any]) -> str:
     dtype = ('autocast ' if settings['amp'] else '') + settings['dtype']
     mode = settings['mode'] + (' reparameterized' if settings.get('reparam') else '')
     return f'{mode}, {compiled}, {dtype}, {layout}, batch {settings["batch_size"]}, {settings["device"]}'
-
-
-def write_record(path: Union[str, Path], record: Dict[str, Any]) -> None:
-    """Writes a record as JSON, all of it or nothing.
-
-    Args:
-        path: File to write or replace.
-        record: Of `measure`.
-
-    Raises:
-        WriteError: It cannot be written.
-    """
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(record, indent=2) + '\n')

@@ -53,7 +53,7 @@ class Settings:
         imports: Modules to import first, which register further models with timm.
 
     Raises:
-        ValueError: A value is out of its range, or two contradict each other.
+        ValueError: The duration is no number from 0 on, or two arguments contradict each other.
     """
     mode: str = 'infer'
     dtype: str = 'float32'
@@ -71,17 +71,8 @@ class Settings:
     imports: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ('batch_size', 'img_size', 'threads', 'rounds', 'warmup'):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {value}.')
-        if not (self.min_seconds >= 0 and math.isfinite(self.min_seconds)):
+        if not 0 <= self.min_seconds < math.inf:
             raise ValueError(f'--min-seconds must be a number from 0 on, got {self.min_seconds}.')
-        for name, values in (
-                ('mode', ('infer', 'train')), ('device', ('cpu', 'cuda')),
-                ('dtype', ('float32', 'bfloat16', 'float16'))):
-            if getattr(self, name) not in values:
-                raise ValueError(f'--{name} must be one of {", ".join(values)}, got {getattr(self, name)!r}.')
         if self.amp and self.dtype == 'float32':
             raise ValueError('--amp computes in half precision: use it with --dtype bfloat16 or float16.')
         if self.reparam and self.mode == 'train':
@@ -157,6 +148,9 @@ class Workload:
         model: Name, and arguments as for `parse_model`.
         settings: How to measure it.
         make: Makes the model of name and keyword arguments.
+
+    Attributes:
+        about: What is known of the model: 'input', 'parameters', 'construction_seconds'.
     """
 
     def __init__(self, model: str, settings: Settings, make: Callable[..., Any] = timm.create_model) -> None:
@@ -165,16 +159,16 @@ class Workload:
         name, kwargs = parse_model(model)
         start = time.perf_counter()
         net = make(name, **kwargs)
-        self.construction_seconds = time.perf_counter() - start
-        self.parameters = sum(p.numel() for p in net.parameters())
-
+        seconds = time.perf_counter() - start
         channels, height, width = net.pretrained_cfg['input_size']
-        self.input_size = (channels, settings.img_size or height, settings.img_size or width)
+        size = (channels, settings.img_size or height, settings.img_size or width)
+        self.about = dict(
+            input=size, parameters=sum(p.numel() for p in net.parameters()), construction_seconds=seconds)
         self._half = getattr(torch, settings.dtype)
         stored = torch.float32 if settings.amp else self._half
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         net = net.to(device=self._device, dtype=stored, memory_format=layout)
-        self.input = torch.randn(settings.batch_size, *self.input_size, device=self._device, dtype=stored)
+        self.input = torch.randn(settings.batch_size, *size, device=self._device, dtype=stored)
         self.input = self.input.contiguous(memory_format=layout)
         net.train(settings.mode == 'train')
         if settings.mode == 'train':  # else it would keep the weights that fusing replaces
@@ -206,11 +200,7 @@ class Workload:
         self._optimizer.step()
 
     def warm_up(self) -> Dict[str, Any]:
-        """Takes the first steps, which compile, choose kernels and fill caches.
-
-        Returns:
-            'graphs' and 'graph_breaks' of the compiler.
-        """
+        """Takes the first steps, which compile and choose kernels; returns the compiler's graphs and graph breaks."""
         for _ in range(1 + self.settings.warmup):
             self.step()
         if self._device.type == 'cuda':
@@ -219,10 +209,7 @@ class Workload:
         return dict(graphs=self._graphs, graph_breaks=breaks)
 
     def measure(self) -> Dict[str, Any]:
-        """Takes steps for at least `min_seconds`, after some that are not counted.
-
-        Returns:
-            'steps' and the 'seconds' that they took.
+        """Takes steps for at least `min_seconds`, after some that are not counted; returns steps and seconds.
 
         Raises:
             RuntimeError: The model was compiled again, which is what the time went into.
@@ -234,11 +221,7 @@ class Workload:
         return dict(steps=len(found.raw_times) * found.number_per_run, seconds=sum(found.raw_times))
 
     def memory(self) -> Dict[str, Any]:
-        """Reports the peak memory.
-
-        Returns:
-            'peak_memory' in bytes (None where the system does not say), and in 'peak_memory_is' what was measured.
-        """
+        """Returns the peak memory in bytes, None where the system does not say, and what was measured."""
         if self._device.type == 'cuda':
             return dict(
                 peak_memory=torch.cuda.max_memory_allocated(),
@@ -261,21 +244,13 @@ _workload: Any = None  # of this process
 
 
 def answer(what: str, model: str, settings: Settings) -> Dict[str, Any]:
-    """Handles a request in the process of the model.
-
-    Args:
-        what: 'build', 'warm_up', 'measure' or 'memory'.
-        model: As for `Workload`.
-        settings: As for `Workload`.
-
-    Returns:
-        What the method of `Workload` returns; of 'build', what is known of the model and of the machine.
+    """Handles a request in the process of a model: to 'prepare' it, or a method of its `Workload`.
 
     Raises:
         BenchmarkError: It failed.
     """
     try:
-        return _build(model, settings) if what == 'build' else getattr(_workload, what)()
+        return _prepare(model, settings) if what == 'prepare' else getattr(_workload, what)()
     except Exception as e:  # many of torch's exceptions cannot be pickled
         text = str(e).strip()
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
@@ -287,7 +262,7 @@ def answer(what: str, model: str, settings: Settings) -> Dict[str, Any]:
         raise BenchmarkError(f'{model}: {cause}') from None
 
 
-def _build(model: str, settings: Settings) -> Dict[str, Any]:
+def _prepare(model: str, settings: Settings) -> Dict[str, Any]:
     global _workload
     for module in settings.imports:
         importlib.import_module(module)
@@ -297,6 +272,5 @@ def _build(model: str, settings: Settings) -> Dict[str, Any]:
         torch.backends.cudnn.benchmark = True  # as timm's scripts have it
     _workload = Workload(model, settings)
     return dict(
-        input=_workload.input_size, parameters=_workload.parameters,
-        construction_seconds=_workload.construction_seconds, threads=torch.get_num_threads(),
+        _workload.about, **_workload.warm_up(), threads=torch.get_num_threads(),
         environment=environment(('timm_spa', 'timm', 'torch'), settings.device))

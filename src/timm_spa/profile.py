@@ -12,7 +12,6 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ._files import replacing
-from .layers import SpatialPyramidAttention
 from .models import list_models
 
 __all__ = ['ModelCost', 'count_cost', 'describe']
@@ -26,13 +25,10 @@ class ModelCost(NamedTuple):
     Attributes:
         parameters: Number of parameters.
         macs: Multiply-adds of convolutions and linear layers.
-        paper_flops: What the paper calls FLOPs: `macs`, one for each bias that a convolution adds, two for each value
-            that passes a norm layer, and one for each that passes a ReLU or comes into a pooling.
         activations: Values that convolutions and linear layers give out, as timm's cards count them.
     """
     parameters: int
     macs: int
-    paper_flops: int
     activations: int
 
 
@@ -47,7 +43,6 @@ def count_cost(model_name: str, **kwargs: Any) -> ModelCost:
         The counts, for one image of the model's input size.
     """
     model = timm.create_model(model_name, device=torch.device('meta'), **kwargs).eval()
-    extra = _count_other_operations(model)
     activations: List[int] = []
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -55,40 +50,8 @@ def count_cost(model_name: str, **kwargs: Any) -> ModelCost:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
-    macs = counter.get_total_flops() // 2
     parameters = sum(p.numel() for p in model.parameters())
-    return ModelCost(parameters, macs, macs + sum(extra), sum(activations))
-
-
-def _count_other_operations(model: nn.Module) -> List[int]:
-    """Adds hooks that append what a module costs beside the multiply-adds to the returned list."""
-    counts: List[int] = []
-
-    def hook(module: Any, inputs: Any, output: Any) -> None:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            counts.append(2 * inputs[0].numel())
-        elif isinstance(module, (nn.ReLU, nn.ReLU6)):
-            counts.append(output.numel())
-        elif isinstance(module, nn.Conv2d):
-            counts.append(output.numel() if module.bias is not None else 0)
-        elif isinstance(module, SpatialPyramidAttention):
-            # every size pools the source, which the channel matcher has brought to the channels of the gated map
-            source = inputs[1] if module.reads_block_input else inputs[0]
-            channels = source.shape[1] if isinstance(module.matcher, nn.Identity) else inputs[0].shape[1]
-            counts.append(len(module.pyramid_sizes) * channels * source.shape[2] * source.shape[3])
-        else:
-            counts.append(inputs[0].numel())
-
-    pooling = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, timm.layers.SelectAdaptivePool2d)
-    counted = (
-        nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.ReLU6, nn.Conv2d, SpatialPyramidAttention, *pooling)
-    inside_pooling = {
-        id(child) for m in model.modules() if isinstance(m, timm.layers.SelectAdaptivePool2d) for child in m.modules()
-        if child is not m}
-    for module in model.modules():
-        if isinstance(module, counted) and id(module) not in inside_pooling:
-            module.register_forward_hook(hook)
-    return counts
+    return ModelCost(parameters, counter.get_total_flops() // 2, sum(activations))
 
 
 def describe(model_name: str) -> Dict[str, Any]:

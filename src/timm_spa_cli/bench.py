@@ -1,11 +1,13 @@
 """`timm-spa bench`: speed and memory of models, as ratios."""
 import argparse
 import dataclasses
+import json
 import os
 import shlex
 import sys
 
 from timm_spa_cli._table import print_table
+from timm_spa_cli.predict import positive
 
 HELP = 'measure speed and memory of models in turn, as ratios to one of them'
 EXAMPLES = ('timm-spa bench resnet50 seresnet50 spa_resnet50 --channels-last --batch-size 8 --reparam',)
@@ -27,12 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure the fused form of blocks that have one, else merge norm layers; adds the base as it is built")
     parser.add_argument('--amp', action='store_true', help='float32 weights under autocast')
     parser.add_argument('--channels-last', action='store_true', help='memory layout of weights and input')
-    parser.add_argument('--batch-size', type=int, default=32, help='images at a time (default: %(default)s)')
-    parser.add_argument('--img-size', type=int, metavar='N', help="height and width (default: each model's own)")
+    parser.add_argument('--batch-size', type=positive, default=32, help='images at a time (default: %(default)s)')
+    parser.add_argument('--img-size', type=positive, metavar='N', help="height and width (default: each model's own)")
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='default: %(default)s')
-    parser.add_argument('--threads', type=int, metavar='N', help='CPU threads')
-    parser.add_argument('--rounds', type=int, default=10, help='measurements of each model (default: %(default)s)')
-    parser.add_argument('--warmup', type=int, default=5, help='steps of each model before (default: %(default)s)')
+    parser.add_argument('--threads', type=positive, metavar='N', help='CPU threads')
+    parser.add_argument('--rounds', type=positive, default=10, help='measurements of each model (default: %(default)s)')
+    parser.add_argument('--warmup', type=positive, default=5, help='steps of each model before (default: %(default)s)')
     parser.add_argument(
         '--min-seconds', type=float, default=1., metavar='S', help='least length of one (default: %(default)s)')
     parser.add_argument(
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
     from timm_spa import benchmark
     from timm_spa._errors import UsageError
+    from timm_spa._files import replacing
 
     if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or '.', os.W_OK)):
         raise OSError(f'--json: {args.json} is no file that can be written.')  # now, not after the measurement
@@ -60,5 +63,6 @@ def run(args: argparse.Namespace) -> int:
     print_table(benchmark.table_rows(record), right_aligned=range(2, 11))
     print('\n' + '\n'.join(benchmark.notes(record)))
     if args.json:
-        benchmark.write_record(args.json, record)
+        with replacing(args.json) as partial:
+            partial.write_text(json.dumps(record, indent=2) + '\n')
     return 0

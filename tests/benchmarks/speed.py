@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from timm_spa import benchmark
+from timm_spa._files import replacing
 
 MODELS = {
     'resnet50': [
@@ -107,7 +108,9 @@ def main() -> None:
         settings = benchmark.Settings(
             **mode, batch_size=batch_size, threads=args.threads, rounds=args.rounds,
             min_seconds=args.min_seconds, imports=('straightforward',))
-        benchmark.write_record(path, benchmark.measure(models, settings, command=' '.join(sys.argv)))
+        record = benchmark.measure(models, settings, command=' '.join(sys.argv))
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(record, indent=2) + '\n')
     print('\n'.join(markdown(args.folder)))
 
 
