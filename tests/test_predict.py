@@ -9,7 +9,7 @@ from PIL import Image
 import timm_spa  # noqa: F401
 import timm_spa_cli
 from timm_spa.hub import CheckpointError
-from timm_spa.predict import load_model, predict
+from timm_spa.predict import PictureError, labelled_batches, load_model, predict
 
 
 @pytest.fixture(scope='module')
@@ -56,6 +56,36 @@ def test_a_rotated_picture_is_read_upright(model, pictures):
 def test_a_model_of_grey_pictures(pictures):
     model = timm.create_model('spa_mobilenetv2_cifar', in_chans=1, num_classes=5).eval()
     assert len(next(predict(model, [pictures / 'a' / 'one.png'])).classes) == 5
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'folders', 'expected'), [
+    ('spa_mobilenetv2_cifar', dict(in_chans=1, num_classes=2), ['x', 'y'], [0, 1]),
+    # not the 200 names of the shipped weights' classes
+    ('spa_mobilenetv2_cifar', dict(num_classes=3), ['dog', 'goldfish', 'zebra'], [0, 1, 2]),
+    ('mobilenetv2_cifar', dict(num_classes=1000), ['n01440764', 'n02979186', 'n03888257'], [0, 482, 701]),
+    ('spa_mobilenetv2_cifar', dict(), ['n02808440', 'n01443537'], [0, 69]),
+], ids=['grey', "one's own", 'three of ImageNet', 'two of its own'])
+def test_folders_are_the_models_classes(name, kwargs, folders, expected, tmp_path):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        Image.new('RGB', (40, 40), 'red').save(tmp_path / folder / 'red.png')
+    (tmp_path / 'empty').mkdir()
+    model = timm.create_model(name, **kwargs).eval()
+    loader, count = labelled_batches(model, tmp_path, 'test', 2)
+    batches = list(loader)
+    assert count == len(folders)
+    assert torch.cat([target for _, target in batches]).tolist() == expected
+    assert all(len(model(images)) == len(target) for images, target in batches)
+
+
+def test_folders_of_other_classes(tmp_path):
+    for folder in ('n01443537', 'goldfish'):
+        (tmp_path / folder).mkdir()
+        Image.new('RGB', (40, 40)).save(tmp_path / folder / 'black.png')
+    with pytest.raises(PictureError, match='other classes than the 200 of the model: 2 folders, goldfish among them'):
+        labelled_batches(timm.create_model('spa_mobilenetv2_cifar'), tmp_path, 'test', 2)
+    with pytest.raises(PictureError, match='other classes than the 3 of the model: 2 folders, goldfish, n01443537'):
+        labelled_batches(timm.create_model('spa_mobilenetv2_cifar', num_classes=3), tmp_path, 'test', 2)
 
 
 def test_whatever_a_decoder_raises_is_an_error_of_one_picture(model, pictures, monkeypatch):

@@ -353,8 +353,12 @@ def test_accuracy(folder, tmp_path, trained):
     assert report.accuracy[1] == pytest.approx(100 * in_order / 12, abs=1e-3), 'the labels of other weights were taken'
 
     change_config(folder, label_names=labels)
-    (tmp_path / 'images' / 'validation' / 'dog').mkdir()
+    dog = tmp_path / 'images' / 'validation' / 'dog'
+    dog.mkdir()
+    assert verify(folder, images=tmp_path / 'images').problems == [], 'a folder without a picture is no class'
+    Image.new('RGB', (32, 32)).save(dog / 'dog.png')
     (problem,) = verify(folder, images=tmp_path / 'images').problems
-    assert 'other classes than the 3 of the model: dog' in problem
+    assert 'other classes than the 3 of the model: ' in problem
+    assert 'folders, dog among them' in problem
     (problem,) = verify(folder, images=tmp_path / 'nowhere').problems
     assert 'nowhere cannot be read' in problem

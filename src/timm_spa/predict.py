@@ -13,7 +13,6 @@ from timm.data import (
     create_dataset,
     create_loader,
     create_transform,
-    resolve_data_config,
     resolve_model_data_config,
 )
 from timm.utils import reparameterize_model
@@ -161,13 +160,13 @@ def _pictures(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
         yield from sorted(p for p in files if p.suffix.lower() in suffixes) or [path]
 
 
-def _is_grey(model: nn.Module) -> bool:
-    return getattr(model, 'in_chans', 3) == 1
+def _mode(model: nn.Module) -> str:
+    return 'L' if getattr(model, 'in_chans', 3) == 1 else 'RGB'
 
 
 def _data_config(model: nn.Module) -> Dict[str, Any]:
     config = resolve_model_data_config(model)
-    if _is_grey(model):  # one mean and deviation, as timm has for the weights of the first convolution
+    if _mode(model) == 'L':  # one mean and deviation, as timm has for the weights of the first convolution
         config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
     return config
 
@@ -183,7 +182,7 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
         PictureError if the file cannot be read.
     """
     transform: Any = create_transform(**_data_config(model), is_training=False)
-    mode = 'L' if _is_grey(model) else 'RGB'
+    mode = _mode(model)
 
     def read(path: Union[str, Path]) -> torch.Tensor:
         try:
@@ -207,7 +206,8 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
     """Opens an image folder whose folders are named after the classes of a model.
 
     Args:
-        model: A timm model; the names are the labels of its configuration, or any of the right number if it has none.
+        model: A timm model; the names are its labels (`class_names`), or any of the right number if it has none of its
+            own.
         images: Image folder, a folder for each class.
         split: Subfolder of `images`, if there is one of this name.
         batch_size: Pictures at a time.
@@ -218,19 +218,22 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
     Raises:
         PictureError: There is no such folder, or it is of other classes.
     """
-    cfg = model.pretrained_cfg
-    labels = cfg.get('label_names')
-    class_map = {label: i for i, label in enumerate(labels)} if labels else None
+    labels = {entry['label']: i for i, entry in enumerate(class_names(model)) if entry['label']}
+    kwargs: Any = dict(root=str(images), split=split, input_img_mode=_mode(model))
     try:
-        dataset: Any = create_dataset('', root=str(images), split=split, class_map=class_map)
+        dataset: Any = create_dataset('', **kwargs)
+        found = set(dataset.reader.class_to_idx)
+        if found <= set(labels):
+            dataset = create_dataset('', class_map=labels, **kwargs)
     except Exception as e:  # timm's folder readers raise several kinds
         raise PictureError(f'{images} cannot be read as an image folder: {e}') from e
-    found = {p.name for p in Path(dataset.reader.root).iterdir() if p.is_dir()}
-    known = set(class_map or dataset.reader.class_to_idx)
-    if class_map and not found <= known or not class_map and len(known) != model.num_classes:
-        odd = first_few(sorted(found - known)) if class_map else f'{len(known)} folders'
-        raise PictureError(f'{images} is of other classes than the {model.num_classes} of the model: {odd}')
-    config = resolve_data_config(pretrained_cfg=cfg)
+    odd = sorted(found - set(labels))
+    has_own = len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes
+    if odd and (has_own or len(found) != model.num_classes):
+        raise PictureError(
+            f'{images} is of other classes than the {model.num_classes} of the model: {len(found)} folders, '
+            f'{first_few(odd)} among them.')
+    config = _data_config(model)
     return create_loader(
         dataset, input_size=config['input_size'], batch_size=batch_size, use_prefetcher=False, num_workers=0,
         persistent_workers=False, mean=config['mean'], std=config['std'], interpolation=config['interpolation'],
