@@ -38,6 +38,8 @@ def test_a_folder_is_its_pictures(model, pictures):
     found = list(predict(model, [pictures]))
     assert [p.path for p in found] == [str(pictures / n) for n in ('a/one.png', 'b/deep/two.jpg', 'b/one.png')]
     assert not any(p.error for p in found)
+    (pictures / 'a' / 'up').symlink_to('..')
+    assert len(list(predict(model, [pictures]))) == 3, 'a picture is there once, however many links lead to it'
     empty = pictures / 'empty'
     empty.mkdir()
     assert 'Is a directory' in next(predict(model, [empty])).error

@@ -156,8 +156,16 @@ def _pictures(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
     """Yields files, and for a folder the pictures in it, in the order of their names."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for path in map(Path, paths):
-        files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-        yield from sorted(p for p in files if p.suffix.lower() in suffixes) or [path]
+        files: List[Path] = []
+        seen = set()
+        for folder, subfolders, names in os.walk(path, followlinks=True):
+            subfolders.sort()
+            if os.path.realpath(folder) in seen:  # a link to a folder above would lead round and round
+                subfolders.clear()
+            else:
+                files += (Path(folder, name) for name in names if Path(name).suffix.lower() in suffixes)
+            seen.add(os.path.realpath(folder))
+        yield from sorted(files) or [path]
 
 
 def _mode(model: nn.Module) -> str:
