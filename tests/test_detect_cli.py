@@ -258,10 +258,20 @@ def test_nothing_of_it_is_imported_before_it_is_asked_for():
 
 @pytest.mark.slow
 def test_two_processes(tmp_path, data):
-    """Each takes half of the pictures; they evaluate together, and one writes. Their weights stay equal."""
-    run = tmp_path / 'run'
+    """Each takes half of the pictures; they evaluate together, and one writes. Their models stay equal."""
+    run, script = tmp_path / 'run', tmp_path / 'main.py'
+    script.write_text(
+        'import os, sys\n'
+        'import torch\n'
+        'import timm_spa_cli\n'
+        'from timm_spa.detection import train\n'
+        'def detect(model, *args, original=train.detect):\n'
+        f'    torch.save(model.state_dict(), "{tmp_path}/" + os.environ["RANK"])\n'
+        '    return original(model, *args)\n'
+        'train.detect = detect\n'
+        'sys.exit(timm_spa_cli.main(sys.argv[1:]))\n')
     command = [
-        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, '-m', 'timm_spa', 'detect', 'train',
+        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2, script, 'detect', 'train',
         '--data', data, *SMALL, '--epochs', 6, '--output', run, '--lr', 0.005, '--warmup-steps', 0, '--clip-grad', 10]
     environment = dict(os.environ, OMP_NUM_THREADS='1')
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
@@ -271,5 +281,7 @@ def test_two_processes(tmp_path, data):
     with open(run / 'summary.csv', newline='') as f:
         first, *_, last = csv.DictReader(f)
     assert float(last['train_loss']) < float(first['train_loss'])
-    figures = evaluate_alone(run / 'last', data)
-    assert figures == pytest.approx(float(last['eval_map']), abs=0.051)
+    assert evaluate_alone(run / 'last', data) == pytest.approx(float(last['eval_map']), abs=0.051)
+    evaluated, written = [torch.load(tmp_path / rank) for rank in '01'], load_detector(run / 'last').state_dict()
+    for of_rank in evaluated:
+        torch.testing.assert_close(of_rank, written, rtol=0, atol=0)

@@ -18,6 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
+from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
 from .._files import replacing
@@ -208,6 +209,8 @@ def train(
             optimizer.zero_grad()
             total += torch.tensor([value * len(images), len(images)], dtype=torch.float64)
             show(f'epoch {epoch}: step {number + 1} of {len(loader)}, loss {total[0] / total[1]:.4f}')
+        if world > 1:  # each process has counted its own pictures into the statistics of the gates
+            distribute_bn(model, world, reduce=True)
         show(f'epoch {epoch}: evaluation')
         found = detect(model, val_set, settings.batch_size, workers, range(rank, len(val_set), world))
         gathered: List[Any] = gather_object(list(found.items()))
