@@ -52,6 +52,7 @@ def test_trained_parameters_of_the_configs(build, detector, backbone, expected):
     assert config.optim_wrapper.optimizer.lr == {'retinanet': 0.01, 'cascade_rcnn': 0.02}[detector]
     assert config.train_cfg.max_epochs == 24
     assert config.param_scheduler[1].milestones == [18, 22]
+    assert config.custom_hooks == [dict(type='SyncBuffersHook')]
 
 
 @pytest.mark.parametrize(('name', 'kwargs', 'indices'), [
