@@ -238,7 +238,7 @@ def test_checkpoints_that_are_none(checkpoint, message, tmp_path, monkeypatch, c
     assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         timm_spa_cli.main([*arguments, ''])
-    assert 'needs the name of a file' in capsys.readouterr().err
+    assert 'argument checkpoint: it is empty' in capsys.readouterr().err
 
 
 def test_classes_of_a_checkpoint_have_no_names_of_others(tmp_path):

@@ -239,7 +239,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         Path(path).write_bytes(b'half')
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr('timm_spa.hub.convert.safetensors.torch.save_file', disk_full)
+    monkeypatch.setattr('safetensors.torch.save_file', disk_full)
     with pytest.raises(OSError, match='No space left'):
         convert(source, output, 'spa_mobilenetv2_cifar', overwrite=True)
     assert output.read_bytes() == b'before'

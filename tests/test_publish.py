@@ -100,6 +100,10 @@ def test_an_existing_folder(weights_to_publish, dry_run, tmp_path, monkeypatch):
     weights_to_publish.with_name('README.md').write_text('my card')
     changed = {k: v.flip(0) if v.ndim else v for k, v in safetensors.torch.load_file(weights_to_publish).items()}
     safetensors.torch.save_file(changed, tmp_path / 'new.safetensors')
+    with pytest.raises(PublishError, match=r'has the args.yaml of another training'):
+        write_repository(weights_to_publish.parent, tmp_path / 'new.safetensors', NAME)
+    for name in ('args.yaml', 'summary.csv', 'run.json'):
+        shutil.copy(weights_to_publish.with_name(name), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr('timm_spa.hub.publish.make_card', Mock(side_effect=ValueError('no card')))
         with pytest.raises(ValueError, match='no card'):
@@ -149,7 +153,7 @@ def test_names_of_classes(weights_to_publish, tmp_path):
 def test_another_model_than_was_trained(hub, owner, weights_to_publish, capsys):
     args = weights_to_publish.with_name('args.yaml')
     args.write_text(args.read_text().replace('model: spa_mobilenetv2_cifar', 'model: spa_b_mobilenetv2_cifar'))
-    refused(hub, weights_to_publish, 'name the model spa_b_mobilenetv2_cifar, and not spa_mobilenetv2_cifar', capsys)
+    refused(hub, weights_to_publish, 'names the model spa_b_mobilenetv2_cifar, and not spa_mobilenetv2_cifar', capsys)
 
 
 class Payload:
@@ -234,7 +238,7 @@ def test_more_files_that_are_not_weights(hub, owner, tmp_path, capsys):
     refused(hub, tmp_path / 'none.pth', 'none.pth does not exist', capsys)
     torch.save(dict(epoch=3), tmp_path / 'no.pth')
     refused(hub, tmp_path / 'no.pth', r'no.pth holds no weights: .*\(epoch\)', capsys)
-    for name in ('spa_mobilenetv2_cifar', 'spa_mobile.mine', ''):
+    for name in ('spa_mobilenetv2_cifar', 'spa_mobile.mine'):
         refused(hub, SHIPPED, f'{name!r} names no weights', capsys, name=name)
 
 
@@ -298,7 +302,7 @@ def test_a_password_of_the_endpoint_is_not_printed(owner, monkeypatch, weights_t
     assert 'secret' not in str(e.value)
 
 
-@pytest.mark.parametrize('repo', ["a/b');import os#", 'a/b/c', 'a', 'a b/c', '', 'ä/b'])
+@pytest.mark.parametrize('repo', ["a/b');import os#", 'a/b/c', 'a', 'a b/c', 'ä/b'])
 def test_names_of_repositories_are_checked_in_a_dry_run_too(repo, tmp_path, capsys):
     arguments = ['publish', str(SHIPPED), '--model', NAME, '--repo', repo, '--dry-run', str(tmp_path / 'out')]
     assert timm_spa_cli.main(arguments) == 1

@@ -1,6 +1,7 @@
 """Files that are written as a whole or not at all, and read only if they are what they should be."""
 import contextlib
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Iterator, Union
@@ -60,11 +61,16 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
     Raises:
         WriteError: The file system, or safetensors on a file system that is full, could not write it.
     """
-    path = Path(path).absolute()
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
+    path = Path(os.path.realpath(path))
+    partial = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}')
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise WriteError(f'{path} cannot be written: it is no regular file.')
     try:
         yield partial
         if partial.is_dir() and path.is_dir():
+            for file in partial.iterdir():
+                if (path / file.name).is_dir():  # before any other is replaced
+                    raise WriteError(f'{path / file.name} cannot be written: it is a folder.')
             for file in partial.iterdir():
                 file.replace(path / file.name)
         else:

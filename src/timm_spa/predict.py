@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import timm
 import torch
 import torch.nn as nn
@@ -19,13 +20,14 @@ from timm.utils import reparameterize_model
 
 from ._errors import TimmSpaError
 from .hub.checkpoint import check_weights, read_weights
+from .hub.trained import preprocessing, trained_with, untagged
 from .models.names import check_model_name, did_you_mean
 from .models.tensors import first_few
 from .training_log import read_classes
 
 __all__ = [
     'ModelError', 'PictureError', 'Prediction', 'class_names', 'find_class', 'for_inference', 'labelled_batches',
-    'likeliest_classes', 'load_model', 'picture_reader', 'picture_seen', 'predict']
+    'in_eight_bits', 'likeliest_classes', 'load_model', 'on_device', 'picture_reader', 'picture_seen', 'predict']
 
 
 class ModelError(TimmSpaError, RuntimeError):
@@ -63,33 +65,46 @@ def load_model(
     Args:
         name: Whatever `timm.create_model` takes: a name, 'hf-hub:organization/name', 'local-dir:folder'.
         checkpoint: Weights to load in place of the published ones.
-        num_classes: Classes of the checkpoint, if not those of the published weights.
+        num_classes: Classes of the checkpoint, if neither the arguments of its training nor the model have it right.
         device: Device to run on.
         fuse: Take the form that is fastest on a CPU, see `for_inference`; else the one that is trained.
 
     Returns:
-        The model, in eval mode. The classes of a checkpoint are named by `classes.txt` beside it, else by numbers.
+        The model, in eval mode. That of a checkpoint is made as it was trained, where the file or `args.yaml` beside it
+        says how; its classes are named by `classes.txt` beside it, else by numbers.
 
     Raises:
-        ModelError: There is no such model, or its weights could not be had.
+        ModelError: There is no such model, or no such device, or its weights could not be had.
         CheckpointError: The file cannot be read, or does not fit the model.
+        RunError: By the file or by `args.yaml` the weights are of another model.
     """
     check_model_name(name, ModelError)
+    kwargs: Dict[str, Any] = {}
+    if checkpoint is not None:
+        weights = read_weights(checkpoint)
+        args, model_args = trained_with(weights, Path(checkpoint), '' if ':' in name else name)
+        overlay = {} if ':' in name else preprocessing(args, untagged(name))
+        kwargs = dict(
+            model_args, num_classes=num_classes or args.get('num_classes'), pretrained_cfg_overlay=overlay)
     try:
-        model = timm.create_model(name, pretrained=checkpoint is None, num_classes=num_classes)
+        model: Any = timm.create_model(name, pretrained=checkpoint is None, **kwargs)
     except TimmSpaError:
         raise
     except Exception as e:  # timm, torch and the Hub each raise their own
         raise ModelError(f'{name} could not be loaded: {e}') from e
+    if checkpoint is None and num_classes not in (None, model.num_classes):
+        raise ModelError(
+            f'The published weights of {name} have {model.num_classes} classes: the number is for a checkpoint of '
+            'another one.')
     if checkpoint is not None:
-        check_weights(read_weights(checkpoint).state_dict, model, checkpoint)
+        check_weights(weights.state_dict, model, checkpoint)
         # the tag and the names in the configuration are those of other weights' classes
         labels = read_classes(Path(checkpoint).parent)
         if len(labels) != model.num_classes:
             labels = [f'class {i}' for i in range(model.num_classes)]
         model.pretrained_cfg = dict(
             model.pretrained_cfg, tag=None, label_names=labels, label_descriptions=None)
-    return for_inference(model, device) if fuse else model.eval().to(device)
+    return for_inference(model, device) if fuse else on_device(model, device)
 
 
 def for_inference(model: nn.Module, device: str = 'cpu') -> nn.Module:
@@ -101,11 +116,24 @@ def for_inference(model: nn.Module, device: str = 'cpu') -> nn.Module:
 
     Returns:
         The model, in eval mode.
+
+    Raises:
+        ModelError: torch has no such device here.
     """
-    model = model.eval().to(device)
+    model = on_device(model, device)
     if torch.device(device).type != 'cpu':
         return model
     return reparameterize_model(model, inplace=True).to(memory_format=torch.channels_last)
+
+
+def on_device(model: nn.Module, device: str) -> nn.Module:
+    """Moves a model to a device, in eval mode; raises a ModelError if torch has no such device here."""
+    try:
+        torch.zeros(1, device=device).item()
+        return model.eval().to(device)
+    except Exception as e:  # each kind of device raises its own
+        cause = ' '.join(str(e).split())[:200]
+        raise ModelError(f'The device {device!r} cannot be used ({cause}). Try cpu.') from e
 
 
 def class_names(model: nn.Module) -> List[Dict[str, Optional[str]]]:
@@ -169,7 +197,20 @@ def _pictures(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
 
 
 def _mode(model: nn.Module) -> str:
-    return 'L' if getattr(model, 'in_chans', 3) == 1 else 'RGB'
+    channels = getattr(model, 'in_chans', 3)
+    if channels not in (1, 3):
+        raise PictureError(f'The model is of {channels} channels, and pictures have 3, or 1 in grey.')
+    return 'L' if channels == 1 else 'RGB'
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """Returns a picture with values of 8 bits: Pillow would cut off at 255 what has 16."""
+    if image.mode == 'F':
+        raise PictureError('its values are floating-point numbers, whose range a picture does not say')
+    if not image.mode.startswith('I'):
+        return image
+    values = np.asarray(image).astype(np.float64) / 257
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def _data_config(model: nn.Module) -> Dict[str, Any]:
@@ -195,7 +236,7 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
     def read(path: Union[str, Path]) -> torch.Tensor:
         try:
             with Image.open(path) as image:
-                return transform(ImageOps.exif_transpose(image).convert(mode))
+                return transform(in_eight_bits(ImageOps.exif_transpose(image)).convert(mode))
         except Exception as e:  # decoders raise all kinds of exceptions for a broken file
             raise PictureError(f'{type(e).__name__}: {e}' if not isinstance(e, OSError) else str(e)) from e
 
@@ -234,7 +275,8 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
         if found <= set(labels):
             dataset = create_dataset('', class_map=labels, **kwargs)
     except Exception as e:  # timm's folder readers raise several kinds
-        raise PictureError(f'{images} cannot be read as an image folder: {e}') from e
+        cause = str(e) or ('it does not exist.' if not Path(images).exists() else type(e).__name__)
+        raise PictureError(f'{images} cannot be read as an image folder: {cause}') from e
     odd = sorted(found - set(labels))
     has_own = len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes
     if odd and (has_own or len(found) != model.num_classes):

@@ -4,7 +4,7 @@
 """
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
@@ -32,15 +32,16 @@ class ModelCost(NamedTuple):
     activations: int
 
 
-def count_cost(model_name: str, **kwargs: Any) -> ModelCost:
+def count_cost(model_name: str, input_size: Optional[Sequence[int]] = None, **kwargs: Any) -> ModelCost:
     """Counts a model on the meta device, without memory for its weights.
 
     Args:
         model_name: Name of a model that timm knows.
+        input_size: Channels, height and width of an image; the model's own if None.
         **kwargs: Arguments of `timm.create_model`.
 
     Returns:
-        The counts, for one image of the model's input size.
+        The counts, for one image.
     """
     model = timm.create_model(model_name, device=torch.device('meta'), **kwargs).eval()
     activations: List[int] = []
@@ -49,7 +50,7 @@ def count_cost(model_name: str, **kwargs: Any) -> ModelCost:
             module.register_forward_hook(lambda module, inputs, output: activations.append(output.numel()))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
+        model(torch.empty(1, *(input_size or model.pretrained_cfg['input_size']), device='meta'))
     parameters = sum(p.numel() for p in model.parameters())
     return ModelCost(parameters, counter.get_total_flops() // 2, sum(activations))
 

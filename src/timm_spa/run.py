@@ -9,6 +9,7 @@ else from the cache or a download of a tagged file, whose digest is checked befo
 package is tested with; `--timm-scripts v1.0.31` takes another, whose digest is recorded by the first download.
 """
 import hashlib
+import http.client
 import os
 import re
 import runpy
@@ -90,9 +91,14 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
     if script.is_file() and _sha256(script.read_bytes()) == expected:
         return script
     data = _download(name, given, expected)
-    script.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(script) as partial:  # the processes of a launch may all download at the same time
-        partial.write_bytes(data)
+    try:
+        script.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(script) as partial:  # the processes of a launch may all download at the same time
+            partial.write_bytes(data)
+    except OSError as e:
+        raise ScriptError(
+            f'{script} cannot be kept ({e}): set XDG_CACHE_HOME to a folder that can be written, or name the path of '
+            f'{name}.py with --timm-scripts.') from e
     if expected is None:
         with replacing(record) as partial:
             partial.write_text(f'{_sha256(data)}\n')
@@ -112,7 +118,7 @@ def _download(name: str, tag: str, expected: Optional[str]) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
             data = response.read()
-    except (urllib.error.URLError, OSError) as e:
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
         raise ScriptError(f'Could not download {url}: {e}. {remedy}') from e
     if expected and _sha256(data) != expected:
         raise ScriptError(

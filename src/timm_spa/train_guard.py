@@ -140,12 +140,15 @@ def _create_loader(dataset: Any, input_size: Any, batch_size: int, *args: Any, *
 
 def _check_padding(dataset: Any, input_size: Any, scale: Any, ratio: Any) -> None:
     """Warns if the recipe's fixed-size crops, meant for padded pictures, would crop pictures that are not padded."""
-    if not (scale and ratio and len({*scale}) == len({*ratio}) == 1 and scale[0] < 1 and hasattr(dataset, 'reader')):
+    if not (scale and ratio and len({*scale}) == len({*ratio}) == 1 and scale[0] < 1):
         return
     wanted = round(input_size[-1] / math.sqrt(scale[0]))
-    file, _ = dataset.reader[0]
-    with file, Image.open(file) as image:
-        size = image.size
+    try:
+        file, _ = dataset.reader[0]
+        with file, Image.open(file) as image:
+            size = image.size
+    except Exception:  # a broken picture, or a data set that cannot be asked for its first one
+        return
     if size != (wanted, wanted):
         _logger.warning(
             f'The recipe takes windows of {input_size[-1]}x{input_size[-1]} out of pictures of {wanted}x{wanted}, and '

@@ -91,4 +91,5 @@ def read_classes(folder: Union[str, Path]) -> List[str]:
         ReadError: The file cannot be read.
     """
     path = Path(folder) / CLASSES_FILE
-    return read_text(path).splitlines() if path.exists() else []
+    text = read_text(path).rstrip('\n') if path.exists() else ''
+    return text.split('\n') if text else []

@@ -11,6 +11,8 @@ import sys
 from importlib import metadata
 from typing import Any, List, Optional
 
+from timm_spa_cli._table import printable
+
 __all__ = ['main']
 
 VERBS = (
@@ -58,6 +60,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         module.add_arguments(verb)
         verb.set_defaults(run=module.run, error=verb.error)
     args = parser.parse_args(argv)
+    for name, value in vars(args).items():  # of a variable of the shell that is not set: never what was meant
+        if value == '' or isinstance(value, List) and '' in value:  # `list` is a verb here
+            args.error(f'argument {name}: it is empty')
+    if hasattr(sys.stdout, 'reconfigure'):  # not in a notebook
+        sys.stdout.reconfigure(errors='backslashreplace')  # names of files are any bytes
     args.argv = ['timm-spa', *(sys.argv[1:] if argv is None else argv)]
     try:
         code = args.run(args)
@@ -65,6 +72,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough, e.g. `timm-spa list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return 130
     except Exception as e:
         if args.traceback:
             raise
@@ -75,6 +84,6 @@ def main(argv: Optional[List[str]] = None) -> int:
             f'\nThis is a bug of timm_spa, please report it with what `timm-spa --traceback {args.verb} ...` shows.')
         if getattr(args, 'json', None) is True:
             print(json.dumps(dict(error=str(e))))
-        print(f'timm-spa: {"" if expected else type(e).__name__ + ": "}{e}{report}', file=sys.stderr)
+        print(f'timm-spa: {"" if expected else type(e).__name__ + ": "}{printable(str(e))}{report}', file=sys.stderr)
         return 1
     return code

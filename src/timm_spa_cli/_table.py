@@ -1,5 +1,11 @@
 """Tables of text, and names in them."""
+import re
 from typing import List, Sequence
+
+
+def printable(text: str) -> str:
+    """Returns text with its control characters spelled out: what files hold could move the cursor of a terminal."""
+    return re.sub('[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]', lambda found: ascii(found[0])[1:-1], text)
 
 
 def print_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> None:
@@ -9,6 +15,7 @@ def print_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()
         rows: The rows, a header first.
         right_aligned: Columns of figures.
     """
+    rows = [[printable(cell).replace('\n', '\\n') for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         cells = [c.rjust(widths[i]) if i in right_aligned else c.ljust(widths[i]) for i, c in enumerate(row)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from timm_spa_cli._table import distinct, print_table
-from timm_spa_cli.predict import SHIPPED_MODEL, load_named
+from timm_spa_cli.predict import SHIPPED_MODEL, load_named, positive
 
 HELP = 'show what a net looks at, and what its attention does: class activation, gates, pyramid weights, its worth'
 EXAMPLES = ('timm-spa explain cam beet.jpg --compare resnet50 --out figures',)
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ablate = add('ablate', 'accuracy without the gates of each block, and without any')
     ablate.add_argument('--images', required=True, metavar='DIR', help='image folder, a folder for each class')
     ablate.add_argument('--split', default='test', help='subfolder of it, if it is there (default: %(default)s)')
-    ablate.add_argument('--batch-size', type=int, default=64, help='pictures at a time (default: %(default)s)')
+    ablate.add_argument('--batch-size', type=positive, default=64, help='pictures at a time (default: %(default)s)')
     curves = add('curves', "losses and accuracy of training runs, the paper's figures 3 and 4")
     curves.add_argument(
         'runs', nargs='+', metavar='RUN', help='folder with summary.csv, or folder of such folders; seeds are averaged')
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for kind in (cam, gates, ablate):
         kind.add_argument('--checkpoint', metavar='FILE', help='weights file to load in place of the published ones')
     for kind in (cam, gates, scales, ablate):
-        kind.add_argument('--num-classes', type=int, help='classes of the checkpoint, if they differ')
+        kind.add_argument('--num-classes', type=positive, help='classes of the checkpoint, if they differ')
     for kind in (cam, gates, scales, ablate, curves):
         kind.add_argument('--out', metavar='DIR', help='write figures and CSV files there')
         kind.add_argument('--json', action='store_true', help='print JSON')

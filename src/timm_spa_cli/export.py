@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--to', required=True, choices=('onnx', 'torch-export', 'aoti', 'openvino'), help='kind of file')
     parser.add_argument('--checkpoint', help='weights file to load in place of the published ones')
-    parser.add_argument('--num-classes', type=int, help='classes of the checkpoint, if they differ')
+    parser.add_argument('--num-classes', type=positive, help='classes of the checkpoint, if they differ')
     parser.add_argument(
         '--dynamic', choices=('batch', 'size'), help='leave the batch free, or batch, height and width (default: none)')
     parser.add_argument('--built', action='store_true', help='write the form that is trained, not the fused one')

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--model', help=f"name, or 'hf-hub:organization/name', or 'local-dir:folder' (default: {SHIPPED_MODEL})")
     parser.add_argument('--checkpoint', help='weights file to load in place of the published ones')
-    parser.add_argument('--num-classes', type=int, help='classes of the checkpoint, if they differ')
+    parser.add_argument('--num-classes', type=positive, help='classes of the checkpoint, if they differ')
     parser.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
     parser.add_argument('--top-k', type=positive, default=5, help='classes to show a picture (default: %(default)s)')
     parser.add_argument('--json', action='store_true', help='print JSON, errors included')
@@ -57,8 +57,6 @@ def load_named(args: argparse.Namespace, name: Optional[str], device: str = 'cpu
     Returns:
         A timm model in eval mode.
     """
-    if args.checkpoint == '':
-        args.error('argument --checkpoint: needs the name of a file')
     if name is None and (args.checkpoint, args.num_classes) != (None, None):
         args.error('--checkpoint and --num-classes need --model: what the weights are of')
     from timm_spa.predict import load_model

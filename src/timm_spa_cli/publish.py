@@ -3,6 +3,8 @@ import argparse
 from functools import partial
 from typing import Any
 
+from timm_spa_cli.predict import positive
+
 HELP = 'publish weights as a repository of the Hub, in one commit'
 EXAMPLES = (
     'timm-spa publish runs/first/model_best.pth.tar --model spa_resnet50.mine --dry-run out',
@@ -17,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='model_best.pth.tar of a run, or a file of its weights; of a detector the folder `best` or `last`')
     parser.add_argument('--model', metavar='NAME.TAG', help='e.g. spa_resnet50.tmm_in1k; none for a detector')
     parser.add_argument('--repo', metavar='ORG/NAME', help='repository (default: NAME.TAG of TIMM_SPA_HUB_ORG)')
-    parser.add_argument('--num-classes', type=int, help="classes of the checkpoint, if the run's args.yaml is missing")
+    parser.add_argument(
+        '--num-classes', type=positive, help="classes of the checkpoint, if the run's args.yaml is missing")
     parser.add_argument('--private', action='store_true', help='to a private repository, or not at all')
     parser.add_argument('--pr', action='store_true', help='as a pull request')
     parser.add_argument('--tag', help='name for the commit, e.g. v1')

@@ -1,5 +1,6 @@
 """`timm-spa recipes`: the recipes for timm's train.py, and the configurations for accelerate."""
 import argparse
+import os
 import shutil
 
 from timm_spa_cli._table import print_table
@@ -11,7 +12,7 @@ EXAMPLES = ('timm-spa recipes finetune_warm --to mine.yaml',)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument('name', nargs='?', metavar='NAME', help='show this one (default: list all)')
-    parser.add_argument('--to', metavar='FILE', help='copy it to a file, to change it')
+    parser.add_argument('--to', metavar='FILE', help='copy it to a new file, to change it')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     path = find_recipe(args.name)
     if args.to:
+        if os.path.lexists(args.to):
+            raise FileExistsError(f'{args.to} is there already, perhaps with changes of yours: name another file.')
         with replacing(args.to) as partial:
             shutil.copyfile(path, partial)
         print(f'Wrote {args.to}.')

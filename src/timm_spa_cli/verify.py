@@ -1,6 +1,8 @@
 """`timm-spa verify`: checks of a repository of the Hub, or of a folder that will be one."""
 import argparse
 
+from timm_spa_cli.predict import positive
+
 HELP = 'check a repository of the Hub, or a folder that will be one'
 EXAMPLES = ('timm-spa verify ORG/NAME --images DATA --split val',)
 
@@ -11,14 +13,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--revision', help='branch, tag or commit of the repository')
     parser.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy on')
     parser.add_argument('--split', default='validation', help='subfolder of it (default: %(default)s)')
-    parser.add_argument('--batch-size', type=int, default=64, help='pictures at a time (default: %(default)s)')
+    parser.add_argument('--batch-size', type=positive, default=64, help='pictures at a time (default: %(default)s)')
     parser.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
-    from timm_spa.hub.verify import verify
+    import torch
 
+    from timm_spa.hub.verify import verify
+    from timm_spa.predict import on_device
+
+    on_device(torch.nn.Identity(), args.device)  # before a download, and no fault of the repository
     report = verify(args.source, args.revision, args.images, args.split, args.batch_size, args.device)
     for line in report.checked:
         print(f'checked: {line}')

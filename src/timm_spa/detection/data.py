@@ -8,7 +8,8 @@ What is odd in a file is dealt with as follows, and counted; `CocoDataset.descri
 - A crowd (iscrowd of 1, with a mask as run lengths or without) is not trained on; in evaluation a detection in it
   counts neither for nor against, as COCO does. Masks are not read: one in run lengths alone makes no crowd.
 - Ids of categories may have gaps and may start from 0: labels are 0 .. n - 1 in the order of the ids.
-- A picture of 16 bits is brought to 8 by its full range. Others become RGB as Pillow does it.
+- A picture of 16 bits is brought to 8 by its full range. Others become RGB as Pillow does it, but for those of
+  floating-point numbers, which are an error.
 - A picture that its EXIF data rotate is rotated if the file's width and height are those of the rotated picture, and
   read as it is stored if they are those of the stored one. If both are the same, it is read as it is stored.
 
@@ -21,13 +22,13 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..models.tensors import first_few
+from ..predict import in_eight_bits
 from .backbone import DetectionError
 
 __all__ = ['CocoDataset', 'collate', 'find_dataset', 'read_image']
@@ -61,10 +62,7 @@ def read_image(path: Union[str, Path], size: Optional[Tuple[int, int]] = None) -
                     raise DetectionError(
                         f'{path} has {stored[0]} x {stored[1]} pixels, and the annotations say {size[0]} x {size[1]}. '
                         'They are of another copy of the picture.')
-            if image.mode.startswith('I'):  # Pillow would clip at 255
-                values = np.asarray(image).astype(np.float64) / 257
-                image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-            return pil_to_tensor(image.convert('RGB'))
+            return pil_to_tensor(in_eight_bits(image).convert('RGB'))
     except DetectionError:
         raise
     except Exception as e:  # decoders raise all kinds of exceptions for a broken file

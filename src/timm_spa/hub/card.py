@@ -74,8 +74,13 @@ def make_card(
     check_repository_name(repo_id)
     _check_agreement(model_name, config, run)
     row = run.row(_agreed_epoch(run, weights, epoch))
+    if run.args.get('model_ema') and run.args.get('model_ema_force_cpu'):
+        row = None  # timm measured the weights that are not averaged then
     dataset = _dataset(model_name, run)
     scores = _scores(run, row, config['num_classes'])
+    for k, value in scores.items():
+        if not 0 <= value <= 100:  # nor is it for NaN
+            raise CardError(f'The top-{k} accuracy of {model_name} is said to be {value} %.')
     if scores and 'name' not in dataset:
         raise CardError(
             f'The accuracy {scores} is of an unnamed data set. Name it in card.yaml beside the checkpoint: '
@@ -125,6 +130,7 @@ def make_card(
         source=_source(model_name, repo_id),
         repository=repo_id or '.',
         top_k=min(5, config['num_classes']),
+        mode='L' if config['pretrained_cfg']['input_size'][0] == 1 else 'RGB',
         **examples,
         commands=[wrapped(command) for command in facts.get('commands') or listed(run.record.get('command'))],
         recipe=recipe(run),

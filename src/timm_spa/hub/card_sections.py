@@ -76,7 +76,7 @@ def details(
 
 def cost_of(config: Mapping[str, Any]) -> ModelCost:
     """Counts what the model of a configuration costs."""
-    return count_cost(config['architecture'], **_model_args(config))
+    return count_cost(config['architecture'], config['pretrained_cfg']['input_size'], **_model_args(config))
 
 
 def shapes(config: Mapping[str, Any]) -> Dict[str, Any]:
@@ -128,7 +128,8 @@ def recipe(run: Run) -> List[str]:
     if args.get('amp'):
         extras.append(f'mixed precision {args.get("amp_dtype") or "float16"}')
     lines += [', '.join(extras)] if extras else []
-    return [*map(plain, lines), 'all arguments: `args.yaml`; every epoch: `summary.csv`']
+    files = 'all arguments: `args.yaml`' + ('; every epoch: `summary.csv`' if run.summary else '')
+    return [*map(plain, lines), files]
 
 
 def evidence(run: Run, alone: bool) -> List[str]:
@@ -166,11 +167,11 @@ def evaluation(
         lines.append(measured['note'].strip())
     if row:
         said = ', '.join(f'top-{k} {round(row[f"eval_top{k}"], 3)} %' for k in scores if f'eval_top{k}' in row)
-        own = run.args.get('val_split')
+        own, last = run.args.get('val_split'), int(run.summary[-1]['epoch']) + 1
         on = f' on split "{plain(str(own))}"' if own and own != split else ''
-        text = f"The run's own evaluation{on} after epoch {int(row['epoch']) + 1} of {len(run.summary)}: {said}."
-        best = max(r['eval_top1'] for r in run.summary)
-        if not on and row['eval_top1'] == best and len(run.summary) > 1:
+        text = f"The run's own evaluation{on} after epoch {int(row['epoch']) + 1} of {last}: {said}."
+        best = max(r.get('eval_top1', -1) for r in run.summary)
+        if not on and row.get('eval_top1') == best and 1 < len(run.summary) == last:
             text += ' It is the best of them on the same pictures; there is no held-out set beside these.'
         lines.append(text)
     return paragraphs(*lines)

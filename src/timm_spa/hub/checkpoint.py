@@ -20,7 +20,7 @@ from ..models.tensors import compare_tensors, first_few
 
 __all__ = [
     'CheckpointError', 'Header', 'Weights', 'check_shapes', 'check_weights', 'read_checkpoint', 'read_header',
-    'read_weights', 'stored_epoch', 'value_problems']
+    'read_weights', 'stored_epoch', 'value_problems', 'write_tensors']
 
 # what is taken of a training checkpoint, the best first
 _STATE_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
@@ -42,6 +42,7 @@ class Weights:
         arch: Name of the trained model, if the file has it.
         epoch: Epoch that they are of, if the file has it.
         args: Arguments of the training, if the file has them.
+        model_args: Arguments of the model, but for the number of classes, if a published or converted file has them.
     """
     state_dict: Dict[str, torch.Tensor]
     used: str
@@ -49,6 +50,7 @@ class Weights:
     arch: Optional[str] = None
     epoch: Optional[int] = None
     args: Dict[str, Any] = dataclasses.field(default_factory=dict)
+    model_args: Optional[Dict[str, Any]] = None
 
 
 def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
@@ -100,12 +102,17 @@ def read_weights(path: Union[str, Path]) -> Weights:
     content = read_checkpoint(path)
     used = next((key for key in _STATE_KEYS if isinstance(content.get(key), Mapping) and content[key]), '')
     state_dict = content[used] if used else content
-    if not isinstance(state_dict, Mapping) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+    if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state_dict.items()):
         raise CheckpointError(
             f'{path} holds no weights: none of {", ".join(_STATE_KEYS)} is in it, and its entries '
             f'({first_few([str(k) for k in content])}) are not all tensors.')
     if not state_dict:
         raise CheckpointError(f'{path} holds no weights: it is readable, and has no entry.')
+    odd = [name for name, t in state_dict.items() if t.layout != torch.strided or t.is_meta or _is_tiny_float(t)]
+    if odd:
+        raise CheckpointError(
+            f'{path} has tensors that are sparse, without values, or of 8-bit floating-point numbers, which no model '
+            f'here is made of: {first_few(odd)}.')
     about: Mapping[str, Any] = content if used else _published_facts(Path(path))
     args, arch, epoch = about.get('args'), about.get('arch'), about.get('epoch')
     with open(path, 'rb') as f:
@@ -117,13 +124,26 @@ def read_weights(path: Union[str, Path]) -> Weights:
         arch=arch if isinstance(arch, str) else None,
         epoch=epoch if isinstance(epoch, int) else None,
         args=vars(args) if isinstance(args, argparse.Namespace) else {},
+        model_args=about.get('model_args') if not used else None,
     )
 
 
+def _is_tiny_float(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() == 1
+
+
 def _published_facts(path: Path) -> Dict[str, Any]:
-    """Reads what `publish` noted in a safetensors file, so that to publish it again changes nothing."""
+    """Reads what `publish` or `convert` noted in a safetensors file, so that to publish it again changes nothing."""
     facts = read_header(path).facts if _is_safetensors(path, _head(path)) else {}
-    return dict(facts, epoch=stored_epoch(facts)) if 'source_sha256' in facts else {}
+    if 'model' not in facts:
+        return {}
+    try:
+        kwargs = json.loads(facts['model_args'])
+    except (KeyError, ValueError, RecursionError):
+        kwargs = None
+    return dict(
+        facts, epoch=stored_epoch(facts), arch=facts['model'].partition('.')[0],
+        model_args=kwargs if isinstance(kwargs, dict) else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +182,30 @@ def stored_epoch(facts: Mapping[str, str]) -> Optional[int]:
     """Returns the epoch that the metadata of a published file names, None if it names none."""
     epoch = facts.get('epoch', '')
     return int(epoch) if re.fullmatch('[0-9]{1,9}', epoch) else None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file: the same tensors are the same bytes.
+
+    Args:
+        path: The file.
+        tensors: Tensors by name.
+        metadata: Texts by name.
+    """
+    path.touch()
+    mode = path.stat().st_mode  # safetensors' is for the owner alone
+    # safetensors refuses tensors that share memory
+    copies = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+              for name, tensor in tensors.items()}
+    safetensors.torch.save_file(copies, path, metadata=dict(metadata))
+    path.chmod(mode)
+    # safetensors writes metadata in an order that changes from run to run
+    with open(path, 'r+b') as f:
+        size = int.from_bytes(f.read(8), 'little')
+        header = json.loads(f.read(size))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        f.seek(8)
+        f.write(json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size))
 
 
 def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:
@@ -210,9 +254,10 @@ def check_shapes(state_dict: Mapping[str, torch.Tensor], model: nn.Module, sourc
     cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
     classifier = f'{cfg.get("classifier")}.weight'
     own = model.state_dict()
-    if classifier in own and classifier in state_dict and own[classifier].shape[:1] != state_dict[classifier].shape[:1]:
+    given = state_dict.get(classifier)
+    if classifier in own and given is not None and given.ndim and len(given) != len(own[classifier]):
         raise CheckpointError(
-            f'{source} has {len(state_dict[classifier])} classes ({classifier}), and the model has '
+            f'{source} has {len(given)} classes ({classifier}), and the model has '
             f'{len(own[classifier])}. Name the right number with --num-classes, or another model.')
     misfit = compare_tensors(state_dict, own)
     if misfit:

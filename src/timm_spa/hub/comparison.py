@@ -60,18 +60,19 @@ def comparison_table(runs: List[Run], reference: Run, architecture: str) -> List
     by_model: Dict[str, List[Run]] = {}
     for run in runs:
         check_alike(run, reference)
-        by_model.setdefault(run.args['model'], []).append(run)
-    if set(by_model) <= {architecture}:
+        by_model.setdefault(_label(run), []).append(run)
+    own = _label(reference) if reference.args.get('model') else architecture
+    if set(by_model) <= {own}:
         return []
-    if architecture not in by_model:
+    if own not in by_model:
         raise RunError(
-            f'The results have {", ".join(by_model)}, and no run of {architecture} that the others could be '
-            'compared with.')
+            f'The results have {", ".join(by_model)}, and no run of {own} that the others could be compared with.')
     tested = ['test top-1 %'] if any(map(verdicts, runs)) else []
     table = [['model', 'top-1 %', 'top-5 %', *tested, 'seeds', 'parameters (M)', 'GMACs']]
-    for model in sorted(by_model, key=lambda name: (name == architecture, name)):
+    for model in sorted(by_model, key=lambda name: (name == own, name)):
         same = by_model[model]
-        cost = count_cost(model, num_classes=same[0].args.get('num_classes'), **same[0].args.get('model_kwargs') or {})
+        args = same[0].args
+        cost = count_cost(args['model'], num_classes=args.get('num_classes'), **args.get('model_kwargs') or {})
         last = [run.summary[-1] for run in same]
         seeds = ', '.join(str(seed) for seed in sorted(run.args['seed'] for run in same))
         shares = tested_top1(same)
@@ -108,6 +109,12 @@ def verdicts(run: Run) -> Optional[List[bool]]:
 def tested_top1(runs: List[Run]) -> List[float]:
     """Returns the top-1 accuracy in percent of those runs of which the test pictures' `verdicts` are known."""
     return [100 * statistics.mean(right) for right in map(verdicts, runs) if right]
+
+
+def _label(run: Run) -> str:
+    """Names what a run trained: the model, and those of its arguments that describe its gates."""
+    kwargs = run.args.get('model_kwargs') or {}
+    return ' '.join([run.args['model'], *(f'{key}={kwargs[key]}' for key in sorted(GATING & kwargs.keys()))])
 
 
 def _net(model: str) -> str:

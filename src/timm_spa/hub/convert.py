@@ -1,11 +1,9 @@
 """Conversion of weights from elsewhere to a safetensors file of one of our models."""
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
-import safetensors.torch
 import timm
 import torch
 import torch.nn as nn
@@ -21,7 +19,8 @@ from ..models.densenet import rename_torchvision
 from ..models.names import check_model_name
 from ..models.tensors import compare_tensors, first_few
 from .authors import rename_authors, rename_efficientnet, reorder_authors
-from .checkpoint import CheckpointError, Weights, check_weights, read_header, read_weights
+from .checkpoint import CheckpointError, check_weights, read_weights, write_tensors
+from .trained import as_json, model_arguments, untagged
 
 __all__ = ['DTYPES', 'KINDS', 'Conversion', 'convert']
 
@@ -95,16 +94,18 @@ def convert(
         raise CheckpointError(f'{output} is there already; --overwrite replaces it.')
     weights = read_weights(source)
     num_classes = _count_classes(weights.state_dict, source)
+    named = weights.model_args or model_arguments(weights.args)
+    if 'in_chans' in named:  # every tensor of a model of any gate has it: no need to be told
+        kwargs.setdefault('in_chans', named['in_chans'])
     try:
         model = timm.create_model(model_name.partition('.')[0], num_classes=num_classes, **kwargs).eval()
     except Exception as e:  # timm's, for arguments that are not the model's
         raise UsageError(f'{model_name} cannot be made with {kwargs}: {e}') from e
-    named, wanted = _model_named_in(source, weights), (model_name.partition('.')[0], kwargs)
-    differs = json.dumps(named, sort_keys=True) != json.dumps(wanted, sort_keys=True)
-    if named and differs and _has_gates(weights.state_dict):
+    said = _described(weights.arch, named)
+    wanted = _described(model_name, kwargs)
+    if weights.arch and said != wanted and _has_gates(weights.state_dict):
         # another model may have the same names and shapes, and compute something else
-        raise CheckpointError(
-            f'{source} says that it is of {_described(*named)}, and not of {_described(*wanted)}.')
+        raise CheckpointError(f'{source} says that it is of {said}, and not of {wanted}.')
     converted, kind, description = _converted(weights.state_dict, model, str(source), kind)
     check_weights(converted, model, source)
     stored, error, error_in = _stored(converted, DTYPES[dtype], dtype)
@@ -112,10 +113,9 @@ def convert(
         format='pt', model=model_name, timm_spa=__version__, source_sha256=weights.sha256, converted_from=kind)
     if weights.epoch is not None and kind == 'same':
         metadata['epoch'] = str(weights.epoch)
-    if kwargs:
-        metadata['model_args'] = json.dumps(kwargs)
+    metadata['model_args'] = as_json(kwargs)
     with replacing(output) as partial:
-        safetensors.torch.save_file(stored, partial, metadata=metadata)
+        write_tensors(partial, stored, metadata)
     if description.startswith('the plain net') and next(gated_modules(model), None):
         description += ': a warm start, every gate is 1/2'
     notes = _notes(description, model)
@@ -210,27 +210,13 @@ def _has_gates(weights: Mapping[str, torch.Tensor]) -> bool:
     return any('.attn.' in name for name in weights)
 
 
-def _model_named_in(source: Union[str, Path], weights: Weights) -> Optional[Tuple[str, Dict[str, Any]]]:
-    """Returns the model and arguments that the file names, if it names any."""
-    if weights.arch:
-        kwargs = weights.args.get('model_kwargs')
-        return weights.arch.partition('.')[0], dict(kwargs) if isinstance(kwargs, Mapping) else {}
-    try:
-        facts = read_header(source).facts
-        kwargs = json.loads(facts.get('model_args', '{}'))
-    except (CheckpointError, ValueError, RecursionError):  # a file of torch.save, or of somebody else
-        return None
-    name = facts.get('model', '').partition('.')[0]
-    return (name, kwargs) if name and isinstance(kwargs, dict) else None
-
-
-def _described(name: str, kwargs: Mapping[str, Any]) -> str:
-    return ' '.join([name, *(f'{key}={value}' for key, value in kwargs.items())])
+def _described(name: Optional[str], kwargs: Mapping[str, Any]) -> str:
+    return ' '.join([untagged(name), *(f'{key}={as_json(kwargs[key])}' for key in sorted(kwargs))])
 
 
 def _count_classes(weights: Mapping[str, torch.Tensor], source: Union[str, Path]) -> int:
     for name in CLASSIFIERS:
-        if f'{name}.weight' in weights:
+        if f'{name}.weight' in weights and weights[f'{name}.weight'].ndim:
             return len(weights[f'{name}.weight'])
     raise CheckpointError(
         f'{source} has no classifier: none of {", ".join(CLASSIFIERS)} is in it, but '
@@ -249,7 +235,7 @@ def _stored(
         tensor = tensor.detach()
         # statistics take little room, and running variances many sizes
         keeps = not tensor.is_floating_point() or name.endswith(('.running_mean', '.running_var'))
-        stored[name] = tensor.to(tensor.dtype if keeps else dtype).contiguous().clone()
+        stored[name] = tensor.to(tensor.dtype if keeps else dtype)
         if not stored[name].isfinite().all():
             too_large.append(f'{name} ({tensor.abs().max().item():g})')
         elif tensor.numel():

@@ -35,7 +35,9 @@ def link(paper: str) -> str:
 def wrapped(command: str, width: int = 110) -> str:
     """Breaks a command between its words, never inside quotes or between an option and its values."""
     pieces: List[str] = []
-    command = command.replace('```', '')  # would end the block that it stands in
+    command = ' '.join(command.replace('```', '').replace('\\\n', ' ').split('\n'))  # the first would end its block
+    if any(command.count(quote) % 2 for quote in '\'"'):
+        return command.strip()  # an apostrophe, say: not to be taken apart
     for word in re.findall(r'''(?:[^\s'"]|'[^']*'|"[^"]*")+''', command):
         if pieces and pieces[-1].startswith('-') and not word.startswith('-'):
             pieces[-1] += f' {word}'

@@ -8,9 +8,7 @@ import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Dict, List, Optional, Tuple, Union
 
-import safetensors.torch
 import timm
-import torch
 from huggingface_hub import get_token
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
@@ -20,9 +18,10 @@ from .._files import replacing
 from ..models._pretrained import WEIGHTS_FILENAME
 from .card import check_repository_name, make_card
 from .card_sections import figure_file
-from .checkpoint import Weights, check_shapes, check_weights, read_weights
-from .config_file import class_labels
-from .run_record import ARGUMENTS, Run, checked
+from .checkpoint import check_shapes, check_weights, read_weights, write_tensors
+from .config_file import class_labels, config_problems
+from .run_record import Run
+from .trained import as_json, preprocessing, trained_with
 from .upload import CARD, Published, PublishError, upload
 
 __all__ = [
@@ -33,8 +32,6 @@ HUB_ORG = os.environ.get('TIMM_SPA_HUB_ORG', 'timm-spa')
 SECRETS = re.compile(
     r'\b(?:hf_[A-Za-z0-9]{16,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|sk-[\w-]{20,})'
     r'|://[^/\s:@]*:[^/\s:@]+@')
-# arguments of timm's train.py that pictures must be prepared with as in training
-PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
 
 
 def write_repository(
@@ -71,27 +68,47 @@ def write_repository(
         SummaryError: The metrics beside the checkpoint are no table.
     """
     folder, checkpoint = Path(folder), Path(checkpoint)
+    architecture, _, tag = model_name.partition('.')
+    if not timm.is_model(architecture) or not re.fullmatch(r'[\w.-]+', tag, re.ASCII):
+        raise PublishError(
+            f'{model_name!r} names no weights: that is architecture.tag, e.g. spa_resnet50.tmm_in1k, the tag saying '
+            'how it was trained and on what. `timm-spa list` has the architectures.')
     weights = read_weights(checkpoint)
     check_repository_name(repo_id)
     run = Run.read(checkpoint.parent)
-    run = dataclasses.replace(run, args=run.args or checked(weights.args, ARGUMENTS, checkpoint))
+    args, model_args = trained_with(weights, checkpoint, model_name)
+    run = dataclasses.replace(run, args=_plain(args))
+    for name, content in (('args.yaml', run.args), ('summary.csv', run.summary), ('run.json', run.record)):
+        if (folder / name).exists() and not content:
+            raise PublishError(
+                f'{folder} has the {name} of another training, and {checkpoint} has none: its card would tell of that '
+                'one. Name another folder.')
     refuse_secrets(run)
     run, notes = without_private_paths(run)
     # without memory first: what a file says of the number of classes may be anything
-    check_shapes(weights.state_dict, _named_model(model_name, run, num_classes, device='meta'), checkpoint)
-    model = _named_model(model_name, run, num_classes)
+    check_shapes(weights.state_dict, _named_model(model_name, run, num_classes, model_args, device='meta'), checkpoint)
+    model = _named_model(model_name, run, num_classes, model_args)
     check_weights(weights.state_dict, model, checkpoint)
     notes.insert(0, f'Weights: {weights.used or "all tensors"} of {checkpoint}' + (
         f', epoch {weights.epoch}.' if weights.epoch is not None else '.'))
 
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
-        _write_weights(partial / WEIGHTS_FILENAME, weights, model_name)
+        metadata = dict(
+            format='pt', model=model_name, model_args=as_json(model_args),
+            timm_spa=__version__, source_sha256=weights.sha256)
+        if weights.epoch is not None:
+            metadata['epoch'] = str(weights.epoch)
+        write_tensors(partial / WEIGHTS_FILENAME, weights.state_dict, metadata)
         config = _write_config(partial / 'config.json', model)
-        if not class_labels(config) and model.num_classes != 1000:
+        problems = config_problems(config)
+        if problems:
+            raise PublishError(f'The arguments of the training describe no model that could be loaded: {problems[0]}.')
+        if not class_labels(config) and not model_name.endswith('_in1k'):
+            taken = ", and will be taken for ImageNet's" if model.num_classes == 1000 else ''
             notes.append(
-                'The classes have numbers and no names. classes.txt beside the checkpoint names them, one a line.')
-        shutil.copymode(partial / 'config.json', partial / WEIGHTS_FILENAME)  # safetensors' is for the owner alone
+                f'The classes have numbers and no names{taken}. classes.txt beside the checkpoint names them, one a '
+                'line.')
         run.write(partial)
         for figure in run.facts.get('figures') or ():
             file = figure_file(run, figure)
@@ -153,56 +170,41 @@ def publish(
             replace_card=replace_card)
 
 
-def _named_model(model_name: str, run: Run, num_classes: Optional[int], **kwargs: Any) -> Any:
+def _named_model(
+        model_name: str,
+        run: Run,
+        num_classes: Optional[int],
+        model_args: Dict[str, Any],
+        **kwargs: Any,
+) -> Any:
     """Creates the model as it was trained, with the preprocessing of the training in its configuration."""
     args = run.args
     architecture, _, tag = model_name.partition('.')
-    if not timm.is_model(architecture) or not re.fullmatch(r'[\w.-]+', tag, re.ASCII):
-        raise PublishError(
-            f'{model_name!r} names no weights: that is architecture.tag, e.g. spa_resnet50.tmm_in1k, the tag saying '
-            'how it was trained and on what. `timm-spa list` has the architectures.')
-    trained = str(args.get('model') or architecture).partition('.')[0]
-    if trained != architecture:  # two models may have tensors of the same shapes
-        raise PublishError(f'The arguments of the training name the model {trained}, and not {architecture}.')
     registered = model_name in timm.list_pretrained(architecture)
-    overlay: Dict[str, Any] = {key: args[key] for key in PREPROCESSING if args.get(key)}
+    overlay = preprocessing(args, architecture)
     if not registered:  # the default configuration is that of other weights
         overlay.update(
             tag=tag, hf_hub_id=None, hf_hub_filename=None, url=None, file=None, description=None, notes=None,
             label_names=run.classes or None, label_descriptions=None, license=run.facts.get('license'))
-    channels = args.get('in_chans') or get_pretrained_cfg(architecture).input_size[0]
-    size = args.get('img_size')
-    if args.get('input_size') or size:
-        overlay['input_size'] = tuple(args.get('input_size') or (channels, size, size))
+    elif run.classes and run.classes != list(get_pretrained_cfg(model_name).label_names or run.classes):
+        raise PublishError(
+            f'classes.txt beside the checkpoint has other classes than {model_name}, which is of other weights: '
+            'choose another tag.')
     try:
-        return timm.create_model(
+        model: Any = timm.create_model(
             model_name if registered else architecture,
             num_classes=num_classes or args.get('num_classes'),
-            in_chans=args.get('in_chans'),
-            global_pool=args.get('gp'),
-            bn_eps=args.get('bn_eps'),
             pretrained_cfg_overlay=overlay,
-            **(args.get('model_kwargs') or {}),
+            **model_args,
             **kwargs,
         )
     except Exception as e:  # timm's, for arguments that are not the model's
         raise PublishError(f'{architecture} cannot be made with the arguments of the training: {e}') from e
-
-
-def _write_weights(path: Path, weights: Weights, model_name: str) -> None:
-    metadata = dict(format='pt', model=model_name, timm_spa=__version__, source_sha256=weights.sha256)
-    if weights.epoch is not None:
-        metadata['epoch'] = str(weights.epoch)
-    # safetensors refuses tensors that share memory
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.state_dict.items()}
-    safetensors.torch.save_file(tensors, path, metadata=metadata)
-    # safetensors writes metadata in an order that changes from run to run; the same weights should be the same bytes
-    with open(path, 'r+b') as f:
-        size = int.from_bytes(f.read(8), 'little')
-        header = json.loads(f.read(size))
-        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-        f.seek(8)
-        f.write(json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size))
+    if run.classes and len(run.classes) != model.num_classes:
+        raise PublishError(
+            f'classes.txt beside the checkpoint names {len(run.classes)} classes, and the model has '
+            f'{model.num_classes}: it needs one name a line, or to go.')
+    return model
 
 
 def _write_config(path: Path, model: Any) -> Dict[str, Any]:
@@ -223,8 +225,18 @@ def _write_config(path: Path, model: Any) -> Dict[str, Any]:
         config['pretrained_cfg'].pop(key, None)
     if descriptions:
         config['pretrained_cfg'].update(label_names=names, label_descriptions=descriptions)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-    return config
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    path.write_text(f'{text}\n', encoding='utf-8')
+    return json.loads(text)
+
+
+def _plain(value: Any) -> Any:
+    """Returns arguments as YAML and JSON can hold them: a checkpoint's may have types of torch among them."""
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def refuse_secrets(run: Run) -> None:
@@ -270,17 +282,23 @@ def without_private_paths(run: Run) -> Tuple[Run, List[str]]:
             return {k: reduce(v, str(k)) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return [reduce(v, key) for v in value]
-        if not isinstance(value, str):
-            return value
-        # try the whole value first, since a path may have spaces, then its words
-        reduced = _last_part(value)
-        if reduced == value:
-            reduced = re.sub(r'''(?<![^\s='",])[^\s='",]+''', lambda m: _last_part(m[0]), value)
+        reduced = _reduced(value) if isinstance(value, str) else value
         if reduced != value:
             notes.append(f'{key}: {value!r} is a path of this machine, and is published as {reduced!r}.')
         return reduced
 
     return dataclasses.replace(run, args=reduce(run.args, 'args'), record=reduce(run.record, 'run')), notes
+
+
+def _reduced(value: str) -> str:
+    """Returns text with the last part of each path in it: of the whole, of what is quoted, or of a word."""
+    def replace(found: Any) -> str:
+        text = found[0]
+        quote = text[0] if text[0] in '\'"' else ''
+        return f'{quote}{_reduced(text[1:-1])}{quote}' if quote else _last_part(text)
+
+    whole = _last_part(value)
+    return whole if whole != value else re.sub(r''''[^']*'|"[^"]*"|(?<![^\s='",])[^\s='",]+''', replace, value)
 
 
 def _last_part(value: str) -> str:

@@ -1,6 +1,7 @@
 """What a training run left beside its checkpoint: the facts that a card may state."""
 import dataclasses
 import json
+import os
 import reprlib
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
@@ -11,7 +12,7 @@ from .._errors import TimmSpaError
 from .._files import ReadError, read_text
 from ..training_log import read_classes, read_summary, write_summary
 
-__all__ = ['ARGUMENTS', 'FACTS', 'Run', 'RunError', 'checked', 'load_yaml']
+__all__ = ['ARGUMENTS', 'FACTS', 'Run', 'RunError', 'checked', 'load_yaml', 'read_arguments']
 
 LARGEST_DOCUMENT = 100_000  # values
 
@@ -87,7 +88,7 @@ class Run:
         folder = Path(folder)
         summary = folder / 'summary.csv'
         return cls(
-            args=checked(_read_mapping(folder / 'args.yaml'), ARGUMENTS, folder / 'args.yaml'),
+            args=read_arguments(folder),
             summary=read_summary(summary) if summary.exists() else [],
             record=checked(_read_mapping(folder / 'run.json'), RECORD, folder / 'run.json'),
             facts=_checked_facts(folder / 'card.yaml'),
@@ -111,8 +112,13 @@ class Run:
         return next((row for row in self.summary if row['epoch'] == epoch), None)
 
 
+def read_arguments(folder: Path) -> Dict[str, Any]:
+    """Reads args.yaml of a folder, if it has one; raises a RunError for what it should not hold."""
+    return checked(_read_mapping(folder / 'args.yaml'), ARGUMENTS, folder / 'args.yaml')
+
+
 def _read_mapping(path: Path) -> Dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
         text = read_text(path)

@@ -67,6 +67,9 @@ def verify(
         The report.
     """
     report = Report()
+    if Path(source).is_file():
+        report.problems.append(f'{source} is a file: name the folder that it is in')
+        return report
     if Path(source).is_dir():
         folder: Optional[Path] = Path(source)
         report.checked.append(f'{folder}: a folder, its digests are compared with nothing')

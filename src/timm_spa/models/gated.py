@@ -330,6 +330,8 @@ def create_gated(
         RuntimeError: `base` is no model of timm, or weights do not fit.
         ValueError: See `add_attention`.
     """
+    if not isinstance(base, str) or ':' in base:  # an address, which a config.json from anywhere could have
+        raise RuntimeError(f'The base of {variant} is the name of a model of timm, and not {base!r}.')
     name, _, tag = base.partition('.')
     check_model_name(name, RuntimeError, f'The base of {variant} is unknown. ')
     if isinstance(pretrained_cfg, str):

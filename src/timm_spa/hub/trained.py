@@ -1,0 +1,81 @@
+"""A model as its training recorded it: two nets may have the same tensors, and compute something else."""
+import json
+from pathlib import Path
+from typing import Any, Dict, Mapping, Tuple
+
+from timm.models import get_pretrained_cfg
+
+from .checkpoint import Weights
+from .run_record import ARGUMENTS, RunError, checked, read_arguments
+
+__all__ = ['as_json', 'model_arguments', 'preprocessing', 'trained_with', 'untagged']
+
+# arguments of timm's train.py that pictures must be prepared with as in training
+PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
+
+
+def untagged(name: Any) -> str:
+    """Returns the architecture of a model's name; nothing for None."""
+    return str(name or '').partition('.')[0]
+
+
+def model_arguments(args: Mapping[str, Any]) -> Dict[str, Any]:
+    """Returns the arguments of `timm.create_model`, but for the number of classes, in those of a training."""
+    named = dict(in_chans=args.get('in_chans'), global_pool=args.get('gp'), bn_eps=args.get('bn_eps'))
+    return {**{key: value for key, value in named.items() if value is not None}, **(args.get('model_kwargs') or {})}
+
+
+def preprocessing(args: Mapping[str, Any], architecture: str) -> Dict[str, Any]:
+    """Returns the fields of a pretrained_cfg that say how a training prepared its pictures."""
+    found: Dict[str, Any] = {key: tuple(args[key]) if isinstance(args[key], list) else args[key]
+                             for key in PREPROCESSING if args.get(key)}
+    cfg = get_pretrained_cfg(architecture)
+    channels, size = args.get('in_chans') or cfg.input_size[0], args.get('img_size')
+    if args.get('input_size') or size:
+        found['input_size'] = tuple(args.get('input_size') or (channels, size, size))
+    elif channels != cfg.input_size[0]:
+        found['input_size'] = (channels, *cfg.input_size[1:])
+    for key in ('mean', 'std'):
+        values = found.get(key) or getattr(cfg, key)
+        if channels == 1 and len(values) > 1:  # as timm has it for the weights of the first convolution
+            found[key] = (sum(values) / len(values),)
+    return found
+
+
+def trained_with(
+        weights: Weights,
+        checkpoint: Path,
+        model_name: str = '',
+) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Finds out how the model of a file of weights was made.
+
+    Args:
+        weights: The weights.
+        checkpoint: Their file; args.yaml beside it is of the same training.
+        model_name: Model that they are to be of; '' for any.
+
+    Returns:
+        The arguments of the training, of args.yaml or else of the file, and those of `timm.create_model` but for the
+        number of classes; empty if they are not known.
+
+    Raises:
+        RunError: File and args.yaml contradict each other in what the model is, or the weights are of another model.
+    """
+    own, beside = checked(weights.args, ARGUMENTS, checkpoint), read_arguments(checkpoint.parent)
+    said = [(str(checkpoint), weights.arch), (f'args.yaml in {checkpoint.parent}', beside.get('model'))]
+    for source, model in said:
+        if model and model_name and untagged(model) != untagged(model_name):
+            raise RunError(
+                f'{source} names the model {untagged(model)}, and not {untagged(model_name)}.')
+    of_file = model_arguments(own) if own else weights.model_args
+    of_run = model_arguments(beside) if beside else None
+    if of_file is not None and of_run is not None and as_json(of_file) != as_json(of_run):
+        raise RunError(
+            f'{checkpoint} was trained with the model arguments {of_file}, and args.yaml beside it has {of_run}: it is '
+            'of another run. Move one of them to a folder of its own.')
+    return beside or own, of_run or of_file or {}
+
+
+def as_json(kwargs: Mapping[str, Any]) -> str:
+    """Returns arguments as text that can be compared and stored."""
+    return json.dumps(kwargs, sort_keys=True, default=str)
