@@ -206,6 +206,61 @@ def test_comparison(tmp_path):
     assert 'no spread is known' not in body
 
 
+def test_gates_of_other_arguments_are_other_models(tmp_path):
+    """Their figures are no seeds of one another."""
+    for seed, kwargs, top1 in ((1, {}, 60.0), (2, {}, 62.0), (1, dict(pyramid_sizes=[1, 2]), 80.0)):
+        shutil.move(keep(tmp_path, dict(ARGS, seed=seed, model_kwargs=kwargs), 1.0, top1), tmp_path / f'{top1}')
+    run = Run.read(tmp_path / '60.0')
+    _, body = parts(str(make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)))
+    rows = [line.split(' | ')[:2] for line in body.splitlines() if line.startswith(f'| {MODEL}')]
+    assert rows == [[f'| {MODEL} pyramid_sizes=[1, 2]', '80.00'], [f'| {MODEL}', '61.00 ± 1.41']]
+
+
+def test_cost_is_that_of_the_image():
+    costs = []
+    for size in ([3, 32, 32], [3, 64, 64]):
+        _, body = parts(str(make_card(MODEL, 'o/n', config=config_of(MODEL, input_size=size))))
+        costs.append(float(re.search(r'GMACs \| ([\d.]+)', body)[1]))
+    assert costs[1] == pytest.approx(4 * costs[0], rel=0.01)
+
+
+def test_a_summary_that_starts_late_makes_no_claim():
+    run = Run(args=ARGS, summary=[dict(row, epoch=row['epoch'] + 5) for row in summary(20.0, 30.0, 29.0)],
+              facts=dict(dataset=DATASET))
+    body = str(make_card(MODEL, 'o/n', run, config=config_of(MODEL), epoch=6))
+    assert 'after epoch 7 of 8' in body
+    assert 'no held-out set' not in body, 'earlier epochs may have been better'
+
+
+def test_accuracy_of_other_weights_is_not_stated():
+    """timm measures the weights that are not averaged where the averaged ones lie on the CPU."""
+    args = dict(ARGS, model_ema=True, model_ema_force_cpu=True)
+    run = Run(args=args, summary=summary(20.0, 31.0), facts=dict(dataset=DATASET))
+    assert '31.0' not in str(make_card(MODEL, 'o/n', run, config=config_of(MODEL), epoch=1))
+    run = Run(args=dict(args, model_ema_force_cpu=False), summary=summary(20.0, 31.0), facts=dict(dataset=DATASET))
+    assert '31.0' in str(make_card(MODEL, 'o/n', run, config=config_of(MODEL), epoch=1))
+
+
+@pytest.mark.parametrize('value', [float('nan'), 250., -3.])
+@pytest.mark.parametrize('measured', [True, False])
+def test_accuracies_that_cannot_be(value, measured):
+    facts = dict(dataset=DATASET, epoch=0, **(dict(accuracy=dict(top1=value)) if measured else {}))
+    with pytest.raises(CardError, match='top-1 accuracy of .* is said to be'):
+        make_card(MODEL, 'o/n', Run(summary=summary(value), facts=facts), config=config_of(MODEL))
+
+
+@pytest.mark.parametrize(('command', 'shown'), [
+    ('train --data-dir DATA \\\n    --lr 0.1\n', 'train --data-dir DATA --lr 0.1'),
+    ("echo it is Ann's", "echo it is Ann's"),
+    ("train --name 'a  b'", "train --name 'a  b'")])
+def test_commands_are_those_that_were_given(command, shown):
+    run = Run(args=ARGS, facts=dict(commands=[command]))
+    _, body = parts(str(make_card(MODEL, 'o/n', run, config=config_of(MODEL))))
+    block = body.split('## Training')[1].split('```bash\n')[1].split('\n```')[0]
+    assert ' '.join(block.split()) == ' '.join(shown.split())
+    assert 'summary.csv' not in body, 'there is none'
+
+
 def test_what_is_no_control(tmp_path):
     run = Run.read(keep(tmp_path, ARGS, 1.0, 2.0))
     with pytest.raises(RunError, match='holds no results'):

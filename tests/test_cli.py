@@ -241,6 +241,49 @@ def test_checkpoints_that_are_none(checkpoint, message, tmp_path, monkeypatch, c
     assert 'argument checkpoint: it is empty' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('arguments', [
+    'publish w.pth --model spa_resnet18.x --dry-run', 'publish w.pth --model spa_resnet18.x --repo', 'predict',
+    'publish w.pth --model spa_resnet18.x --results', 'predict x.jpg --model', 'predict x.jpg --compare',
+    'verify', 'recipes finetune_warm --to', 'export spa_resnet18 x.onnx --to onnx --images', 'card', 'bench',
+    'detect eval x --images y --annotations', 'explain cam x.jpg --compare spa_resnet18'])
+def test_an_empty_argument_is_refused(arguments, capsys):
+    """It comes of a variable of the shell that is not set: `--dry-run ""` must not upload."""
+    with pytest.raises(SystemExit, match='2'):
+        timm_spa_cli.main([*arguments.split(), ''])
+    err = capsys.readouterr().err
+    assert 'it is empty' in err or 'unrecognized arguments' in err
+
+
+def test_an_interrupt_has_no_traceback(monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_spa_cli.list.run', interrupt)
+    assert timm_spa_cli.main(['list']) == 130
+    assert capsys.readouterr().err == ''
+
+
+def test_names_cannot_steer_a_terminal(tmp_path, capsys):
+    model = timm.create_model('spa_mobilenetv2_cifar', num_classes=1)
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    (tmp_path / 'classes.txt').write_text('\x1b[31mred\x1b[0m\u202e\u3000ü\n')
+    arguments = ['--model', 'spa_mobilenetv2_cifar', '--num-classes', '1', '--checkpoint']
+    assert timm_spa_cli.main(['predict', str(IMAGES / PICTURES[0]), *arguments, str(tmp_path / 'w.pth')]) == 0
+    out = capsys.readouterr().out
+    assert r'\x1b[31mred\x1b[0m\u202e' in out
+    assert '\u3000ü' in out
+    assert timm_spa_cli.main(['predict', 'x.jpg', *arguments, '\x1b[31m.pth']) == 1
+    assert '\x1b' not in capsys.readouterr().err
+
+
+def test_a_recipe_that_was_changed_is_not_replaced(tmp_path, capsys):
+    mine = tmp_path / 'mine.yaml'
+    mine.write_text('lr: 0.1\n')
+    assert timm_spa_cli.main(['recipes', 'finetune_warm', '--to', str(mine)]) == 1
+    assert 'is there already' in capsys.readouterr().err
+    assert mine.read_text() == 'lr: 0.1\n'
+
+
 def test_classes_of_a_checkpoint_have_no_names_of_others(tmp_path):
     """Not those of the shipped weights for as many classes, and not ImageNet's for a thousand."""
     for name, count in (('spa_mobilenetv2_cifar', 200), ('spa_resnet18', 1000)):

@@ -1,5 +1,6 @@
 """The runner of timm's scripts: where a script comes from, what is refused, and how it is run."""
 import hashlib
+import http.client
 import http.server
 import os
 import subprocess
@@ -109,6 +110,24 @@ def test_no_network_or_no_such_file(cache, site, monkeypatch, capsys, name):
     assert 'Could not download http://127.0.0.1' in message
     assert f'Get {name}.py of timm v1.0.28' in message
     assert '--timm-scripts or TIMM_SCRIPTS' in message
+
+
+def test_a_download_that_is_cut_off(cache, site, monkeypatch, capsys):
+    def cut_off(*args, **kwargs):
+        raise http.client.IncompleteRead(b'x', 97)
+
+    monkeypatch.setattr(run.urllib.request, 'urlopen', cut_off)
+    assert run.main(['train']) == 2
+    assert 'Could not download' in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_made(cache, site, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'file').touch()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+    assert run.main(['train']) == 2
+    message = capsys.readouterr().err
+    assert 'cannot be kept' in message
+    assert 'XDG_CACHE_HOME' in message
 
 
 def test_given_paths_come_first(cache, site, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm.data
@@ -153,6 +154,12 @@ def test_pictures_that_were_not_padded_are_told(pictures, caplog, size, scale, r
     load(pictures(size), 4, is_training=True, scale=scale, ratio=ratio)
     message = 'windows of 32x32 out of pictures of 40x40, and the first picture to train on has 32x32'
     assert (message in caplog.text) == told
+
+
+def test_a_first_picture_that_is_broken_is_left_to_timm(pictures):
+    dataset = pictures(40)
+    Path(dataset.reader.filename(0, absolute=True)).write_bytes(b'no picture')
+    assert len(load(dataset, 4, is_training=True, scale=[0.64, 0.64], ratio=[1., 1.])) == 3
 
 
 def test_no_such_device(monkeypatch):

@@ -20,7 +20,7 @@ from ..models.names import check_model_name
 from ..models.tensors import compare_tensors, first_few
 from .authors import rename_authors, rename_efficientnet, reorder_authors
 from .checkpoint import CheckpointError, check_weights, read_weights, write_tensors
-from .trained import as_json, model_arguments, untagged
+from .trained import as_json, trained_with, untagged
 
 __all__ = ['DTYPES', 'KINDS', 'Conversion', 'convert']
 
@@ -80,6 +80,7 @@ def convert(
     Raises:
         CheckpointError: The source can't be read, is of none of these, or cannot be converted; a value is not finite,
             or too large for `dtype`; or `output` is there.
+        RunError: args.yaml beside the source contradicts it.
         UsageError: An argument is none of those that are known.
     """
     output = Path(output)
@@ -94,16 +95,17 @@ def convert(
         raise CheckpointError(f'{output} is there already; --overwrite replaces it.')
     weights = read_weights(source)
     num_classes = _count_classes(weights.state_dict, source)
-    named = weights.model_args or model_arguments(weights.args)
+    args, named = trained_with(weights, Path(source))
+    trained = weights.arch or args.get('model')
     if 'in_chans' in named:  # every tensor of a model of any gate has it: no need to be told
         kwargs.setdefault('in_chans', named['in_chans'])
     try:
         model = timm.create_model(model_name.partition('.')[0], num_classes=num_classes, **kwargs).eval()
     except Exception as e:  # timm's, for arguments that are not the model's
         raise UsageError(f'{model_name} cannot be made with {kwargs}: {e}') from e
-    said = _described(weights.arch, named)
+    said = _described(trained, named)
     wanted = _described(model_name, kwargs)
-    if weights.arch and said != wanted and _has_gates(weights.state_dict):
+    if trained and said != wanted and _has_gates(weights.state_dict):
         # another model may have the same names and shapes, and compute something else
         raise CheckpointError(f'{source} says that it is of {said}, and not of {wanted}.')
     converted, kind, description = _converted(weights.state_dict, model, str(source), kind)
