@@ -304,6 +304,9 @@ def test_a_net_for_grey_pictures(tmp_path):
     report = export(model, tmp_path / 'net.onnx', img_size=64)
     assert report.shapes == [(1, 1, 64, 64)] * 4
     assert report.difference < EXACT
+    about = json.loads((tmp_path / 'net.json').read_text())
+    assert about['mean'] == pytest.approx([sum(timm.data.IMAGENET_DEFAULT_MEAN) / 3])
+    assert about['std'] == pytest.approx([sum(timm.data.IMAGENET_DEFAULT_STD) / 3])
 
 
 @pytest.mark.slow

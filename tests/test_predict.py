@@ -80,6 +80,26 @@ def test_folders_are_the_models_classes(name, kwargs, folders, expected, tmp_pat
     assert all(len(model(images)) == len(target) for images, target in batches)
 
 
+def test_a_split_that_is_not_there(tmp_path):
+    model = timm.create_model('mobilenetv2_cifar', num_classes=2)
+    for split in ('train', 'val'):
+        for name in ('cat', 'dog'):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new('RGB', (40, 40)).save(tmp_path / split / name / 'black.png')
+    with pytest.raises(PictureError, match=f"{tmp_path} has no folder 'test', but train, val: choose one by --split"):
+        labelled_batches(model, tmp_path, 'test', 2)
+    for split in ('val', 'validation', 'train'):  # timm knows synonyms
+        assert labelled_batches(model, tmp_path, split, 2)[1] == 2
+    assert labelled_batches(model, tmp_path / 'val', 'test', 2)[1] == 2
+
+
+def test_a_class_with_the_name_of_a_split(tmp_path):
+    for name in ('bus', 'train'):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new('RGB', (40, 40)).save(tmp_path / name / 'black.png')
+    assert labelled_batches(timm.create_model('mobilenetv2_cifar', num_classes=2), tmp_path, 'test', 2)[1] == 2
+
+
 def test_folders_of_other_classes(tmp_path):
     for folder in ('n01443537', 'goldfish'):
         (tmp_path / folder).mkdir()

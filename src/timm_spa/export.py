@@ -11,7 +11,6 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 import timm
 import torch
 import torch.nn as nn
-from timm.data import resolve_model_data_config
 from timm.utils import reparameterize_model
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from ._errors import UsageError
 from ._files import replacing
 from ._shipped import shipped_photographs
 from .export_formats import AXES, FORMATS, INPUT, ExportError, Runner, add_metadata, padded, quantize, told
-from .predict import class_names, labelled_batches, picture_reader
+from .predict import class_names, data_config, labelled_batches, picture_reader
 
 __all__ = ['FORMATS', 'ExportError', 'ExportReport', 'export']
 
@@ -107,7 +106,7 @@ def export(
             raise ExportError(f'{target} is there already; --overwrite replaces it.')
     _import_packages(to)
     net: Any = copy.deepcopy(model).cpu().float().eval()
-    config = resolve_model_data_config(net)
+    config = data_config(net)
     channels = getattr(net, 'in_chans', config['input_size'][0])
     size = (channels, *((img_size, img_size) if img_size else config['input_size'][1:]))
     # picture readers take the size from pretrained_cfg
@@ -171,7 +170,7 @@ def _describe(
         batch_size: int,
 ) -> Dict[str, Any]:
     """Returns what a user of the file has to know, as JSON has it; nothing in it is of this machine."""
-    config, cfg, classes = resolve_model_data_config(model), model.pretrained_cfg, class_names(model)
+    config, cfg, classes = data_config(model), model.pretrained_cfg, class_names(model)
     shape = [batch_size, *config['input_size']]
     return dict(
         model='.'.join(filter(None, [cfg.get('architecture') or type(model).__name__, cfg.get('tag')])),
@@ -231,7 +230,7 @@ def _write_and_check(
 
 def _inputs(model: Any, dynamic: Optional[str], batch_size: int) -> Iterator[torch.Tensor]:
     """Yields inputs to compare on: random ones, and the shipped photographs at the model's own size."""
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     channels, height, width = config['input_size']
     batches = (2, 1, 3) if dynamic else (batch_size,) * 3
     sizes = [(height, width)] * 3

@@ -26,8 +26,10 @@ from .models.tensors import first_few
 from .training_log import read_classes
 
 __all__ = [
-    'ModelError', 'PictureError', 'Prediction', 'class_names', 'find_class', 'for_inference', 'labelled_batches',
-    'in_eight_bits', 'likeliest_classes', 'load_model', 'on_device', 'picture_reader', 'picture_seen', 'predict']
+    'ModelError', 'PictureError', 'Prediction', 'class_names', 'data_config', 'find_class', 'for_inference',
+    'in_eight_bits', 'labelled_batches', 'likeliest_classes', 'load_model', 'on_device', 'picture_reader', 'picture_seen', 'predict']
+
+SPLITS = frozenset(('train', 'training', 'val', 'valid', 'validation', 'test', 'testing', 'eval', 'evaluation'))
 
 
 class ModelError(TimmSpaError, RuntimeError):
@@ -213,9 +215,10 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
-def _data_config(model: nn.Module) -> Dict[str, Any]:
+def data_config(model: nn.Module) -> Dict[str, Any]:
+    """Returns timm's `resolve_model_data_config` of a model, with one mean and deviation for one channel."""
     config = resolve_model_data_config(model)
-    if _mode(model) == 'L':  # one mean and deviation, as timm has for the weights of the first convolution
+    if getattr(model, 'in_chans', 3) == 1:  # as timm sums the weights of the first convolution
         config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
     return config
 
@@ -230,7 +233,7 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
         A function of a file, which returns the picture (C, H, W), upright, cropped, resized and normalized. It raises
         PictureError if the file cannot be read.
     """
-    transform: Any = create_transform(**_data_config(model), is_training=False)
+    transform: Any = create_transform(**data_config(model), is_training=False)
     mode = _mode(model)
 
     def read(path: Union[str, Path]) -> torch.Tensor:
@@ -245,7 +248,7 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
 
 def picture_seen(model: nn.Module, pixels: torch.Tensor) -> Image.Image:
     """Returns a picture (C, H, W) that was prepared for a model as it looks: cropped and resized."""
-    config = _data_config(model)
+    config = data_config(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     values = ((pixels * std + mean).clamp(0, 1) * 255).round().byte()
     return Image.fromarray(values.permute(1, 2, 0).squeeze(-1).numpy())
@@ -258,14 +261,14 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
         model: A timm model; the names are its labels (`class_names`), or any of the right number if it has none of its
             own.
         images: Image folder, a folder for each class.
-        split: Subfolder of `images`, if there is one of this name.
+        split: Subfolder of `images`, which may be left out where it has no folders of splits at all.
         batch_size: Pictures at a time.
 
     Returns:
         An iterable of pictures (N, C, H, W) and their classes, and the number of pictures.
 
     Raises:
-        PictureError: There is no such folder, or it is of other classes.
+        PictureError: There is no such folder, it is of other classes, or it has other splits only.
     """
     labels = {entry['label']: i for i, entry in enumerate(class_names(model)) if entry['label']}
     kwargs: Any = dict(root=str(images), split=split, input_img_mode=_mode(model))
@@ -277,13 +280,18 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
     except Exception as e:  # timm's folder readers raise several kinds
         cause = str(e) or ('it does not exist.' if not Path(images).exists() else type(e).__name__)
         raise PictureError(f'{images} cannot be read as an image folder: {cause}') from e
+    # where timm does not find the split, it takes the pictures of all others
+    if Path(getattr(dataset.reader, 'root', '')) == Path(images):
+        splits = sorted(p.name for p in Path(images).iterdir() if p.is_dir() and p.name.lower() in SPLITS - found)
+        if splits:
+            raise PictureError(f'{images} has no folder {split!r}, but {", ".join(splits)}: choose one by --split.')
     odd = sorted(found - set(labels))
     has_own = len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes
     if odd and (has_own or len(found) != model.num_classes):
         raise PictureError(
             f'{images} is of other classes than the {model.num_classes} of the model: {len(found)} folders, '
             f'{first_few(odd)} among them.')
-    config = _data_config(model)
+    config = data_config(model)
     return create_loader(
         dataset, input_size=config['input_size'], batch_size=batch_size, use_prefetcher=False, num_workers=0,
         persistent_workers=False, mean=config['mean'], std=config['std'], interpolation=config['interpolation'],
