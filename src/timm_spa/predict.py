@@ -27,7 +27,8 @@ from .training_log import read_classes
 
 __all__ = [
     'ModelError', 'PictureError', 'Prediction', 'class_names', 'data_config', 'find_class', 'for_inference',
-    'in_eight_bits', 'labelled_batches', 'likeliest_classes', 'load_model', 'on_device', 'picture_reader', 'picture_seen', 'predict']
+    'in_eight_bits', 'labelled_batches', 'likeliest_classes', 'load_model', 'on_device', 'picture_reader',
+    'picture_seen', 'predict']
 
 SPLITS = frozenset(('train', 'training', 'val', 'valid', 'validation', 'test', 'testing', 'eval', 'evaluation'))
 
@@ -93,7 +94,10 @@ def load_model(
     except TimmSpaError:
         raise
     except Exception as e:  # timm, torch and the Hub each raise their own
-        raise ModelError(f'{name} could not be loaded: {e}') from e
+        cause: Any = e
+        if isinstance(e, KeyError) and e.args == ('architecture',):
+            cause = 'its config.json names no architecture of timm. Detectors are for `timm-spa detect`.'
+        raise ModelError(f'{name} could not be loaded: {cause}') from e
     if checkpoint is None and num_classes not in (None, model.num_classes):
         raise ModelError(
             f'The published weights of {name} have {model.num_classes} classes: the number is for a checkpoint of '
@@ -103,7 +107,7 @@ def load_model(
         # the tag and the names in the configuration are those of other weights' classes
         labels = read_classes(Path(checkpoint).parent)
         if len(labels) != model.num_classes:
-            labels = [f'class {i}' for i in range(model.num_classes)]
+            labels = _numbered(model.num_classes)
         model.pretrained_cfg = dict(
             model.pretrained_cfg, tag=None, label_names=labels, label_descriptions=None)
     return for_inference(model, device) if fuse else on_device(model, device)
@@ -150,15 +154,25 @@ def class_names(model: nn.Module) -> List[Dict[str, Optional[str]]]:
     """
     cfg: Any = model.pretrained_cfg
     count: Any = model.num_classes
-    labels = cfg.get('label_names') or ()
-    if len(labels) == count:
+    labels = _own_labels(model)
+    if labels:
         descriptions = cfg.get('label_descriptions') or {}
         return [dict(label=label, name=descriptions.get(label, label)) for label in labels]
-    if count == 1000:
+    if count == 1000 and not cfg.get('label_names'):
         imagenet = ImageNetInfo()
         return [
             dict(label=imagenet.index_to_label_name(i), name=imagenet.index_to_description(i)) for i in range(count)]
-    return [dict(label=None, name=f'class {i}') for i in range(count)]
+    return [dict(label=None, name=name) for name in _numbered(count)]
+
+
+def _numbered(count: int) -> List[str]:
+    return [f'class {i}' for i in range(count)]
+
+
+def _own_labels(model: Any) -> List[str]:
+    """Returns the labels in a model's configuration, none if they are of another number or only the numbers."""
+    labels = list(model.pretrained_cfg.get('label_names') or ())
+    return labels if len(labels) == model.num_classes and labels != _numbered(len(labels)) else []
 
 
 def find_class(model: nn.Module, label: str) -> int:
@@ -286,8 +300,7 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
         if splits:
             raise PictureError(f'{images} has no folder {split!r}, but {", ".join(splits)}: choose one by --split.')
     odd = sorted(found - set(labels))
-    has_own = len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes
-    if odd and (has_own or len(found) != model.num_classes):
+    if odd and (_own_labels(model) or len(found) != model.num_classes):
         raise PictureError(
             f'{images} is of other classes than the {model.num_classes} of the model: {len(found)} folders, '
             f'{first_few(odd)} among them.')
