@@ -65,6 +65,17 @@ def test_fused_nets_have_the_same_gates(name):
         torch.testing.assert_close(gate, same, rtol=1e-4, atol=1e-5)
 
 
+def test_a_pyramid_of_one_cell_has_gates_when_fused():
+    torch.manual_seed(0)
+    model = timm.create_model('spa_resnet18', pyramid_sizes=(1,)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = gate_maps(model, x)
+    for (block, gate), (other, same) in zip(
+            expected.items(), gate_maps(reparameterize_model(model), x).items(), strict=True):
+        assert block == other
+        torch.testing.assert_close(gate, same, rtol=1e-4, atol=1e-5)
+
+
 def state_of(model):
     hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
     return hooks, [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()], {
@@ -136,9 +147,10 @@ def test_ablate():
 
 def test_nothing_to_explain():
     x = torch.randn(1, 3, 64, 64)
-    for name in ('resnet18', 'seresnet18'):
-        with pytest.raises(ExplainError, match='ResNet has no gate of Spatial Pyramid Attention'):
-            gate_maps(timm.create_model(name), x)
+    for name in ('resnet18', 'seresnet18', 'se_preresnet18_cifar'):
+        for model in (timm.create_model(name).eval(), reparameterize_model(timm.create_model(name).eval())):
+            with pytest.raises(ExplainError, match='ResNet has no gate of Spatial Pyramid Attention'):
+                gate_maps(model, x)
     model, _ = make('spa_resnet18')
     with pytest.raises(ExplainError, match="no gated block 'layer9'. There are layer1.0, layer1.1,"):
         gate_maps(model, x, ['layer9'])
