@@ -70,8 +70,9 @@ def export(
 ) -> ExportReport:
     """Writes a model for another runtime, runs the file there, and compares it with PyTorch on three inputs or more.
 
-    Beside the file, one with the suffix '.json' has labels, preprocessing and versions. An ONNX file has them in
-    its metadata as well, under 'timm_spa'. A package of AOTInductor is compiled for this machine, whose paths it names.
+    Beside the file, one of the same name with '.json' behind it has labels, preprocessing and versions. An ONNX file
+    has them in its metadata as well, under 'timm_spa'. A package of AOTInductor is compiled for this machine, whose
+    paths it names.
 
     Args:
         model: CNN of timm; it is not changed.
@@ -99,9 +100,9 @@ def export(
     """
     path = Path(path)
     dtype = _checked_dtype(path, to, dynamic, half, int8, images, batch_size, img_size)
-    suffixes = (FORMATS[to].suffix, *FORMATS[to].beside, '.json')
-    targets = {suffix: path.with_suffix(suffix) for suffix in suffixes}
-    for target in targets.values():
+    described = f'{path.name}.json'
+    names = (path.name, *(path.with_suffix(suffix).name for suffix in FORMATS[to].beside), described)
+    for target in map(path.with_name, names):
         if target.exists() and not overwrite:
             raise ExportError(f'{target} is there already; --overwrite replaces it.')
     _import_packages(to)
@@ -113,13 +114,13 @@ def export(
     net.pretrained_cfg = dict(net.pretrained_cfg, input_size=size)
     about = _describe(net, to, dtype, dynamic, fuse, batch_size)
     with contextlib.ExitStack() as stack, torch.no_grad():
-        partials = {suffix: stack.enter_context(replacing(target)) for suffix, target in targets.items()}
+        partials = {name: stack.enter_context(replacing(path.with_name(name))) for name in names}
         # exporters derive the names of further files from the first one's, which has its final name in this folder
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix='.export-')))
         report = _write_and_check(net, folder / path.name, to, dtype, about, dynamic, fuse, images, split, batch_size)
-        (folder / path.name).with_suffix('.json').write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
-        for suffix, partial in partials.items():
-            (folder / path.name).with_suffix(suffix).replace(partial)
+        (folder / described).write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
+        for name, partial in partials.items():
+            (folder / name).replace(partial)
     return dataclasses.replace(report, path=path)
 
 
