@@ -161,9 +161,9 @@ def open_sets(data):
     return train_set, CocoDataset(*find_dataset(data, 'val'), categories=train_set.categories)
 
 
-def small(num_classes=3):
+def small(num_classes=3, size=64):
     torch.manual_seed(0)
-    return retinanet(NET, num_classes, False, min_size=64, max_size=64)
+    return retinanet(NET, num_classes, False, min_size=size, max_size=size)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, data):
@@ -234,9 +234,11 @@ def test_a_seed_of_any_size(tmp_path, data):
 
 
 def test_another_precision_in_the_same_process(tmp_path, data):
+    # At 64 pixels a map of one pixel goes into a convolution of stride 2. In bfloat16 on CPUs, torch 2.14.1 returns
+    # memory that nobody has written as the gradient of its weights.
     for precision in ('no', 'bf16'):
         settings = Settings(epochs=1, batch_size=8, mixed_precision=precision)
-        train(small(), *open_sets(data), tmp_path / precision, settings, cpu=True)
+        train(small(size=128), *open_sets(data), tmp_path / precision, settings, cpu=True)
         assert load_detector(tmp_path / precision / 'last')
 
 
