@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 import yaml
 
 from timm_spa.explain import app
@@ -39,6 +40,19 @@ def test_a_plain_net_has_no_gates():
     classes, activation, gates, pyramid = app.look(timm.create_model('resnet18').eval(), BEET)
     assert activation is not None
     assert gates is pyramid is None
+
+
+def test_classes_of_one_name():
+    """ImageNet's cranes, a bird and a machine."""
+    model = timm.create_model('mobilenetv2_cifar', num_classes=1000).eval()
+    torch.nn.init.zeros_(model.classifier.weight)
+    torch.nn.init.zeros_(model.classifier.bias)
+    with torch.no_grad():
+        model.classifier.bias[134], model.classifier.bias[517] = 20, 19
+    classes = app.look(model, BEET)[0]
+    assert len(classes) == 5
+    assert list(classes)[:2] == ['crane (class 134)', 'crane (class 517)']
+    assert classes['crane (class 134)'] > classes['crane (class 517)'] > 0.2
 
 
 def test_requests(tmp_path):

@@ -168,6 +168,17 @@ def test_by_command(tmp_path, capsys):
     assert [float(row['activation']) for row in rows] == pytest.approx(found.maps.flatten().tolist(), abs=1e-4)
 
 
+def test_a_checkpoint_beside_the_published_weights(tmp_path, capsys):
+    name = 'spa_mobilenetv2_cifar.tmm_tin200'
+    torch.manual_seed(0)
+    torch.save(timm.create_model(name).state_dict(), tmp_path / 'mine.pth')
+    mine = str(tmp_path / 'mine.pth')
+    assert explain('cam', BEET, '--model', name, '--checkpoint', mine, '--compare', name, '--json') == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [p['model'] for p in printed] == [mine, name]
+    assert printed[0]['map'] != printed[1]['map']
+
+
 def test_a_chosen_class_and_many_pictures(tmp_path, capsys):
     pictures = sorted(str(path) for path in IMAGES.iterdir() if path.name.endswith('.jpg'))[:5]
     assert explain('cam', *pictures, '--class', 'red-beet', '--out', tmp_path, '--dark', '--json') == 0

@@ -1,6 +1,7 @@
 """`timm-spa detect`, as a user runs it: training that goes on where it was killed, evaluation, pictures."""
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from timm_spa.detection.evaluate import coco_figures
 from timm_spa.detection.evaluate import detect as run_detector
 from timm_spa.detection.train import Settings, learning_rate, train
 from timm_spa.train_guard import TrainingError
+from timm_spa_cli._table import distinct
 
 NET = 'spa_mobilenetv2_050'
 SMALL = ('--model', NET, '--min-size', 64, '--max-size', 64, '--batch-size', 4, '--device', 'cpu', '--workers', 0)
@@ -99,8 +101,8 @@ def test_train_evaluate_predict(tmp_path, data, capsys):
     captured = capsys.readouterr()
     assert 'none.png cannot be read as a picture' in captured.err
     assert captured.out.count('objects by run-') == 4
-    assert sorted(p.name for p in out.iterdir()) == ['0.png', '1.png', 'run-best.json', 'run-last.json']
-    with Image.open(out / '0.png') as picture:
+    assert sorted(p.name for p in out.iterdir()) == ['0-boxes.png', '1-boxes.png', 'run-best.json', 'run-last.json']
+    with Image.open(out / '0-boxes.png') as picture:
         assert picture.width == 2 * 512 + 4
     assert {r['image_id'] for r in json.loads((out / 'run-last.json').read_text())} <= {'0.png', '1.png'}
 
@@ -130,8 +132,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, data, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, '_write_state', stopped)
-    with pytest.raises(KeyboardInterrupt):
-        detect(*command, '--output', run, '--resume')
+    assert detect(*command, '--output', run, '--resume') == 130
     monkeypatch.setattr(training, '_write_state', written)
     assert detect(*command, '--output', run, '--resume') == 0
     whole, again = content(tmp_path / 'whole'), content(run)
@@ -160,9 +161,9 @@ def open_sets(data):
     return train_set, CocoDataset(*find_dataset(data, 'val'), categories=train_set.categories)
 
 
-def small(num_classes=3):
+def small(num_classes=3, size=64):
     torch.manual_seed(0)
-    return retinanet(NET, num_classes, False, min_size=64, max_size=64)
+    return retinanet(NET, num_classes, False, min_size=size, max_size=size)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, data):
@@ -172,6 +173,104 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, data):
     with pytest.raises(TrainingError, match=r'The loss is nan at step 0 of epoch 0 \(classification [\d.]+, bbox_reg'):
         train(model, *open_sets(data), tmp_path, Settings(epochs=1), cpu=True)
     assert not (tmp_path / 'last').exists()
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path, data, monkeypatch):
+    """The checkpoint of the epoch before stays."""
+    train(small(), *open_sets(data), tmp_path, Settings(epochs=1), cpu=True)
+    files = ('best/model.safetensors', 'last/model.safetensors', 'training_state.safetensors')
+    before = {name: (tmp_path / name).read_bytes() for name in files}
+    step = torch.optim.SGD.step
+
+    def diverge(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        with torch.no_grad():
+            if self.param_groups[0]['params'][-1].isfinite().all() and self.steps_left == 1:
+                self.param_groups[0]['params'][-1].fill_(math.inf)
+        self.steps_left -= 1
+
+    monkeypatch.setattr(torch.optim.SGD, 'steps_left', 4, raising=False)  # the last step: its loss is a number
+    monkeypatch.setattr(torch.optim.SGD, 'step', diverge)
+    monkeypatch.setattr(training, '_read_state', lambda path, model, now, resume: ([dict(
+        epoch=0, train_loss=1, eval_map=0, eval_ap50=0, eval_ap75=0, lr=1)], {}, {}))
+    with pytest.raises(TrainingError, match='Epoch 1 is not saved: 1 tensors of the detector are not finite'):
+        train(small(), *open_sets(data), tmp_path, Settings(epochs=2), cpu=True)
+    assert {name: (tmp_path / name).read_bytes() for name in files} == before
+
+
+@pytest.mark.parametrize(('what', 'message'), [
+    (b'no picture', 'val/3.png cannot be read as a picture'),
+    ((65, 64), 'val/3.png has 65 x 64 pixels, and the annotations say 64 x 64')])
+def test_pictures_are_looked_at_before_the_first_epoch(what, message, tmp_path, monkeypatch):
+    data = write_rectangles(tmp_path / 'data', count=4, size=64)
+    if isinstance(what, bytes):
+        (data / 'val' / '3.png').write_bytes(what)
+    else:
+        Image.new('RGB', what).save(data / 'val' / '3.png')
+    monkeypatch.setattr(training, '_order', lambda *args: pytest.fail('an epoch has begun'))
+    with pytest.raises(DetectionError, match=message):
+        train(small(), *open_sets(data), tmp_path / 'run', cpu=True)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_broken_picture_of_a_worker_is_one_line(tmp_path):
+    """Cut off behind its head, which looks as it should."""
+    data = write_rectangles(tmp_path / 'data', count=4, size=64)
+    whole = (data / 'val' / '2.png').read_bytes()
+    (data / 'val' / '2.png').write_bytes(whole[:len(whole) // 2])
+    for workers in (0, 1):
+        with pytest.raises(DetectionError) as e:
+            run_detector(small(), open_sets(data)[1], 2, workers)
+        assert str(e.value).startswith(f'{data}/val/2.png cannot be read as a picture: ')
+        assert '\n' not in str(e.value)
+
+
+def test_a_seed_of_any_size(tmp_path, data):
+    settings = Settings(epochs=1, batch_size=8, seed=2 ** 32 - 1)
+    assert len(train(small(), *open_sets(data), tmp_path, settings, cpu=True)) == 1
+    for seed in (-1, 2 ** 32):
+        with pytest.raises(DetectionError, match=f'The seed is a number from 0 to 4294967295, got {seed}'):
+            Settings(seed=seed).completed('retinanet', 8, 1)
+
+
+def test_another_precision_in_the_same_process(tmp_path, data):
+    # At 64 pixels a map of one pixel goes into a convolution of stride 2. In bfloat16 on CPUs, torch 2.14.1 returns
+    # memory that nobody has written as the gradient of its weights.
+    for precision in ('no', 'bf16'):
+        settings = Settings(epochs=1, batch_size=8, mixed_precision=precision)
+        train(small(size=128), *open_sets(data), tmp_path / precision, settings, cpu=True)
+        assert load_detector(tmp_path / precision / 'last')
+
+
+@pytest.mark.parametrize(('names', 'expected'), [
+    ('a b', 'a b'), ('x x', 'x-1 x-2'), ('x x x-1', 'x-2 x-3 x-1'), ('x-2 x x x-2', 'x-2-1 x-3 x-4 x-2-4')])
+def test_names_are_told_apart(names, expected):
+    assert distinct(names.split()) == expected.split()
+
+
+def test_predict_keeps_its_pictures(tmp_path, monkeypatch, capsys):
+    """The folder of the pictures is that of the results; two have one name, and one is too narrow."""
+    monkeypatch.chdir(tmp_path)
+    model = small()
+    torch.nn.init.zeros_(model.head.classification_head.cls_logits.bias)  # scores of 1/2
+    save_detector(model, tmp_path / 'a', [dict(id=i, name=name) for i, name in enumerate('xyz')])
+    (tmp_path / 'b').mkdir()
+    for name, size in (('street.png', (64, 64)), ('b/street.png', (64, 64)), ('narrow.png', (3, 900))):
+        Image.new('RGB', size, (90, 120, 60)).save(name)
+    before = (tmp_path / 'street.png').read_bytes()
+    pictures = ['street.png', 'narrow.png', 'b/street.png']
+    command = ['predict', *pictures, '--checkpoint', 'a', '--device', 'cpu', '--score', 0.9]
+    assert detect(*command, '--out', '.') == 1
+    assert (tmp_path / 'street.png').read_bytes() == before
+    assert sorted(p.name for p in tmp_path.glob('*-boxes.png')) == ['street-1-boxes.png', 'street-3-boxes.png']
+    assert {r['image_id'] for r in json.loads((tmp_path / 'a.json').read_text())} == {'street.png', 'b/street.png'}
+    assert capsys.readouterr().err == (
+        'timm-spa: narrow.png: 3 x 900 pixels are too narrow for this detector. It resizes the longer side to 64 '
+        'pixels, which leaves nothing of the shorter one.\n')
+    (tmp_path / 'street-1-boxes.png').write_bytes(before)
+    assert detect('predict', *pictures, 'street-1-boxes.png', *command[4:], '--out', '.') == 1
+    assert 'street-1-boxes.png would be replaced by a picture with boxes' in capsys.readouterr().err
+    assert (tmp_path / 'street-1-boxes.png').read_bytes() == before
 
 
 def test_curves_of_a_detector_and_a_classifier(tmp_path, capsys):
@@ -227,7 +326,12 @@ def test_bad_arguments(tmp_path, data, capsys):
             (['train', '--data', data, '--train-json', 'x', '--output', tmp_path], 'name a dataset by --data'),
             (['train', '--data', data, '--output', tmp_path, '--model-kwargs', '{'], '--model-kwargs: no JSON'),
             (['train', '--data', data, '--output', tmp_path, '--detector-kwargs', '[1]'], '--detector-kwargs: no JSON'),
+            (['train', '--data', data, '--output', tmp_path, '--detector-kwargs', '{"min_size": 64}'],
+             'argument --detector-kwargs: min_size: set by another option, or by the dataset'),
             (['train', '--data', data, '--output', tmp_path, '--epochs', 0], 'must be at least 1'),
+            *((['train', '--data', data, '--output', tmp_path, option, value], f'argument {option}: must be')
+              for option, value in (('--workers', -1), ('--lr', -1), ('--lr', 'nan'), ('--clip-grad', 0),
+                                    ('--seed', -1), ('--warmup-steps', -1))),
             *([] if torch.cuda.is_available() else [
                 (['train', '--data', data, '--output', tmp_path, '--device', 'cuda'], 'torch sees no GPU')])):
         with pytest.raises(SystemExit, match='2'):
@@ -242,6 +346,8 @@ def test_bad_arguments(tmp_path, data, capsys):
     assert 'retinanet has no argument no_such.' in capsys.readouterr().err
     assert detect(*unknown, '--detector', 'cascade_rcnn') == 1
     assert "cascade_rcnn cannot be made of these arguments" in capsys.readouterr().err
+    assert detect('train', '--data', data, '--output', tmp_path, *SMALL, '--model-kwargs', '{"in_chans": 1}') == 1
+    assert 'Detectors take pictures of 3 channels, and in_chans is 1.' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

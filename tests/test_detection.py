@@ -99,7 +99,25 @@ def test_bad_backbones():
     with pytest.raises(DetectionError, match="There is no model 'spa_resnet51'. Did you mean spa_resnet"):
         retinanet('spa_resnet51', **SMALL)
     with pytest.raises(DetectionError, match='from 0 to 5, got 6'):
-        cascade_rcnn('resnet18', trainable_layers=6, **SMALL)
+        Backbone(create_body('resnet18', False), (8, 16, 32), 6)
+
+
+@pytest.mark.parametrize(('key', 'value'), [
+    ('min_size', 5000), ('max_size', 8193), ('min_size', (64, 96)), ('num_classes', 100_001), ('trainable_layers', 6)])
+@pytest.mark.parametrize('detector', BUILDERS)
+def test_what_could_not_be_loaded_is_not_made(detector, key, value):
+    with pytest.raises(DetectionError, match=f'{detector}: {key} is a number up to .* and not'):
+        BUILDERS[detector]('resnet18', **dict(SMALL, **{key: value}))
+
+
+@pytest.mark.parametrize('detector', BUILDERS)
+def test_pictures_that_are_too_narrow(detector):
+    model = BUILDERS[detector]('resnet18', **SMALL).eval()
+    with torch.no_grad():
+        model([torch.rand(3, 288, 3)])  # one pixel is left at 96
+        for call in (lambda x: model([x]), lambda x: model(images=[x])):
+            with pytest.raises(DetectionError, match='A picture: 2 x 288 pixels are too narrow'):
+                call(torch.rand(3, 288, 2))
 
 
 def test_pixels_are_normalized_as_the_backbone_was_trained():

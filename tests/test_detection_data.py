@@ -141,10 +141,57 @@ def test_files_that_are_not_of_coco(tmp_path, text, message):
         CocoDataset(tmp_path, tmp_path / 'none.json')
 
 
-@pytest.mark.parametrize('box', [[1, 2, 3], [1, 2, math.nan, 4]])
+@pytest.mark.parametrize('box', [[1, 2, 3], [1, 2, math.nan, 4], ['1', '2', '3', '4'], None, 7, [10 ** 400, 1, 2, 3]])
 def test_boxes_of_no_four_numbers(tmp_path, box):
     with pytest.raises(DetectionError, match='annotation 1 has a bbox that is not four numbers'):
         CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=box)]))
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(bbox=...), 'annotation 1 has no bbox'), (dict(image_id=...), 'annotation 1 has no image_id'),
+    (dict(area='large'), "annotation 1 has the area 'large', which is no number"),
+    (dict(iscrowd='no'), "annotation 1 has the iscrowd 'no', which is no number")])
+def test_annotations_that_lack_something_are_named(tmp_path, change, message):
+    folder, file = write_coco(tmp_path, [1], [dict(bbox=[1, 1, 5, 5])])
+    content = json.loads(file.read_text())
+    content['annotations'][0].update(change)
+    content['annotations'][0] = {k: v for k, v in content['annotations'][0].items() if v is not ...}
+    file.write_text(json.dumps(content))
+    with pytest.raises(DetectionError, match=message):
+        CocoDataset(folder, file)
+
+
+@pytest.mark.parametrize(('area', 'expected'), [
+    ('25', 25), (12.5, 12.5), (-1, 30), (0, 30), (None, 30), (math.nan, 30), (math.inf, 30)])
+def test_areas(tmp_path, area, expected):
+    """That of the box where there is none that can be."""
+    dataset = CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=[1, 1, 5, 6], area=area)]))
+    assert dataset.annotations[0][0]['area'] == expected
+    assert coco_figures(dataset, {0: found([[1, 1, 6, 7]], [0.9])})['AP'] == pytest.approx(100)
+
+
+@pytest.mark.parametrize('width', [None, 'wide', 64.5, 0, -3])
+def test_sizes_of_pictures_that_are_none(tmp_path, width):
+    with pytest.raises(DetectionError, match='x.json: image 1 has the width .*, which is no number'):
+        CocoDataset(*write_coco(tmp_path, [dict(id=1, width=width, file_name='1.png')], []))
+
+
+def test_sizes_of_pictures_as_text(tmp_path):
+    images = [dict(id=1, width='100.0', height=80., file_name='1.png')]
+    assert CocoDataset(*write_coco(tmp_path, images, [])).sizes == [(100, 80)]
+
+
+def test_sizes_by_the_heads_of_the_files(tmp_path):
+    folder, file = write_coco(tmp_path, [1, 2], [])
+    dataset = CocoDataset(folder, file)
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new('RGB', (80, 100)).save(folder / '1.png', exif=exif)
+    dataset.check_pictures([0, 1])
+    Image.new('RGB', (80, 100)).save(folder / '2.png')
+    dataset.check_pictures([0])
+    with pytest.raises(DetectionError, match='2.png has 80 x 100 pixels, and the annotations say 100 x 80'):
+        dataset.check_pictures([0, 1])
 
 
 def test_pictures_of_16_bits(tmp_path):

@@ -81,7 +81,7 @@ def test_publish_and_use(run, tmp_path, hub, owner, capsys, monkeypatch):
     command = shell.splitlines()[-1].split()
     assert command[:2] == ['timm-spa', 'detect']
     assert timm_spa_cli.main(command[1:]) == 0
-    assert sorted(p.name for p in (tmp_path / 'pictures').iterdir()) == ['finds-things.json', 'street.png']
+    assert sorted(p.name for p in (tmp_path / 'pictures').iterdir()) == ['finds-things.json', 'street-boxes.png']
     with pytest.raises(DetectionError, match='org/none cannot be had from http'):
         load_detector('hf-hub:org/none')
 

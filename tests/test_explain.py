@@ -17,6 +17,7 @@ from timm.utils import reparameterize_model
 import timm_spa
 import timm_spa_cli
 from timm_spa.explain import ExplainError, ablate, figures, gate_maps, neutral_gates, scale_weights
+from timm_spa.explain.curves import read_curves
 from timm_spa.predict import load_model
 
 PICTURE = str(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
@@ -60,6 +61,17 @@ def test_fused_nets_have_the_same_gates(name):
     fused = reparameterize_model(model)
     assert scale_weights(fused) == weights
     for (block, gate), (other, same) in zip(expected.items(), gate_maps(fused, x).items(), strict=True):
+        assert block == other
+        torch.testing.assert_close(gate, same, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pyramid_of_one_cell_has_gates_when_fused():
+    torch.manual_seed(0)
+    model = timm.create_model('spa_resnet18', pyramid_sizes=(1,)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = gate_maps(model, x)
+    for (block, gate), (other, same) in zip(
+            expected.items(), gate_maps(reparameterize_model(model), x).items(), strict=True):
         assert block == other
         torch.testing.assert_close(gate, same, rtol=1e-4, atol=1e-5)
 
@@ -135,9 +147,10 @@ def test_ablate():
 
 def test_nothing_to_explain():
     x = torch.randn(1, 3, 64, 64)
-    for name in ('resnet18', 'seresnet18'):
-        with pytest.raises(ExplainError, match='ResNet has no gate of Spatial Pyramid Attention'):
-            gate_maps(timm.create_model(name), x)
+    for name in ('resnet18', 'seresnet18', 'se_preresnet18_cifar'):
+        for model in (timm.create_model(name).eval(), reparameterize_model(timm.create_model(name).eval())):
+            with pytest.raises(ExplainError, match='ResNet has no gate of Spatial Pyramid Attention'):
+                gate_maps(model, x)
     model, _ = make('spa_resnet18')
     with pytest.raises(ExplainError, match="no gated block 'layer9'. There are layer1.0, layer1.1,"):
         gate_maps(model, x, ['layer9'])
@@ -231,6 +244,26 @@ def test_curves_by_command(tmp_path, capsys):
     (bare / 'summary.csv').write_text('epoch,eval_top1\n0,1\n')
     assert explain('curves', bare) == 1
     assert 'summary.csv has no column train_loss' in capsys.readouterr().err
+
+
+def test_curves_of_runs_that_were_trained_otherwise(tmp_path):
+    """Runs that differ in more than names are not averaged, and are told apart by what differs."""
+    def write(name, **args):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'args.yaml').write_text(json.dumps(dict(model='spa_resnet18', workers=len(name), **args)))
+        metrics = 'eval_map,eval_ap50' if 'detector' in args else 'eval_loss,eval_top1'
+        (tmp_path / name / 'summary.csv').write_text(f'epoch,train_loss,{metrics}\n0,1,2,3\n')
+
+    for name, seed, kwargs in (('a', 1, {}), ('b', 2, None), ('c', 1, {})):
+        write(name, seed=seed, model_kwargs=kwargs, lr=0.2 if name == 'c' else 0.1, output=name)
+    found = read_curves([tmp_path / name for name in 'abc'])
+    assert {label: len(runs) for label, runs in found.items()} == {'spa_resnet18 lr=0.1': 2, 'spa_resnet18 lr=0.2': 1}
+    assert list(read_curves([tmp_path / 'a', tmp_path / 'b'])) == ['spa_resnet18']
+    for name, seed, size in (('d', 1, 64), ('e', 2, 64), ('f', 1, 96)):
+        write(name, detector='retinanet', config=dict(min_size=size), settings=dict(seed=seed, lr=0.1))
+    found = read_curves([tmp_path / name for name in 'def'])
+    assert {label: len(runs) for label, runs in found.items()} == {
+        'retinanet spa_resnet18 min_size=64': 2, 'retinanet spa_resnet18 min_size=96': 1}
 
 
 def test_mean_and_band_of_the_curves():

@@ -87,7 +87,7 @@ def test_every_format(to, dynamic, small, tmp_path):
     assert report.difference < EXACT
     assert len({shape[0] for shape in report.shapes}) == (3 if dynamic else 1)
     assert len({shape[2:] for shape in report.shapes}) == (3 if dynamic == 'size' else 1)
-    assert names_in(tmp_path) == sorted({path.name, 'net.json', *(['net.bin'] if to == 'openvino' else [])})
+    assert names_in(tmp_path) == sorted({path.name, f'{path.name}.json', *(['net.bin'] if to == 'openvino' else [])})
     assert report.size == sum(p.stat().st_size for p in tmp_path.iterdir() if p.suffix != '.json')
     run = FORMATS[to].run(path)
     shape = {None: (1, 3, 64, 64), 'batch': (4, 3, 64, 64), 'size': (4, 3, 85, 71)}[dynamic]
@@ -96,7 +96,7 @@ def test_every_format(to, dynamic, small, tmp_path):
     if dynamic is None and to != 'aoti':  # which does not check shapes
         with pytest.raises(Exception, match=r'(?i)shape|dimension|size|expected'):
             run(torch.randn(2, 3, 64, 64))
-    about = json.loads(path.with_suffix('.json').read_text())
+    about = json.loads(path.with_name(f'{path.name}.json').read_text())
     assert about['inputs'] == {'image': {
         None: [1, 3, 64, 64], 'batch': ['batch', 3, 64, 64], 'size': ['batch', 3, 'height', 'width']}[dynamic]}
     if to != 'aoti':  # has the paths of its compiler
@@ -116,7 +116,7 @@ def test_metadata_is_enough_to_classify(tmp_path, image_folder):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = export(model, path, images=image_folder)
     said = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}['timm_spa']
-    assert said == json.loads(path.with_suffix('.json').read_text())
+    assert said == json.loads(path.with_name(f'{path.name}.json').read_text())
     assert said['model'] == SHIPPED_MODEL
     assert (said['form'], said['dtype'], said['format']) == ('fused', 'float32', 'onnx')
     assert said['label_names'] == list(timm.get_pretrained_cfg(SHIPPED_MODEL).label_names)
@@ -141,7 +141,7 @@ def test_built_has_the_norm_layers_that_fused_has_not(tmp_path):
         export(model, path, 'torch-export', fuse=fuse, img_size=64)
         nodes = torch.export.load(path).graph.nodes
         counts[fuse] = sum('batch_norm' in str(node.target) for node in nodes)
-        assert json.loads(path.with_suffix('.json').read_text())['form'] == ('fused' if fuse else 'built')
+        assert json.loads(path.with_name(f'{path.name}.json').read_text())['form'] == ('fused' if fuse else 'built')
     assert counts[True] < counts[False] / 2
 
 
@@ -185,7 +185,7 @@ def test_int8(tmp_path, image_folder, capsys):
     assert f'top-1 {100 * right["before"] / 2:.2f} %' in out
     assert f'Top-1 {100 * right["after"] / 2:.2f} % on 2' in out
     assert path.stat().st_size < 0.4 * 14.6e6
-    assert names_in(tmp_path) == ['images', 'lite.json', 'lite.onnx']
+    assert names_in(tmp_path) == ['images', 'lite.onnx', 'lite.onnx.json']
 
 
 def test_int8_says_that_it_has_no_other_pictures(tmp_path, image_folder):
@@ -214,7 +214,7 @@ def test_arguments_that_make_no_sense(path, options, match, tmp_path):
     assert not names_in(tmp_path)
 
 
-@pytest.mark.parametrize('taken', ['net.onnx', 'net.json'])
+@pytest.mark.parametrize('taken', ['net.onnx', 'net.onnx.json'])
 def test_what_is_there_is_kept(taken, small, tmp_path):
     (tmp_path / taken).write_text('mine')
     with pytest.raises(ExportError, match=f'{taken} is there already; --overwrite'):
@@ -222,8 +222,14 @@ def test_what_is_there_is_kept(taken, small, tmp_path):
     assert names_in(tmp_path) == [taken]
     assert (tmp_path / taken).read_text() == 'mine'
     export(small, tmp_path / 'net.onnx', img_size=32, overwrite=True)
-    assert names_in(tmp_path) == ['net.json', 'net.onnx']
+    assert names_in(tmp_path) == ['net.onnx', 'net.onnx.json']
     assert (tmp_path / taken).read_bytes() != b'mine'
+
+
+def test_files_of_several_kinds_in_one_folder(small, tmp_path):
+    for name, to in (('net.onnx', 'onnx'), ('net.pt2', 'torch-export')):
+        export(small, tmp_path / name, to, img_size=32)
+        assert json.loads((tmp_path / f'{name}.json').read_text())['format'] == to
 
 
 @pytest.mark.parametrize(
@@ -285,7 +291,7 @@ def test_command_line(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith(f'Wrote {out}: fused, float32, ')
     assert 'Largest difference from PyTorch at 2x3x32x32, 1x3x32x32, 3x3x32x32, 2x3x32x32: ' in said
-    about = json.loads((tmp_path / 'net.json').read_text())
+    about = json.loads((tmp_path / 'net.onnx.json').read_text())
     assert about['label_names'] == about['class_names'] == ['ash', 'beech', 'elm']
     assert about['model'] == SMALL
     assert timm_spa_cli.main(arguments) == 1
@@ -304,6 +310,9 @@ def test_a_net_for_grey_pictures(tmp_path):
     report = export(model, tmp_path / 'net.onnx', img_size=64)
     assert report.shapes == [(1, 1, 64, 64)] * 4
     assert report.difference < EXACT
+    about = json.loads((tmp_path / 'net.onnx.json').read_text())
+    assert about['mean'] == pytest.approx([sum(timm.data.IMAGENET_DEFAULT_MEAN) / 3])
+    assert about['std'] == pytest.approx([sum(timm.data.IMAGENET_DEFAULT_STD) / 3])
 
 
 @pytest.mark.slow

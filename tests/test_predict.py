@@ -9,7 +9,7 @@ from PIL import Image
 import timm_spa  # noqa: F401
 import timm_spa_cli
 from timm_spa.hub import CheckpointError
-from timm_spa.predict import PictureError, labelled_batches, load_model, predict
+from timm_spa.predict import ModelError, PictureError, class_names, labelled_batches, load_model, predict
 
 
 @pytest.fixture(scope='module')
@@ -78,6 +78,46 @@ def test_folders_are_the_models_classes(name, kwargs, folders, expected, tmp_pat
     assert count == len(folders)
     assert torch.cat([target for _, target in batches]).tolist() == expected
     assert all(len(model(images)) == len(target) for images, target in batches)
+
+
+def test_a_split_that_is_not_there(tmp_path):
+    model = timm.create_model('mobilenetv2_cifar', num_classes=2)
+    for split in ('train', 'val'):
+        for name in ('cat', 'dog'):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new('RGB', (40, 40)).save(tmp_path / split / name / 'black.png')
+    with pytest.raises(PictureError, match=f"{tmp_path} has no folder 'test', but train, val: choose one by --split"):
+        labelled_batches(model, tmp_path, 'test', 2)
+    for split in ('val', 'validation', 'train'):  # timm knows synonyms
+        assert labelled_batches(model, tmp_path, split, 2)[1] == 2
+    assert labelled_batches(model, tmp_path / 'val', 'test', 2)[1] == 2
+
+
+def test_a_class_with_the_name_of_a_split(tmp_path):
+    for name in ('bus', 'train'):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new('RGB', (40, 40)).save(tmp_path / name / 'black.png')
+    assert labelled_batches(timm.create_model('mobilenetv2_cifar', num_classes=2), tmp_path, 'test', 2)[1] == 2
+
+
+def test_a_checkpoint_whose_classes_have_no_names(tmp_path):
+    for name in ('cat', 'dog'):
+        (tmp_path / 'images' / name).mkdir(parents=True)
+        Image.new('RGB', (40, 40)).save(tmp_path / 'images' / name / 'black.png')
+    torch.save(timm.create_model('mobilenetv2_cifar', num_classes=2).state_dict(), tmp_path / 'w.pth')
+    model = load_model('mobilenetv2_cifar', tmp_path / 'w.pth', 2)
+    assert class_names(model) == [dict(label=None, name='class 0'), dict(label=None, name='class 1')]
+    assert [target.tolist() for _, target in labelled_batches(model, tmp_path / 'images', 'test', 2)[0]] == [[0, 1]]
+    (tmp_path / 'classes.txt').write_text('cow\npig\n')
+    model = load_model('mobilenetv2_cifar', tmp_path / 'w.pth', 2)
+    with pytest.raises(PictureError, match='other classes than the 2 of the model'):
+        labelled_batches(model, tmp_path / 'images', 'test', 2)
+
+
+def test_a_detector_is_no_classifier(tmp_path):
+    (tmp_path / 'config.json').write_text(json.dumps(dict(detector='retinanet', backbone='resnet18', num_classes=3)))
+    with pytest.raises(ModelError, match='names no architecture of timm. Detectors are for `timm-spa detect`'):
+        load_model(f'local-dir:{tmp_path}')
 
 
 def test_folders_of_other_classes(tmp_path):

@@ -11,7 +11,6 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 import timm
 import torch
 import torch.nn as nn
-from timm.data import resolve_model_data_config
 from timm.utils import reparameterize_model
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from ._errors import UsageError
 from ._files import replacing
 from ._shipped import shipped_photographs
 from .export_formats import AXES, FORMATS, INPUT, ExportError, Runner, add_metadata, padded, quantize, told
-from .predict import class_names, labelled_batches, picture_reader
+from .predict import class_names, data_config, labelled_batches, picture_reader
 
 __all__ = ['FORMATS', 'ExportError', 'ExportReport', 'export']
 
@@ -71,8 +70,9 @@ def export(
 ) -> ExportReport:
     """Writes a model for another runtime, runs the file there, and compares it with PyTorch on three inputs or more.
 
-    Beside the file, one with the suffix '.json' has labels, preprocessing and versions. An ONNX file has them in
-    its metadata as well, under 'timm_spa'. A package of AOTInductor is compiled for this machine, whose paths it names.
+    Beside the file, one of the same name with '.json' behind it has labels, preprocessing and versions. An ONNX file
+    has them in its metadata as well, under 'timm_spa'. A package of AOTInductor is compiled for this machine, whose
+    paths it names.
 
     Args:
         model: CNN of timm; it is not changed.
@@ -100,27 +100,27 @@ def export(
     """
     path = Path(path)
     dtype = _checked_dtype(path, to, dynamic, half, int8, images, batch_size, img_size)
-    suffixes = (FORMATS[to].suffix, *FORMATS[to].beside, '.json')
-    targets = {suffix: path.with_suffix(suffix) for suffix in suffixes}
-    for target in targets.values():
+    described = f'{path.name}.json'
+    names = (path.name, *(path.with_suffix(suffix).name for suffix in FORMATS[to].beside), described)
+    for target in map(path.with_name, names):
         if target.exists() and not overwrite:
             raise ExportError(f'{target} is there already; --overwrite replaces it.')
     _import_packages(to)
     net: Any = copy.deepcopy(model).cpu().float().eval()
-    config = resolve_model_data_config(net)
+    config = data_config(net)
     channels = getattr(net, 'in_chans', config['input_size'][0])
     size = (channels, *((img_size, img_size) if img_size else config['input_size'][1:]))
     # picture readers take the size from pretrained_cfg
     net.pretrained_cfg = dict(net.pretrained_cfg, input_size=size)
     about = _describe(net, to, dtype, dynamic, fuse, batch_size)
     with contextlib.ExitStack() as stack, torch.no_grad():
-        partials = {suffix: stack.enter_context(replacing(target)) for suffix, target in targets.items()}
+        partials = {name: stack.enter_context(replacing(path.with_name(name))) for name in names}
         # exporters derive the names of further files from the first one's, which has its final name in this folder
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix='.export-')))
         report = _write_and_check(net, folder / path.name, to, dtype, about, dynamic, fuse, images, split, batch_size)
-        (folder / path.name).with_suffix('.json').write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
-        for suffix, partial in partials.items():
-            (folder / path.name).with_suffix(suffix).replace(partial)
+        (folder / described).write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
+        for name, partial in partials.items():
+            (folder / name).replace(partial)
     return dataclasses.replace(report, path=path)
 
 
@@ -171,7 +171,7 @@ def _describe(
         batch_size: int,
 ) -> Dict[str, Any]:
     """Returns what a user of the file has to know, as JSON has it; nothing in it is of this machine."""
-    config, cfg, classes = resolve_model_data_config(model), model.pretrained_cfg, class_names(model)
+    config, cfg, classes = data_config(model), model.pretrained_cfg, class_names(model)
     shape = [batch_size, *config['input_size']]
     return dict(
         model='.'.join(filter(None, [cfg.get('architecture') or type(model).__name__, cfg.get('tag')])),
@@ -231,7 +231,7 @@ def _write_and_check(
 
 def _inputs(model: Any, dynamic: Optional[str], batch_size: int) -> Iterator[torch.Tensor]:
     """Yields inputs to compare on: random ones, and the shipped photographs at the model's own size."""
-    config = resolve_model_data_config(model)
+    config = data_config(model)
     channels, height, width = config['input_size']
     batches = (2, 1, 3) if dynamic else (batch_size,) * 3
     sizes = [(height, width)] * 3

@@ -26,8 +26,11 @@ from .models.tensors import first_few
 from .training_log import read_classes
 
 __all__ = [
-    'ModelError', 'PictureError', 'Prediction', 'class_names', 'find_class', 'for_inference', 'labelled_batches',
-    'in_eight_bits', 'likeliest_classes', 'load_model', 'on_device', 'picture_reader', 'picture_seen', 'predict']
+    'ModelError', 'PictureError', 'Prediction', 'class_names', 'data_config', 'find_class', 'for_inference',
+    'in_eight_bits', 'labelled_batches', 'likeliest_classes', 'load_model', 'on_device', 'picture_reader',
+    'picture_seen', 'predict']
+
+SPLITS = frozenset(('train', 'training', 'val', 'valid', 'validation', 'test', 'testing', 'eval', 'evaluation'))
 
 
 class ModelError(TimmSpaError, RuntimeError):
@@ -91,7 +94,10 @@ def load_model(
     except TimmSpaError:
         raise
     except Exception as e:  # timm, torch and the Hub each raise their own
-        raise ModelError(f'{name} could not be loaded: {e}') from e
+        cause: Any = e
+        if isinstance(e, KeyError) and e.args == ('architecture',):
+            cause = 'its config.json names no architecture of timm. Detectors are for `timm-spa detect`.'
+        raise ModelError(f'{name} could not be loaded: {cause}') from e
     if checkpoint is None and num_classes not in (None, model.num_classes):
         raise ModelError(
             f'The published weights of {name} have {model.num_classes} classes: the number is for a checkpoint of '
@@ -101,7 +107,7 @@ def load_model(
         # the tag and the names in the configuration are those of other weights' classes
         labels = read_classes(Path(checkpoint).parent)
         if len(labels) != model.num_classes:
-            labels = [f'class {i}' for i in range(model.num_classes)]
+            labels = _numbered(model.num_classes)
         model.pretrained_cfg = dict(
             model.pretrained_cfg, tag=None, label_names=labels, label_descriptions=None)
     return for_inference(model, device) if fuse else on_device(model, device)
@@ -148,15 +154,25 @@ def class_names(model: nn.Module) -> List[Dict[str, Optional[str]]]:
     """
     cfg: Any = model.pretrained_cfg
     count: Any = model.num_classes
-    labels = cfg.get('label_names') or ()
-    if len(labels) == count:
+    labels = _own_labels(model)
+    if labels:
         descriptions = cfg.get('label_descriptions') or {}
         return [dict(label=label, name=descriptions.get(label, label)) for label in labels]
-    if count == 1000:
+    if count == 1000 and not cfg.get('label_names'):
         imagenet = ImageNetInfo()
         return [
             dict(label=imagenet.index_to_label_name(i), name=imagenet.index_to_description(i)) for i in range(count)]
-    return [dict(label=None, name=f'class {i}') for i in range(count)]
+    return [dict(label=None, name=name) for name in _numbered(count)]
+
+
+def _numbered(count: int) -> List[str]:
+    return [f'class {i}' for i in range(count)]
+
+
+def _own_labels(model: Any) -> List[str]:
+    """Returns the labels in a model's configuration, none if they are of another number or only the numbers."""
+    labels = list(model.pretrained_cfg.get('label_names') or ())
+    return labels if len(labels) == model.num_classes and labels != _numbered(len(labels)) else []
 
 
 def find_class(model: nn.Module, label: str) -> int:
@@ -213,9 +229,10 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
-def _data_config(model: nn.Module) -> Dict[str, Any]:
+def data_config(model: nn.Module) -> Dict[str, Any]:
+    """Returns timm's `resolve_model_data_config` of a model, with one mean and deviation for one channel."""
     config = resolve_model_data_config(model)
-    if _mode(model) == 'L':  # one mean and deviation, as timm has for the weights of the first convolution
+    if getattr(model, 'in_chans', 3) == 1:  # as timm sums the weights of the first convolution
         config.update({key: (sum(config[key]) / len(config[key]),) for key in ('mean', 'std')})
     return config
 
@@ -230,7 +247,7 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
         A function of a file, which returns the picture (C, H, W), upright, cropped, resized and normalized. It raises
         PictureError if the file cannot be read.
     """
-    transform: Any = create_transform(**_data_config(model), is_training=False)
+    transform: Any = create_transform(**data_config(model), is_training=False)
     mode = _mode(model)
 
     def read(path: Union[str, Path]) -> torch.Tensor:
@@ -245,7 +262,7 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
 
 def picture_seen(model: nn.Module, pixels: torch.Tensor) -> Image.Image:
     """Returns a picture (C, H, W) that was prepared for a model as it looks: cropped and resized."""
-    config = _data_config(model)
+    config = data_config(model)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     values = ((pixels * std + mean).clamp(0, 1) * 255).round().byte()
     return Image.fromarray(values.permute(1, 2, 0).squeeze(-1).numpy())
@@ -258,14 +275,14 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
         model: A timm model; the names are its labels (`class_names`), or any of the right number if it has none of its
             own.
         images: Image folder, a folder for each class.
-        split: Subfolder of `images`, if there is one of this name.
+        split: Subfolder of `images`, which may be left out where it has no folders of splits at all.
         batch_size: Pictures at a time.
 
     Returns:
         An iterable of pictures (N, C, H, W) and their classes, and the number of pictures.
 
     Raises:
-        PictureError: There is no such folder, or it is of other classes.
+        PictureError: There is no such folder, it is of other classes, or it has other splits only.
     """
     labels = {entry['label']: i for i, entry in enumerate(class_names(model)) if entry['label']}
     kwargs: Any = dict(root=str(images), split=split, input_img_mode=_mode(model))
@@ -277,13 +294,17 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
     except Exception as e:  # timm's folder readers raise several kinds
         cause = str(e) or ('it does not exist.' if not Path(images).exists() else type(e).__name__)
         raise PictureError(f'{images} cannot be read as an image folder: {cause}') from e
+    # where timm does not find the split, it takes the pictures of all others
+    if Path(getattr(dataset.reader, 'root', '')) == Path(images):
+        splits = sorted(p.name for p in Path(images).iterdir() if p.is_dir() and p.name.lower() in SPLITS - found)
+        if splits:
+            raise PictureError(f'{images} has no folder {split!r}, but {", ".join(splits)}: choose one by --split.')
     odd = sorted(found - set(labels))
-    has_own = len(model.pretrained_cfg.get('label_names') or ()) == model.num_classes
-    if odd and (has_own or len(found) != model.num_classes):
+    if odd and (_own_labels(model) or len(found) != model.num_classes):
         raise PictureError(
             f'{images} is of other classes than the {model.num_classes} of the model: {len(found)} folders, '
             f'{first_few(odd)} among them.')
-    config = _data_config(model)
+    config = data_config(model)
     return create_loader(
         dataset, input_size=config['input_size'], batch_size=batch_size, use_prefetcher=False, num_workers=0,
         persistent_workers=False, mean=config['mean'], std=config['std'], interpolation=config['interpolation'],

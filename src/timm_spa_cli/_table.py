@@ -1,4 +1,5 @@
 """Tables of text, and names in them."""
+import itertools
 import re
 from typing import List, Sequence
 
@@ -23,5 +24,15 @@ def print_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()
 
 
 def distinct(names: Sequence[str]) -> List[str]:
-    """Returns names, with their place behind those that are there twice: pictures of one name in several folders."""
-    return [name if names.count(name) == 1 else f'{name}-{i}' for i, name in enumerate(names, start=1)]
+    """Returns names, with their place behind those that are there twice: pictures of one name in several folders.
+
+    If another has that name as well, the next free number is used.
+    """
+    taken = set(names)
+    result = []
+    for i, name in enumerate(names, start=1):
+        if names.count(name) > 1:
+            name = next(f'{name}-{number}' for number in itertools.count(i) if f'{name}-{number}' not in taken)
+            taken.add(name)
+        result.append(name)
+    return result

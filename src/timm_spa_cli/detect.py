@@ -16,6 +16,20 @@ EXAMPLES = (
 )
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f'must be at least 0, got {number}')
+    return number
+
+
+def _above_zero(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f'must be a number above 0, got {text}')
+    return number
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     kinds = parser.add_subparsers(dest='kind', required=True, metavar='WHAT')
@@ -39,19 +53,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start = train.add_mutually_exclusive_group()
     start.add_argument('--pretrained', action='store_true', help="start from the backbone's published weights")
     start.add_argument('--pretrained-path', metavar='FILE', help='start from these weights of it or of its plain net')
-    train.add_argument('--trainable-layers', type=int, default=3, help='stages trained, from the end (default: 3)')
+    train.add_argument('--trainable-layers', type=_count, default=3, help='stages trained, from the end (default: 3)')
     train.add_argument('--epochs', type=positive, default=24, help='default: %(default)s')
-    train.add_argument('--decay-epochs', type=int, nargs='+', metavar='N', help='default: 18 22 of 24')
+    train.add_argument('--decay-epochs', type=_count, nargs='+', metavar='N', help='default: 18 22 of 24')
     train.add_argument('--batch-size', type=positive, default=2, help='pictures a step and process (default: 2)')
-    train.add_argument('--lr', type=float, help="default: the paper's, scaled to the batch")
-    train.add_argument('--warmup-steps', type=int, help='default: 500, but no more than an epoch')
-    train.add_argument('--clip-grad', type=float, metavar='NORM', help='largest norm of the gradient')
+    train.add_argument('--lr', type=_above_zero, help="default: the paper's, scaled to the batch")
+    train.add_argument('--warmup-steps', type=_count, help='default: 500, but no more than an epoch')
+    train.add_argument('--clip-grad', type=_above_zero, metavar='NORM', help='largest norm of the gradient')
     train.add_argument('--mixed-precision', default='no', choices=('no', 'bf16', 'fp16'), help='default: %(default)s')
     train.add_argument('--min-size', type=positive, default=800, help='pixels of the shorter side (default: 800)')
     train.add_argument('--max-size', type=positive, default=1333, help='and at most of the longer (default: 1333)')
     train.add_argument('--output', required=True, metavar='DIR', help='folder of the run')
     train.add_argument('--resume', action='store_true', help='go on with the run in it, if there is one')
-    train.add_argument('--seed', type=int, default=42, help='default: %(default)s')
+    train.add_argument('--seed', type=_count, default=42, help='default: %(default)s')
     evaluate = add('eval', "COCO's twelve figures of a detector")
     evaluate.add_argument('checkpoint', help='folder of the checkpoint, or hf-hub:ORG/NAME')
     evaluate.add_argument('--images', required=True, metavar='DIR', help='folder of the pictures')
@@ -65,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     predict.add_argument('--out', required=True, metavar='DIR', help="for pictures, and JSON in COCO's results format")
     predict.add_argument('--score', type=float, default=0.3, help='least score to draw (default: %(default)s)')
     for kind in (train, evaluate):
-        kind.add_argument('--workers', type=int, default=2, help='processes that read pictures (default: %(default)s)')
+        kind.add_argument(
+            '--workers', type=_count, default=2, help='processes that read pictures (default: %(default)s)')
     for kind in (train, evaluate, predict):
         kind.add_argument(
             '--device', default='auto', choices=('auto', 'cpu', 'cuda'), help='default: a GPU if there is one')
@@ -118,12 +133,16 @@ def _train(args: argparse.Namespace) -> int:
     val_set = CocoDataset(val_images, val_file, categories=train_set.categories)
     _report(train_set.describe(), val_set.describe())
     goes_on = args.resume and (Path(args.output) / STATE).exists()  # with the weights of its own then
-    torch.manual_seed(args.seed)
-    model = create_detector(
-        args.detector, backbone=args.model, num_classes=len(train_set.categories),
+    own: Dict[str, Any] = dict(
+        detector=args.detector, backbone=args.model, num_classes=len(train_set.categories),
         pretrained_backbone=False if goes_on else args.pretrained_path or args.pretrained,
         trainable_layers=args.trainable_layers, min_size=args.min_size, max_size=args.max_size,
-        backbone_kwargs=model_kwargs, **detector_kwargs)
+        backbone_kwargs=model_kwargs)
+    twice = sorted(own.keys() & detector_kwargs.keys())
+    if twice:
+        args.error(f'argument --detector-kwargs: {", ".join(twice)}: set by another option, or by the dataset')
+    torch.manual_seed(args.seed % 2 ** 32)
+    model = create_detector(**own, **detector_kwargs)
     settings = Settings(
         args.epochs, args.batch_size, args.lr, args.decay_epochs and tuple(args.decay_epochs), args.warmup_steps,
         clip_grad=args.clip_grad, mixed_precision=args.mixed_precision, seed=args.seed)
@@ -163,17 +182,25 @@ def _predict(args: argparse.Namespace) -> int:
     from timm_spa.detection.data import read_image
     from timm_spa.detection.draw import draw_detections, side_by_side
     from timm_spa.detection.evaluate import coco_results
+    from timm_spa.detection.models import check_picture_size
 
     device = _device(args)
     titles = _distinct([Path(folder) for folder in args.checkpoint])
     models = {title: load_detector(folder, device) for title, folder in zip(titles, args.checkpoint, strict=True)}
     results: Dict[str, List[Dict[str, Any]]] = {title: [] for title in models}
     out, code = Path(args.out), 0
+    targets = [out / f'{stem}-boxes.png' for stem in distinct([Path(path).stem for path in args.images])]
+    written = {os.path.realpath(target) for target in targets}
+    taken = [path for path in args.images if os.path.realpath(path) in written]
+    if taken:
+        raise DetectionError(f'{taken[0]} would be replaced by a picture with boxes. Name another folder by --out.')
     out.mkdir(parents=True, exist_ok=True)
-    stems = distinct([Path(path).stem for path in args.images])
-    for path, stem in zip(args.images, stems, strict=True):
+    names = [Path(path).name for path in args.images]
+    for path, name, target in zip(args.images, names, targets, strict=True):
         try:
             image = read_image(path)
+            for model in models.values():
+                check_picture_size(model, image.shape[-1], image.shape[-2], path)
         except DetectionError as e:
             print(f'timm-spa: {e}', file=sys.stderr)
             code = 1
@@ -182,12 +209,13 @@ def _predict(args: argparse.Namespace) -> int:
         for title, model in models.items():
             with torch.inference_mode():
                 found = {key: value.cpu() for key, value in model([image.to(device).float() / 255])[0].items()}
-            results[title] += coco_results([found], [Path(path).name], [c['id'] for c in model.categories])
+            image_id = name if names.count(name) == 1 else path
+            results[title] += coco_results([found], [image_id], [c['id'] for c in model.categories])
             panels[title] = draw_detections(image, found, [c['name'] for c in model.categories], args.score)
             shown = int((found['scores'] >= args.score).sum())
             print(f'{path}: {shown} objects{f" by {title}" if len(models) > 1 else ""}')
         picture = side_by_side(panels) if len(panels) > 1 else next(iter(panels.values()))
-        with replacing(out / f'{stem}.png') as partial:
+        with replacing(target) as partial:
             picture.save(partial, format='png')
     for title, found_by in results.items():
         with replacing(out / f'{title}.json') as partial:

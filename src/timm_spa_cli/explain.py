@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scales.add_argument('--model', dest='models', action='append', metavar='MODEL', help='can be given again')
     ablate = add('ablate', 'accuracy without the gates of each block, and without any')
     ablate.add_argument('--images', required=True, metavar='DIR', help='image folder, a folder for each class')
-    ablate.add_argument('--split', default='test', help='subfolder of it, if it is there (default: %(default)s)')
+    ablate.add_argument('--split', default='test', help='subfolder of it, if it has any (default: %(default)s)')
     ablate.add_argument('--batch-size', type=positive, default=64, help='pictures at a time (default: %(default)s)')
     curves = add('curves', "losses and accuracy of training runs, the paper's figures 3 and 4")
     curves.add_argument(
@@ -88,7 +88,8 @@ def _cam(args: argparse.Namespace) -> int:
     from timm_spa.explain import cam
     from timm_spa.predict import class_names, find_class, load_model, picture_reader, picture_seen
 
-    models = {args.model or SHIPPED_MODEL: load_named(args, args.model, args.device)}
+    # by its file, so that the published weights of the same model can stand beside it
+    models = {args.checkpoint or args.model or SHIPPED_MODEL: load_named(args, args.model, args.device)}
     models.update({name: load_model(name, device=args.device) for name in args.compare})
     drawn: Dict[str, List[Any]] = {}
     printed: List[Dict[str, Any]] = []

@@ -13,15 +13,13 @@ from ..hub.checkpoint import CheckpointError, check_weights, read_checkpoint
 from ..hub.config_file import NOT_OF_A_MODEL
 from ..models._hub_file import endpoint, without_password
 from .backbone import DetectionError
-from .models import create_detector
+from .models import check_limits, create_detector
 
 __all__ = ['CONFIG', 'WEIGHTS', 'is_detector', 'load_detector', 'save_detector']
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 HUB = 'hf-hub:'
-# limits on what an untrusted file may ask for, since more would fill the memory
-LARGEST = dict(num_classes=100_000, trainable_layers=5, min_size=4096, max_size=8192)
 
 
 def save_detector(model: Any, folder: Union[str, Path], categories: Sequence[Dict[str, Any]]) -> None:
@@ -89,10 +87,7 @@ def load_detector(source: Union[str, Path], device: Union[str, torch.device] = '
         raise DetectionError(f'{folder / CONFIG} has {", ".join(sorted(asked))}, which a checkpoint cannot ask for.')
     if not named:
         raise DetectionError(f'{folder / CONFIG} does not describe a detector of this package.')
-    for key, largest in LARGEST.items():
-        value = fields.get(key, 1)
-        if not isinstance(value, int) or not 0 <= value <= largest:
-            raise DetectionError(f'{folder / CONFIG}: {key} is a number up to {largest}, and not {value!r}.')
+    check_limits(fields, folder / CONFIG)
     if len(categories) != fields['num_classes']:
         raise DetectionError(f'{folder / CONFIG} has {len(categories)} categories for {fields["num_classes"]} classes.')
     model = create_detector(**fields, pretrained_backbone=False)

@@ -19,8 +19,9 @@ picture or category that the file does not have, a picture of another size than 
 import json
 import math
 import os
+import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from PIL import Image, ImageOps
@@ -31,7 +32,7 @@ from ..models.tensors import first_few
 from ..predict import in_eight_bits
 from .backbone import DetectionError
 
-__all__ = ['CocoDataset', 'collate', 'find_dataset', 'read_image']
+__all__ = ['CocoDataset', 'collate', 'find_dataset', 'read_batches', 'read_image']
 
 SMALLEST_SIDE = 0.01  # pixels: less may be nothing once an image is resized in float32
 SPLITS = {'train': ('train',), 'val': ('val', 'valid', 'validation')}
@@ -107,7 +108,7 @@ class CocoDataset(Dataset):
         content = _read_json(self.source)
         try:
             self._read(content, categories)
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
             if isinstance(e, DetectionError):
                 raise
             lacks = f'an entry lacks {e}' if isinstance(e, KeyError) else str(e)
@@ -136,12 +137,15 @@ class CocoDataset(Dataset):
         self.image_ids = [image['id'] for image in content['images']]
         self._refuse_twice(self.image_ids, 'image id')
         self.file_names = [str(image['file_name']) for image in content['images']]
-        self.sizes = [(int(image['width']), int(image['height'])) for image in content['images']]
+        self.sizes = [(self._side(image, 'width'), self._side(image, 'height')) for image in content['images']]
         self.annotations: List[List[Dict[str, Any]]] = [[] for _ in self.image_ids]
         places = {image_id: place for place, image_id in enumerate(self.image_ids)}
         self._refuse_twice([a['id'] for a in content['annotations'] if 'id' in a], 'annotation id')
         for a in content['annotations']:
             named = f'{self.source}: annotation {a.get("id", a)}'
+            lacking = [key for key in ('image_id', 'category_id', 'bbox') if key not in a]
+            if lacking:
+                raise DetectionError(f'{named} has no {lacking[0]}.')
             if a['image_id'] not in places:
                 raise DetectionError(f'{named} is of an image {a["image_id"]!r}, which the file does not have.')
             if a['category_id'] not in labels:
@@ -150,10 +154,12 @@ class CocoDataset(Dataset):
             box = self._clipped(a['bbox'], self.sizes[place], named)
             if box is None:
                 continue
-            crowd = int(a.get('iscrowd') or 0)
+            crowd = int(_number(a.get('iscrowd') or 0, f'{named} has the iscrowd') != 0)
             self.counts['crowds'] += crowd
+            area = _number(a.get('area') or 0, f'{named} has the area')
             self.annotations[place].append(dict(
-                bbox=box, label=labels[a['category_id']], iscrowd=crowd, area=a.get('area') or box[2] * box[3]))
+                bbox=box, label=labels[a['category_id']], iscrowd=crowd,
+                area=area if 0 < area < math.inf else box[2] * box[3]))
         self.counts['empty'] = sum(not of_image for of_image in self.annotations)
 
     def _refuse_twice(self, ids: Sequence[Any], what: str) -> None:
@@ -163,9 +169,17 @@ class CocoDataset(Dataset):
                 raise DetectionError(f'{self.source} has the {what} {one!r} twice.')
             seen.add(one)
 
+    def _side(self, image: Dict[str, Any], key: str) -> int:
+        said = f'{self.source}: image {image["id"]!r} has the {key}'
+        value = _number(image.get(key), said)
+        if value < 1 or not value.is_integer():
+            raise DetectionError(f'{said} {image[key]!r}, which is no number of pixels.')
+        return int(value)
+
     def _clipped(self, box: Any, size: Tuple[int, int], named: str) -> Optional[List[float]]:
         """Returns a box inside the picture, None if nothing is left of it."""
-        if len(box) != 4 or not all(math.isfinite(value) for value in box):
+        if not isinstance(box, list) or len(box) != 4 or not all(
+                isinstance(value, (int, float)) and abs(value) <= sys.float_info.max for value in box):
             raise DetectionError(f'{named} has a bbox that is not four numbers: {box!r}.')
         left, top, width, height = map(float, box)
         x0, x1 = (min(max(x, 0.), size[0]) for x in (left, left + width))
@@ -193,6 +207,25 @@ class CocoDataset(Dataset):
         """Chooses the draws of an epoch: they do not depend on earlier ones, nor on the number of workers."""
         self.epoch = epoch
 
+    def check_pictures(self, places: Iterable[int]) -> None:
+        """Compares the sizes in the heads of picture files with those of the annotations; nothing is decoded.
+
+        Args:
+            places: Places of the pictures in the dataset.
+
+        Raises:
+            DetectionError: A picture cannot be opened, or has another size.
+        """
+        for place in places:
+            path = self.folder / self.file_names[place]
+            try:
+                with Image.open(path) as image:
+                    fits = image.size == self.sizes[place]
+            except Exception:  # decoders raise all kinds of exceptions for a broken file
+                fits = False
+            if not fits:
+                read_image(path, self.sizes[place])  # says what is wrong with it, unless it is rotated
+
     def __len__(self) -> int:
         return len(self.image_ids)
 
@@ -217,6 +250,21 @@ def collate(examples: Sequence[Example]) -> Tuple[List[torch.Tensor], List[Dict[
     """Makes a batch as detectors take it: a list of pictures, and a list of what is in them."""
     images, targets = zip(*examples, strict=True)
     return list(images), list(targets)
+
+
+def read_batches(loader: Any) -> Iterator[Any]:
+    """Yields the batches of a DataLoader; an error of a worker has its own message, without the worker's traceback."""
+    try:
+        yield from loader
+    except DetectionError as e:
+        raise DetectionError(str(e).rpartition('DetectionError: ')[2].strip()) from e
+
+
+def _number(value: Any, said: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise DetectionError(f'{said} {value!r}, which is no number.') from None
 
 
 def find_dataset(folder: Union[str, Path], split: str) -> Tuple[Path, Path]:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from .backbone import DetectionError
-from .data import CocoDataset, collate
+from .data import CocoDataset, collate, read_batches
 
 __all__ = ['FIGURES', 'coco_figures', 'coco_results', 'detect']
 
@@ -44,7 +44,7 @@ def detect(
     loader = DataLoader(Subset(dataset, places), batch_size, num_workers=workers, collate_fn=collate)
     found: List[Detection] = []
     with torch.inference_mode():
-        for images, _ in loader:
+        for images, _ in read_batches(loader):
             found += [
                 {key: value.cpu() for key, value in of_image.items()}
                 for of_image in model([image.to(device) for image in images])]

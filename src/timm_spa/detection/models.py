@@ -23,13 +23,16 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from .backbone import Backbone, DetectionError, create_body, image_statistics
 from .cascade import CascadeRoIHeads
 
-__all__ = ['DETECTORS', 'DetectionError', 'cascade_rcnn', 'create_detector', 'retinanet']
+__all__ = [
+    'DETECTORS', 'DetectionError', 'cascade_rcnn', 'check_limits', 'check_picture_size', 'create_detector', 'retinanet']
 
 RETINANET_STRIDES = (8, 16, 32)
 CASCADE_STRIDES = (4, 8, 16, 32)
 ANCHORS_PER_PLACE = 9  # three octaves by three ratios, torchvision's default for RetinaNet
 RPN_SIZES = (32, 64, 128, 256, 512)  # pixels, of the anchors of each level
 RATIOS = (0.5, 1., 2.)
+# limits on what an untrusted checkpoint may ask for, since more would fill the memory; and so on what is trained
+LARGEST = dict(num_classes=100_000, trainable_layers=5, min_size=4096, max_size=8192)
 
 
 class _RetinaNetHead(RetinaNetHead):
@@ -161,6 +164,24 @@ def create_detector(detector: str, **kwargs: Any) -> Any:
         raise DetectionError(f'{detector} cannot be made of these arguments: {e}') from e
 
 
+def check_limits(config: Dict[str, Any], of: Union[str, Path]) -> None:
+    """Raises a DetectionError, with `of` in front, if an argument of a detector is no number up to its limit."""
+    for key, largest in LARGEST.items():
+        value = config.get(key, 1)
+        if not isinstance(value, int) or not 0 <= value <= largest:
+            raise DetectionError(f'{of}: {key} is a number up to {largest}, and not {value!r}.')
+
+
+def check_picture_size(model: Any, width: int, height: int, of: Union[str, Path]) -> None:
+    """Raises a DetectionError, with `of` in front, if a picture would lose a whole side where it is resized."""
+    smallest, largest = model.transform.min_size[-1], model.transform.max_size
+    scale = min(smallest / min(width, height), largest / max(width, height))
+    if int(min(width, height) * scale) < 1:
+        raise DetectionError(
+            f'{of}: {width} x {height} pixels are too narrow for this detector. It resizes the longer side to '
+            f'{largest} pixels, which leaves nothing of the shorter one.')
+
+
 def _backbone(
         config: Dict[str, Any],
         pretrained: Union[bool, str, Path],
@@ -168,9 +189,18 @@ def _backbone(
         p6p7: bool = False,
 ) -> Tuple[Backbone, List[float], List[float]]:
     """Creates the backbone that a detector's arguments name; returns it with mean and deviation of its images."""
+    check_limits(config, config['detector'])
+    channels = config['backbone_kwargs'].get('in_chans', 3)
+    if channels != 3:
+        raise DetectionError(f'Detectors take pictures of 3 channels, and in_chans is {channels!r}.')
     body = create_body(config['backbone'], pretrained, **config['backbone_kwargs'])
     mean, std = image_statistics(body, config['backbone'])
     return Backbone(body, strides, config['trainable_layers'], p6p7), mean, std
+
+
+def _check_pictures(model: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
+    for image in args[0] if args else kwargs['images']:
+        check_picture_size(model, image.shape[-1], image.shape[-2], 'A picture')
 
 
 def _finished(model: Any, config: Dict[str, Any]) -> Any:
@@ -178,4 +208,5 @@ def _finished(model: Any, config: Dict[str, Any]) -> Any:
     transform = model.transform
     model.detector_config = dict(config, image_mean=list(transform.image_mean), image_std=list(transform.image_std))
     model.categories = None  # of a checkpoint: id and name of each class
+    model.register_forward_pre_hook(_check_pictures, with_kwargs=True)
     return model

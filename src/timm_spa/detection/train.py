@@ -27,8 +27,9 @@ from ..train_guard import TrainingError
 from ..training_log import write_summary
 from .backbone import DetectionError
 from .checkpoint import save_detector
-from .data import CocoDataset, collate
+from .data import CocoDataset, collate, read_batches
 from .evaluate import check_evaluable, coco_figures, detect
+from .models import check_picture_size
 
 __all__ = ['BASE_RATES', 'Settings', 'learning_rate', 'train']
 
@@ -74,6 +75,8 @@ class Settings:
 
     def completed(self, detector: str, pictures: int, processes: int) -> 'Settings':
         """Fills in what depends on detector, dataset and number of processes."""
+        if not 0 <= self.seed < 2 ** 32:
+            raise DetectionError(f'The seed is a number from 0 to {2 ** 32 - 1}, got {self.seed}.')
         if self.epochs < 1 or self.batch_size < 1:
             raise DetectionError(f'epochs and batch_size start at 1, got {self.epochs} and {self.batch_size}.')
         rate = BASE_RATES[detector] * self.batch_size * processes / BASE_BATCH
@@ -134,21 +137,26 @@ def train(
         and the learning rate of the last step.
 
     Raises:
-        DetectionError: Model and datasets do not fit each other, the run in `output` is another, or there is one and
-            `resume` is not set.
-        TrainingError: The loss is no number any more.
+        DetectionError: Model and datasets do not fit each other, a picture cannot be opened or has another size than
+            its dataset says, the run in `output` is another, or there is one and `resume` is not set.
+        TrainingError: The loss or the weights are not finite any more.
         WriteError: A file cannot be written.
     """
     try:
         from accelerate.accelerator import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import gather_object, set_seed
     except ImportError as e:
         raise DetectionError('Training needs accelerate: pip install "timm_spa[detection]".') from e
     settings, output = settings or Settings(), Path(output)
-    accelerator = Accelerator(cpu=cpu, mixed_precision=settings.mixed_precision)
+    try:
+        accelerator = Accelerator(cpu=cpu, mixed_precision=settings.mixed_precision)
+    except ValueError:  # a notebook that has trained otherwise before: there is no public way to begin anew
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=cpu, mixed_precision=settings.mixed_precision)
     world, rank = accelerator.num_processes, accelerator.process_index
     settings = settings.completed(model.detector_config['detector'], len(train_set), world)
-    _check_fit(model, train_set, val_set)
+    _check_fit(model, train_set, val_set, rank, world)
     train_set.flip, train_set.seed = settings.flip, settings.seed
     config = model.detector_config
     described = dict(
@@ -180,7 +188,7 @@ def train(
 
     for epoch in range(len(rows), settings.epochs):
         # every epoch draws its own numbers, and so does the first one after a resume
-        set_seed((settings.seed * 10_007 + epoch) * world + rank)
+        set_seed(((settings.seed * 10_007 + epoch) * world + rank) % 2 ** 32)
         train_set.set_epoch(epoch)
         order = _order(len(train_set), settings.seed, epoch, world)[rank::world]
         loader = DataLoader(
@@ -188,7 +196,7 @@ def train(
             pin_memory=accelerator.device.type == 'cuda')
         wrapped.train()
         total = torch.zeros(2, dtype=torch.float64)
-        for number, (images, targets) in enumerate(loader):
+        for number, (images, targets) in enumerate(read_batches(loader)):
             rate = learning_rate(settings, epoch, epoch * len(loader) + number)
             for group in optimizer.param_groups:
                 group['lr'] = rate
@@ -211,6 +219,7 @@ def train(
             show(f'epoch {epoch}: step {number + 1} of {len(loader)}, loss {total[0] / total[1]:.4f}')
         if world > 1:  # each process has counted its own pictures into the statistics of the gates
             distribute_bn(model, world, reduce=True)
+        _check_finite(model, epoch, output)
         show(f'epoch {epoch}: evaluation')
         found = detect(model, val_set, settings.batch_size, workers, range(rank, len(val_set), world))
         gathered: List[Any] = gather_object(list(found.items()))
@@ -235,7 +244,7 @@ def train(
     return rows
 
 
-def _check_fit(model: Any, train_set: CocoDataset, val_set: CocoDataset) -> None:
+def _check_fit(model: Any, train_set: CocoDataset, val_set: CocoDataset, rank: int, world: int) -> None:
     classes = model.detector_config['num_classes']
     names = [[c['name'] for c in dataset.categories] for dataset in (train_set, val_set)]
     if len(names[0]) != classes:
@@ -246,6 +255,20 @@ def _check_fit(model: Any, train_set: CocoDataset, val_set: CocoDataset) -> None
             'CocoDataset(..., categories=train_set.categories).')
     for dataset in (train_set, val_set):
         check_evaluable(dataset)
+        places = range(rank, len(dataset), world)
+        for place in places:
+            check_picture_size(model, *dataset.sizes[place], dataset.folder / dataset.file_names[place])
+        dataset.check_pictures(places)
+
+
+def _check_finite(model: Any, epoch: int, output: Path) -> None:
+    bad = [
+        name for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise TrainingError(
+            f'Epoch {epoch} is not saved: {len(bad)} tensors of the detector are not finite any more, {bad[0]} first. '
+            f'Checkpoints in {output} are those of earlier epochs. Train with a lower lr, or with clip_grad.')
 
 
 def _order(count: int, seed: int, epoch: int, world: int) -> List[int]:

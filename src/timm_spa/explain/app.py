@@ -1,4 +1,5 @@
 """The page of `timm-spa app` and of the Hub's Space: drop a picture and see what a net makes of it. Needs Gradio."""
+import collections
 import functools
 import os
 import tempfile
@@ -57,7 +58,11 @@ def look(model: torch.nn.Module, picture: Union[str, Path]) -> Tuple[Dict[str, f
     """
     pixels = picture_reader(model)(picture)
     x, seen = pixels.unsqueeze(0), picture_seen(model, pixels)
-    classes = {str(c['name']): c['probability'] for c in likeliest_classes(model, pixels, class_names(model), TOP)}
+    names = class_names(model)
+    times = collections.Counter(c['name'] for c in names)  # ImageNet has two classes 'crane', and two 'maillot'
+    classes = {
+        f'{c["name"]} (class {c["index"]})' if times[c['name']] > 1 else str(c['name']): c['probability']
+        for c in likeliest_classes(model, pixels, names, TOP)}
     found = cam(model, x)
     drawn = figures.as_image(figures.draw_cams({'': [(seen, found.maps[0], next(iter(classes)))]}))
     try:

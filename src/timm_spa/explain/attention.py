@@ -50,9 +50,7 @@ def _gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Dict[str
     refuse_compiled(model)
     found: Dict[str, Any] = {}
     for name, module in model.named_modules():
-        # the fused form of squeeze-and-excitation has the one size 1
-        is_fused = isinstance(module, FusedBranch) and module.pyramid_sizes != [1]
-        if isinstance(module, SpatialPyramidAttention) or is_fused:
+        if isinstance(module, SpatialPyramidAttention) or isinstance(module, FusedBranch) and module.is_pyramid:
             found[block_of(name)] = module
     if not found:
         raise ExplainError(f'{type(model).__name__} has no gate of Spatial Pyramid Attention.')

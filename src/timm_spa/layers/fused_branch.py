@@ -79,7 +79,8 @@ class FusedBranch(nn.Module):
         self.reads = 'input' if attn.reads_block_input else 'output'
         self.matcher = merge_norms([getattr(attn, 'matcher', nn.Identity())])
         gate: Any = attn.layer if isinstance(attn, SelfGate) else attn
-        if type(gate) is SpatialPyramidAttention:  # a subclass may compute something else
+        self.is_pyramid = type(gate) is SpatialPyramidAttention  # a subclass may compute something else
+        if self.is_pyramid:
             self.pyramid_sizes: List[int] = gate.pyramid_sizes
             weight, fc1 = gate.pyramid_weight.detach().clone(), _only_conv([gate.fc1, gate.bn])
         elif type(gate) in (SqueezeExcite, SEModule) and not getattr(gate, 'add_maxpool', False):
