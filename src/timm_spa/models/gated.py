@@ -6,6 +6,7 @@ where the gate goes; a bare norm layer becomes one of these, with an activation 
 there when timm converts them to synchronized or frozen ones. A convolution becomes one of the same class with a gate.
 timm's names of parameters stay. Those of a gate have `.attn.` in them, as 'layer1.0.bn3.drop.attn.fc1.weight'.
 """
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -35,8 +36,8 @@ from timm.models import (
     load_pretrained,
     load_state_dict,
     register_model,
-    resolve_pretrained_cfg,
 )
+from timm.models._builder import pretrained_cfg_for_features
 from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
 
@@ -44,7 +45,7 @@ from ._block_types import BLOCK_TYPES, default_places, place_in_block
 from ._entrypoints import list_models
 from ._gated_net import adopt
 from ._gates import GATES, create_gate
-from ._pretrained import WEIGHTS_FILENAME, check_fit, locate, warm_cfg
+from ._pretrained import WEIGHTS_FILENAME, attached_cfg, check_fit, locate, warm_cfg
 from ._warm_start import gate_weights, gated_modules, neutral_factors
 from .names import check_model_name, did_you_mean
 
@@ -332,23 +333,15 @@ def create_gated(
     """
     if not isinstance(base, str) or ':' in base:  # an address, which a config.json from anywhere could have
         raise RuntimeError(f'The base of {variant} is the name of a model of timm, and not {base!r}.')
-    name, _, tag = base.partition('.')
+    name = base.partition('.')[0]
     check_model_name(name, RuntimeError, f'The base of {variant} is unknown. ')
-    if isinstance(pretrained_cfg, str):
-        wanted = pretrained_cfg.removeprefix('warm_')
-        if wanted != (tag or wanted):
-            raise ValueError(f'{variant}.{pretrained_cfg} is not of base={base!r}. Give the tag with base.')
-        base, tag = f'{name}.{wanted}', wanted
     kwargs.pop('pretrained_model_args', None)  # the published arguments, which are those given here
-    # timm's scripts may pass the registered configuration of this name, which knows nothing of base
-    own = pretrained_cfg if _source(pretrained_cfg) else None
-    cfg = resolve_pretrained_cfg(name, own or tag or None, pretrained_cfg_overlay)
-    if own:
-        kwargs = dict(dict(num_classes=cfg.num_classes, in_chans=cfg.input_size[0]), **kwargs)
+    cfg = attached_cfg(variant, base, pretrained_cfg, pretrained_cfg_overlay)
     attach = partial(add_attention, gate=gate, where=where, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio)
-    create = partial(timm.create_model, base, cache_dir=cache_dir, **kwargs)
+    create = partial(timm.create_model, name, pretrained_cfg=cfg.to_dict(), cache_dir=cache_dir, **kwargs)
     located = locate(cfg, cache_dir) if pretrained and not cfg.custom_load else None
     source = located or cfg.file or cfg.state_dict
+    features_only = kwargs.get('features_only', False)
     model: Any
     if not pretrained or not source:
         model = attach(create(pretrained=pretrained), neutral=pretrained if neutral is None else neutral)
@@ -358,21 +351,15 @@ def create_gated(
         state = source if isinstance(source, dict) else load_state_dict(path)
         if _has_gates(state, model):
             weights = str(located or cfg.file or 'The given state dict')
-            _load(model, variant, state, cfg, weights, kwargs.get('features_only', False), kwargs.get('in_chans', 3))
+            _load(model, variant, state, cfg, weights, features_only, kwargs.get('in_chans', cfg.input_size[0]))
         else:
-            overlay = dict(pretrained_cfg_overlay or {}, state_dict=state, file='', source='')
-            model = create(pretrained=True, pretrained_cfg_overlay=overlay)
+            model = create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, file='', source=''))
             # weights with a gate that has no parameters look like those of the plain net
-            attach(model, neutral=not (own and gate == 'ge') if neutral is None else neutral)
-    fields = {**model.pretrained_cfg, **(cfg.to_dict() if own else {}), **(pretrained_cfg_overlay or {})}
-    model.pretrained_cfg = {**fields, 'architecture': variant}
-    model.pretrained_cfg.pop('state_dict', None)
+            attach(model, neutral=not (cfg.source and gate == 'ge') if neutral is None else neutral)
+    fields = dataclasses.replace(cfg, state_dict=None).to_dict()
+    model.pretrained_cfg = pretrained_cfg_for_features(fields) if features_only else fields
     model.default_cfg = model.pretrained_cfg
     return model
-
-
-def _source(cfg: Any) -> Any:
-    return cfg.get('source') if isinstance(cfg, dict) else getattr(cfg, 'source', None)
 
 
 def _flat(name: str) -> str:
