@@ -236,6 +236,12 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
             raise ValueError(f'{name} is a {kind} that is fused already or has an attention of its own.')
         if not name and not isinstance(module, RepVggBlock):
             raise ValueError(f'The model is a single {kind}, which can not be replaced in itself.')
+        for ancestor in (name[:i] for i, character in enumerate(name) if character == '.'):
+            if any(hasattr(modules[ancestor], method) for method in ('fuse', 'reparameterize', 'switch_to_deploy')):
+                remedy = 'the block itself' if isinstance(modules[ancestor], RepVggBlock) else 'a module outside of it'
+                raise ValueError(
+                    f'{name} is inside of {ancestor}, a {type(modules[ancestor]).__name__}, which timm fuses for '
+                    f'inference: its gate would be lost then. Name {remedy}.')
         if uses[id(module)] > 1 or any(tensors[id(p)] > 1 for p in module.parameters(recurse=False)):
             raise ValueError(f'{name} is used in more than one place of the model, or shares its weights.')
         if neutral and not _linear_parameters(module):
