@@ -262,6 +262,16 @@ class TestTools:
         assert sync.state_dict().keys() == model.state_dict().keys()
         assert len(list(gated_modules(sync))) == NETS[name]
 
+    def test_frozen_in_training(self, name):
+        """The remedy that the documentation names: timm's freezing leaves the statistics of the gates live."""
+        model = freeze_batch_norm_2d(trained(name))
+        for module in list(model.modules()):
+            if isinstance(module, timm_spa.models.GateSlot):
+                freeze_batch_norm_2d(module)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        model.train()(IMAGES)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
     def test_fuse(self, name):
         model = trained(name)
         self.check(timm.utils.reparameterize_model(copy.deepcopy(model)), model, 1e-3)

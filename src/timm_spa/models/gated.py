@@ -5,6 +5,10 @@ scale, stochastic depth and the activation. timm's layers of norm and activation
 where the gate goes; a bare norm layer becomes one of these, with an activation that does nothing. They keep what is
 there when timm converts them to synchronized or frozen ones. A convolution becomes one of the same class with a gate.
 timm's names of parameters stay. Those of a gate have `.attn.` in them, as 'layer1.0.bn3.drop.attn.fc1.weight'.
+
+Two things do not work with timm's layers of norm and activation: torch's own conversion to synchronized ones drops what
+is in `drop`, so that it takes timm's, `timm.layers.convert_sync_batchnorm`; and timm's freezing does not look into it,
+so that `freeze_batch_norm_2d` has to be called on every `GateSlot` too.
 """
 import dataclasses
 import os
