@@ -178,6 +178,15 @@ def test_model_arguments(name):
         timm.create_model(name, gate='sap')
 
 
+@pytest.mark.parametrize(('name', 'kwargs', 'message'), [
+    ('spa_resnet18', dict(block_args=dict(attn_layer='se')), "no attn_layer, got 'se'. Choose attention with gate="),
+    ('spa_preresnet18_cifar', dict(block_args=dict(attn_layer='se')), 'do not support attn_layer'),
+])
+def test_arguments_that_are_refused(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, device='meta', **kwargs)
+
+
 @pytest.mark.parametrize('name', ALSO_SLOW)
 def test_features_and_their_reduction(name):
     """The reduction of a feature map is the image over the map, also for the nets whose stem keeps the resolution."""
