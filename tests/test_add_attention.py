@@ -11,6 +11,7 @@ from marks import slow_unless
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
+from torch.distributed.fsdp import fully_shard
 
 import timm_spa
 from timm_spa.layers import SpatialPyramidAttention
@@ -183,6 +184,22 @@ def test_errors_leave_the_model_as_it_was(model, kwargs, message):
         timm_spa.add_attention(model, **kwargs)
     assert [type(module) for module in model.modules()] == kinds
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('wrap', ['DistributedDataParallel', 'fully_shard'])
+def test_refuses_a_model_wrapped_for_several_processes(wrap):
+    """The gradients of its gates would differ from process to process."""
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = timm.create_model('resnet18')
+        if wrap == 'fully_shard':
+            model = fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh('cpu', (1,)))
+        else:
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(ValueError, match='Add attention before (DistributedDataParallel|FSDPModule)'):
+            timm_spa.add_attention(model)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_norm_layer_without_affine_parameters_is_named():

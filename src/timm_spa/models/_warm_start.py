@@ -50,8 +50,8 @@ def neutral_factors(model: nn.Module) -> Dict[str, float]:
         act = getattr(module, getattr(module, 'gated_activation', ''), None)
         if act is not None and not isinstance(act, _COMMUTE_WITH_DOUBLING):
             raise ValueError(
-                f'No weights make {name}.attn neutral behind a {type(act).__name__}, which does not commute with doubling. '
-                'Use ReLU, LeakyReLU or PReLU as act_layer, or train from scratch.')
+                f'No weights make {name}.attn neutral behind a {type(act).__name__}, which does not commute with '
+                'doubling. Use ReLU, LeakyReLU or PReLU as act_layer, or train from scratch.')
         factors.update({f'{prefix}.{key}': 2. ** gate.doublings for key in module.gated_parameters})
         factors.update({f'{prefix}.{key}': .5 ** gate.doublings for key in getattr(module, 'inverse_parameters', ())})
         factors.update({f'{name}.attn.{key}': 0. for key in gate.zeros})

@@ -14,7 +14,6 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -45,13 +44,13 @@ from timm.models._builder import pretrained_cfg_for_features
 from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
 
-from ._block_types import BLOCK_TYPES, default_places, place_in_block
+from ._block_types import BLOCK_TYPES, default_places, named_places
 from ._entrypoints import list_models
 from ._gated_net import adopt
 from ._gates import GATES, create_gate
 from ._pretrained import WEIGHTS_FILENAME, attached_cfg, check_fit, locate, warm_cfg
 from ._warm_start import gate_weights, gated_modules, neutral_factors
-from .names import check_model_name, did_you_mean
+from .names import check_model_name
 
 __all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'create_gated', 'gated']
 
@@ -131,6 +130,8 @@ NORMS: Dict[type, Callable[[Any], nn.Module]] = {
     GroupNorm1: lambda norm: GroupNorm1Act(norm.num_channels, apply_act=False),
     LayerNorm2d: lambda norm: LayerNormAct2d(norm.normalized_shape[0], apply_act=False),
 }
+# they list the parameters to synchronize when they are made
+WRAPPERS = ('DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule')
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)
 NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAct, GroupNorm1Act, LayerNormAct2d)
 
@@ -163,13 +164,17 @@ def add_attention(
 
     Raises:
         ValueError: The gate is unknown, reads the block's input or can't be neutral; the model has no block of a type
-            that is known, or has gates; or a module named can't be gated. The model is as it was then.
+            that is known, has gates, or is wrapped for distributed training; or a module named can't be gated. The
+            model is as it was then.
     """
     _check_gate(gate, neutral)
     if gate == 'none':
         return model
     modules = dict(model.named_modules())
-    names = list(default_places(model)) if where is None else _named_places(modules, where)
+    kinds = {kind.__name__ for module in modules.values() for kind in type(module).__mro__}
+    for wrapper in kinds.intersection(WRAPPERS):
+        raise ValueError(f'Add attention before {wrapper}, which does not know parameters that are added later.')
+    names = list(default_places(model)) if where is None else named_places(modules, where)
     if next(gated_modules(model), None) is not None:
         raise ValueError(f'{type(model).__name__} has gates already. Add attention to the plain network.')
     if not names:
@@ -208,19 +213,6 @@ def _check_gate(gate: str, neutral: bool) -> None:
             f'{", ".join(list_models(f"{gate}_*"))}.')
     if neutral and GATES[gate].doublings is None:
         raise ValueError(f'No weights make the gate {gate!r} neutral: it has none. Use neutral=False.')
-
-
-def _named_places(modules: Dict[str, nn.Module], where: Any) -> List[str]:
-    names: List[str] = []
-    for pattern in (where,) if isinstance(where, (str, re.Pattern)) else where:
-        found = [
-            name for name in modules
-            if (fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.fullmatch(name))]
-        if not found:
-            text = pattern if isinstance(pattern, str) else pattern.pattern
-            raise ValueError(f'The model has no module {text!r}.{did_you_mean(text, modules)}')
-        names += [place_in_block(name, modules[name]) or name for name in found]
-    return list(dict.fromkeys(names))
 
 
 def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[str], neutral: bool) -> None:
