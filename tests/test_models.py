@@ -201,6 +201,19 @@ def test_features_and_their_reduction(name):
     assert [m.shape for m in last] == [maps[-1].shape]
 
 
+@pytest.mark.parametrize('name', ['spa_vgg16_bn', 'spa_resnet18', 'spa_mobilenetv2_cifar'])
+def test_features_with_gradient_checkpointing(name):
+    """The same maps, and the same gradients of the first convolution."""
+    kwargs = dict(mlp_ratio=1 / 64) if name == 'spa_vgg16_bn' else {}
+    model, gradients, images = timm.create_model(name, features_only=True, **kwargs), [], small_images(name)
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        sum(m.square().mean() for m in model(images)).backward()
+        gradients.append(next(model.parameters()).grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
 # timm's DenseNet and VGG have neither drop path nor output_stride
 @pytest.mark.parametrize('name', [name for name in KINDS if 'densenet' not in name and 'vgg' not in name])
 @pytest.mark.parametrize('output_stride', [8, 16])

@@ -34,6 +34,7 @@ class _GatedActivation(nn.Module):
     def __init__(self, act: nn.Module, attn: nn.Module, norm_name: str):
         super().__init__()
         self.gated_prefix = norm_name
+        self.inplace = getattr(act, 'inplace', False)  # timm's feature extractors ask for it
         self.act = act
         self.attn = attn
 
