@@ -178,7 +178,22 @@ def test_model_arguments(name):
         timm.create_model(name, gate='sap')
 
 
+@pytest.mark.parametrize(('name', 'norm_layer'), [
+    ('spa_resnet50', 'groupnorm'), ('spa_c_resnet50', timm.layers.GroupNorm), ('spa_vgg16_cifar', 'groupnorm'),
+    ('se_c_preresnet18_cifar', 'groupnorm'), ('ge_mobilenetv2', 'groupnorm1')])
+def test_group_norm(name, norm_layer):
+    """That of the gates has one group, which every width has."""
+    model = timm.create_model(name, norm_layer=norm_layer, num_classes=7).eval()
+    norms = [m for gate in model.modules() if hasattr(gate, 'attn') for m in gate.attn.modules()
+             if isinstance(m, (torch.nn.GroupNorm, torch.nn.BatchNorm2d))]
+    assert {(type(m), m.num_groups) for m in norms} == {(timm.layers.GroupNorm1, 1)}
+    with torch.no_grad():
+        assert model(small_images(name)).shape == (2, 7)
+
+
 @pytest.mark.parametrize(('name', 'kwargs', 'message'), [
+    *(('spa_resnet18', dict(rd_ratio=ratio), 'rd_ratio must be a positive number, got')
+      for ratio in (0, -1, float('nan'), float('inf'), '1/16')),
     ('spa_resnet18', dict(block_args=dict(attn_layer='se')), "no attn_layer, got 'se'. Choose attention with gate="),
     ('spa_preresnet18_cifar', dict(block_args=dict(attn_layer='se')), 'do not support attn_layer'),
 ])
