@@ -69,6 +69,19 @@ def test_its_own_weights_are_loaded_strictly(base, tmp_path):
         timm.create_model('gated', **arguments(base), **loading, rd_ratio=1 / 8)
 
 
+@pytest.mark.parametrize('feature_cls', ['dict', 'hook', 'getter'])
+@pytest.mark.parametrize('base', ['vgg11_bn', 'resnet18'])
+def test_every_feature_extractor(base, feature_cls, tmp_path):
+    kwargs = dict(written(random_net(base), tmp_path / 'plain.safetensors'), features_only=True, feature_cls=feature_cls)
+    model = timm.create_model('gated', **arguments(base), **kwargs)
+    maps = outputs(model)
+    expected = outputs(timm.create_model(base, **{k: v for k, v in arguments(base).items() if k != 'base'}, **kwargs))
+    assert len(list(gated_modules(model))) == 8
+    if isinstance(maps, dict):
+        maps, expected = list(maps.values()), list(expected.values())
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+
+
 def test_a_folder_of_the_hub(tmp_path):
     """config.json says all; so does timm's own `local-dir:`."""
     model = trained('resnet18', gate='cbam', where=['layer4.?'])

@@ -5,7 +5,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch.nn as nn
 from timm.layers import ConvNormAct
-from timm.models import FeatureListNet
+from timm.models import FeatureDictNet, FeatureHookNet
 from timm.models._efficientnet_blocks import ConvBnAct
 from timm.models.ghostnet import GhostModule
 from timm.models.vgg import VGG
@@ -54,7 +54,8 @@ def default_places(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, VGG):
             yield from _flat_places(_join(name, 'features'), module.features)
-        elif isinstance(module, FeatureListNet) and isinstance(getattr(module, 'features_0', None), nn.Conv2d):
+        elif (isinstance(module, (FeatureDictNet, FeatureHookNet))
+              and isinstance(getattr(module, 'features_0', None), nn.Conv2d)):
             yield from _flat_places(name, module)  # a feature extractor of VGG
         elif name.rpartition('.')[2] != 'stem':  # RepVGG's is one of its blocks
             place = _place_in_block(name, module)
