@@ -82,10 +82,14 @@ def test_every_feature_extractor(base, feature_cls, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
 
 
-def test_a_folder_of_the_hub(tmp_path):
-    """config.json says all; so does timm's own `local-dir:`."""
+@pytest.mark.parametrize('filename', ['model.safetensors', 'pytorch_model.bin'])
+def test_a_folder_of_the_hub(filename, tmp_path):
+    """config.json says all; so does timm's own `local-dir:`, for each of the files that timm knows."""
     model = trained('resnet18', gate='cbam', where=['layer4.?'])
-    written(model, tmp_path / 'model.safetensors')
+    if filename.endswith('.bin'):
+        torch.save(model.state_dict(), tmp_path / filename)
+    else:
+        written(model, tmp_path / filename)
     config = dict(
         architecture='gated', num_classes=1000, model_args=dict(base='resnet18', gate='cbam', where=['layer4.?']),
         pretrained_cfg=dict(model.pretrained_cfg, label_names=['a'] * 1000))

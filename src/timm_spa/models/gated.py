@@ -11,7 +11,6 @@ is in `drop`, so that it takes timm's, `timm.layers.convert_sync_batchnorm`; and
 so that `freeze_batch_norm_2d` has to be called on every `GateSlot` too.
 """
 import dataclasses
-import os
 import re
 from collections import Counter
 from functools import partial
@@ -41,6 +40,7 @@ from timm.models import (
     register_model,
 )
 from timm.models._builder import pretrained_cfg_for_features
+from timm.models._hub import load_state_dict_from_path
 from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
 
@@ -48,7 +48,7 @@ from ._block_types import BLOCK_TYPES, default_places, named_places
 from ._entrypoints import list_models
 from ._gated_net import adopt
 from ._gates import GATES, create_gate
-from ._pretrained import WEIGHTS_FILENAME, attached_cfg, check_fit, locate, warm_cfg
+from ._pretrained import attached_cfg, check_fit, locate, warm_cfg
 from ._warm_start import gate_weights, gated_modules, neutral_factors
 from .names import check_model_name
 
@@ -349,8 +349,8 @@ def create_gated(
         model = attach(create(pretrained=pretrained), neutral=pretrained if neutral is None else neutral)
     else:
         model = attach(create(), neutral=False)
-        path = os.path.join(cfg.file, WEIGHTS_FILENAME) if cfg.source == 'local-dir' else source
-        state = source if isinstance(source, dict) else load_state_dict(path)
+        load = load_state_dict_from_path if cfg.source == 'local-dir' else load_state_dict
+        state = source if isinstance(source, dict) else load(source)
         if _has_gates(state, model):
             weights = str(located or cfg.file or 'The given state dict')
             _load(model, variant, state, cfg, weights, features_only, kwargs.get('in_chans', cfg.input_size[0]))
