@@ -72,7 +72,8 @@ def test_its_own_weights_are_loaded_strictly(base, tmp_path):
 @pytest.mark.parametrize('feature_cls', ['dict', 'hook', 'getter'])
 @pytest.mark.parametrize('base', ['vgg11_bn', 'resnet18'])
 def test_every_feature_extractor(base, feature_cls, tmp_path):
-    kwargs = dict(written(random_net(base), tmp_path / 'plain.safetensors'), features_only=True, feature_cls=feature_cls)
+    kwargs = written(random_net(base), tmp_path / 'plain.safetensors')
+    kwargs.update(features_only=True, feature_cls=feature_cls)
     model = timm.create_model('gated', **arguments(base), **kwargs)
     maps = outputs(model)
     expected = outputs(timm.create_model(base, **{k: v for k, v in arguments(base).items() if k != 'base'}, **kwargs))

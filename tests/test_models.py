@@ -195,6 +195,10 @@ def test_group_norm(name, norm_layer):
     *(('spa_resnet18', dict(rd_ratio=ratio), 'rd_ratio must be a positive number, got')
       for ratio in (0, -1, float('nan'), float('inf'), '1/16')),
     ('spa_resnet18', dict(block_args=dict(attn_layer='se')), "no attn_layer, got 'se'. Choose attention with gate="),
+    ('spa_preresnet18_cifar', dict(avg_down=True), 'do not support avg_down'),
+    ('se_preresnet50_cifar', dict(avg_down=True), 'do not support avg_down'),
+    *((name, dict(base='nothing'), f"base of {name} must be one of .*, got 'nothing'. .* gated") for name in (
+        'spa_resnet18', 'spa_vgg16_bn', 'spa_densenet121', 'spa_mobilenetv2', 'spa_mobilenetv4_conv_small')),
     ('spa_preresnet18_cifar', dict(block_args=dict(attn_layer='se')), 'do not support attn_layer'),
 ])
 def test_arguments_that_are_refused(name, kwargs, message):

@@ -68,16 +68,21 @@ def named_places(modules: Dict[str, nn.Module], where: Any) -> List[str]:
 
     Args:
         modules: Modules of the model by name.
-        where: Names, wildcards or regular expressions, or one of these.
+        where: Names, wildcards or regular expressions, or one of these. Only '' is the model itself.
 
     Raises:
-        ValueError: Nothing has such a name.
+        ValueError: Nothing has such a name, or none is given.
     """
     names: List[str] = []
-    for pattern in (where,) if isinstance(where, (str, re.Pattern)) else where:
+    patterns = [where] if isinstance(where, (str, re.Pattern)) else list(where)
+    if not patterns:
+        raise ValueError(
+            'where names nothing. Name blocks, norm layers or convolutions, or leave it out for all blocks.')
+    for pattern in patterns:
         found = [
             name for name in modules
-            if (fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.fullmatch(name))]
+            if (fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.fullmatch(name))
+            and (name or pattern == '')]
         if not found:
             text = pattern if isinstance(pattern, str) else pattern.pattern
             raise ValueError(f'The model has no module {text!r}.{did_you_mean(text, modules)}')

@@ -91,8 +91,8 @@ def create_gate(
         rd_ratio: Reduced width over `channels`, rounded down, at least 1.
         reduce_source: Take the ratio of the channels that are read instead, for the reduced width of variant b and
             that of the channel matcher of c, as the authors' DenseNet does.
-        norm_layer: Norm layer of the gate, if it has any. A group norm becomes one of a single group: the reduced widths
-            are seldom whole multiples of timm's 32.
+        norm_layer: Norm layer of the gate, if it has any. A group norm becomes one of a single group: the reduced
+            widths are seldom whole multiples of timm's 32.
 
     Returns:
         A module that takes the map to gate and the block's input, and returns the gated map. Its `gate_name` is `gate`.

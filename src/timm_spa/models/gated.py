@@ -224,8 +224,8 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
         padded = getattr(module, 'padding_mode', 'zeros')  # by another function than F.conv2d
         if type(module) not in (*NORMS, *NORM_ACTS, *CONVS, GhostModule, RepVggBlock) or padded != 'zeros':
             raise ValueError(
-                f'{name} is a {kind}, which can not be gated: it is no norm layer of maps (N, C, H, W), no convolution '
-                'whose output is linear in its weights, and no block of a known type.')
+                f'{name or "The model itself"} is a {kind}, which can not be gated: it is no norm layer of maps '
+                '(N, C, H, W), no convolution whose output is linear in its weights, and no block of a known type.')
         if isinstance(module, GhostModule) and type(module.primary_conv[-1]) not in (nn.Identity, nn.ReLU):
             raise ValueError(f'{name} has an activation which is not linear from 0 on: its gate can not be neutral.')
         if isinstance(module, RepVggBlock) and not (module.reparam_conv is None and type(module.attn) is nn.Identity):
