@@ -43,7 +43,7 @@ def untrained_cfg(source: str, **kwargs: Any) -> PretrainedCfg:
         tag=None,
         license=plain.license or 'unknown',
         origin_url=plain.origin_url or 'https://github.com/huggingface/pytorch-image-models',
-        paper_ids=(*paper_ids, PAPER_ID),
+        paper_ids=tuple(dict.fromkeys((*paper_ids, PAPER_ID))),
     )
     return dataclasses.replace(plain, **dict(fields, **kwargs))
 

@@ -39,7 +39,6 @@ from timm.models import (
     load_state_dict,
     register_model,
 )
-from timm.models._builder import pretrained_cfg_for_features
 from timm.models._hub import load_state_dict_from_path
 from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
@@ -359,8 +358,9 @@ def create_gated(
             # weights with a gate that has no parameters look like those of the plain net
             attach(model, neutral=not (cfg.source and gate == 'ge') if neutral is None else neutral)
     fields = dataclasses.replace(cfg, state_dict=None).to_dict()
-    model.pretrained_cfg = pretrained_cfg_for_features(fields) if features_only else fields
-    model.default_cfg = model.pretrained_cfg
+    for key in ('num_classes', 'classifier') if features_only else ():  # as timm does
+        fields.pop(key, None)
+    model.pretrained_cfg = model.default_cfg = fields
     return model
 
 
