@@ -11,6 +11,7 @@ from marks import slow_unless
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
+from torch.distributed.fsdp import fully_shard
 
 import timm_spa
 from timm_spa.layers import SpatialPyramidAttention
@@ -168,6 +169,13 @@ def tied():
     ('vit_tiny_patch16_224', {}, 'VisionTransformer has no block.*where=.*resnet, .*convnext'),
     ('swin_tiny_patch4_window7_224', {}, 'no block of a type that is known'),
     ('spa_resnet18', {}, 'has gates already'),
+    ('resnet18', dict(where=[]), 'where names nothing. Name blocks, .* leave it out'),
+    ('resnet18', dict(where=''), 'The model itself is a ResNet, which can not be gated'),
+    ('resnet18', dict(where='*'), 'act1 is a ReLU, which can not be gated'),
+    ('resnet18', dict(where=re.compile('.*')), 'act1 is a ReLU, which can not be gated'),
+    ('repvgg_a0', dict(where='stages.*.conv_kxk.bn'),
+     r'stages.0.0.conv_kxk.bn is inside of stages.0.0, a RepVggBlock, which timm fuses.* Name the block itself'),
+    ('mobileone_s0', dict(where='stages.0.0.conv_kxk.0.bn'), 'inside of stages.0.0, a MobileOneBlock.* outside of it'),
     (tied, {}, 'layer1.0.bn2 is used in more than one place'),
     (lambda: torch.nn.Conv2d(3, 8, 3), dict(where=''), 'a single Conv2d'),
     (lambda: freeze_batch_norm_2d(timm.create_model('resnet18')), {}, 'layer1.0.bn2 is a FrozenBatchNorm2d'),
@@ -180,6 +188,22 @@ def test_errors_leave_the_model_as_it_was(model, kwargs, message):
         timm_spa.add_attention(model, **kwargs)
     assert [type(module) for module in model.modules()] == kinds
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize('wrap', ['DistributedDataParallel', 'fully_shard'])
+def test_refuses_a_model_wrapped_for_several_processes(wrap):
+    """The gradients of its gates would differ from process to process."""
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = timm.create_model('resnet18')
+        if wrap == 'fully_shard':
+            model = fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh('cpu', (1,)))
+        else:
+            model = torch.nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(ValueError, match='Add attention before (DistributedDataParallel|FSDPModule)'):
+            timm_spa.add_attention(model)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_norm_layer_without_affine_parameters_is_named():
@@ -258,6 +282,16 @@ class TestTools:
         sync = convert_sync_batchnorm(copy.deepcopy(model))
         assert sync.state_dict().keys() == model.state_dict().keys()
         assert len(list(gated_modules(sync))) == NETS[name]
+
+    def test_frozen_in_training(self, name):
+        """The remedy that the documentation names: timm's freezing leaves the statistics of the gates live."""
+        model = freeze_batch_norm_2d(trained(name))
+        for module in list(model.modules()):
+            if isinstance(module, timm_spa.models.GateSlot):
+                freeze_batch_norm_2d(module)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        model.train()(IMAGES)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
     def test_fuse(self, name):
         model = trained(name)

@@ -69,10 +69,28 @@ def test_its_own_weights_are_loaded_strictly(base, tmp_path):
         timm.create_model('gated', **arguments(base), **loading, rd_ratio=1 / 8)
 
 
-def test_a_folder_of_the_hub(tmp_path):
-    """config.json says all; so does timm's own `local-dir:`."""
+@pytest.mark.parametrize('feature_cls', ['dict', 'hook', 'getter'])
+@pytest.mark.parametrize('base', ['vgg11_bn', 'resnet18'])
+def test_every_feature_extractor(base, feature_cls, tmp_path):
+    kwargs = written(random_net(base), tmp_path / 'plain.safetensors')
+    kwargs.update(features_only=True, feature_cls=feature_cls)
+    model = timm.create_model('gated', **arguments(base), **kwargs)
+    maps = outputs(model)
+    expected = outputs(timm.create_model(base, **{k: v for k, v in arguments(base).items() if k != 'base'}, **kwargs))
+    assert len(list(gated_modules(model))) == 8
+    if isinstance(maps, dict):
+        maps, expected = list(maps.values()), list(expected.values())
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+
+
+@pytest.mark.parametrize('filename', ['model.safetensors', 'pytorch_model.bin'])
+def test_a_folder_of_the_hub(filename, tmp_path):
+    """config.json says all; so does timm's own `local-dir:`, for each of the files that timm knows."""
     model = trained('resnet18', gate='cbam', where=['layer4.?'])
-    written(model, tmp_path / 'model.safetensors')
+    if filename.endswith('.bin'):
+        torch.save(model.state_dict(), tmp_path / filename)
+    else:
+        written(model, tmp_path / filename)
     config = dict(
         architecture='gated', num_classes=1000, model_args=dict(base='resnet18', gate='cbam', where=['layer4.?']),
         pretrained_cfg=dict(model.pretrained_cfg, label_names=['a'] * 1000))
@@ -101,6 +119,58 @@ def test_gates_without_weights(gate, tmp_path):
     (tmp_path / 'config.json').write_text(json.dumps(config))
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     assert torch.equal(outputs(again), outputs(model))
+
+
+GATED = [('gated', 'resnet18'), ('spa_mobilenetv4_conv_small', 'mobilenetv4_conv_small')]
+
+
+@pytest.mark.parametrize(('name', 'base'), GATED)
+@pytest.mark.parametrize('way', ['overlay', 'configuration', 'address'])
+def test_fields_of_the_configuration(name, base, way, tmp_path):
+    """They hold as in timm: a head of ten classes and grey pictures, with and without weights of the same."""
+    plain = random_net(base, num_classes=10, in_chans=1)
+    weights = written(plain, tmp_path / 'plain.safetensors')['pretrained_cfg_overlay']
+    if way == 'address':
+        torch.save(plain.state_dict(), tmp_path / 'plain.pth')
+        weights = dict(url=(tmp_path / 'plain.pth').as_uri(), hf_hub_id='')
+    fields = dict(num_classes=10, input_size=(1, 64, 64))
+    key = 'pretrained_cfg' if way == 'configuration' else 'pretrained_cfg_overlay'
+    kwargs = dict(base=base, cache_dir=tmp_path)
+    model = timm.create_model(name, **kwargs, **{key: fields})
+    assert model.eval()(IMAGES[:, :1]).shape == (2, 10)
+    model = timm.create_model(name, pretrained=True, **kwargs, **{key: dict(fields, **weights)})
+    with torch.no_grad():
+        assert torch.equal(model.eval()(IMAGES[:, :1]), plain(IMAGES[:, :1]))
+    assert model.pretrained_cfg['num_classes'] == 10
+    adapted = timm.create_model(
+        name, pretrained=True, num_classes=3, in_chans=3, **kwargs, **{key: dict(fields, **weights)})
+    assert adapted.eval()(IMAGES).shape == (2, 3)
+
+
+@pytest.mark.parametrize(('name', 'base'), [*GATED, ('gated', 'mobilenetv2_075'), ('gated', 'resnet18.a2_in1k')])
+def test_own_configuration(name, base):
+    """It is the one that is registered, where there is one, and of another base says the same of that."""
+    cfg = timm.create_model(name, base=base, device='meta').pretrained_cfg
+    plain = timm.get_pretrained_cfg(base)
+    if plain.tag == 'untrained':
+        assert cfg['tag'] == 'untrained'
+        return
+    source = f'{base.partition(".")[0]}.{plain.tag}'
+    assert (cfg['tag'], cfg['hf_hub_id']) == (f'warm_{plain.tag}', f'timm/{source}')
+    assert cfg['hf_hub_filename'] == 'model.safetensors'
+    assert source in cfg['notes'][0]
+    assert 'doi:10.1109/TMM.2021.3068576' in cfg['paper_ids']
+    if name != 'gated':
+        assert cfg == timm.get_pretrained_cfg(name).to_dict()
+
+
+def test_registered_configurations_that_timms_scripts_pass():
+    """They do so as a dict: the tag that was asked for is kept, and that of another base is not taken."""
+    medium = timm.get_pretrained_cfg('spa_mobilenetv4_conv_medium.warm_e250_r384_in12k').to_dict()
+    assert timm.create_model('spa_mobilenetv4_conv_medium', pretrained_cfg=medium, device='meta').num_classes == 11821
+    cfg = dict(timm.get_pretrained_cfg('gated').to_dict(), num_classes=5)
+    model = timm.create_model('gated', base='resnet18', pretrained_cfg=cfg, device='meta')
+    assert (model.num_classes, model.pretrained_cfg['hf_hub_id']) == (5, timm.get_pretrained_cfg('resnet18').hf_hub_id)
 
 
 def test_published_and_verified(tmp_path, capsys):

@@ -178,6 +178,34 @@ def test_model_arguments(name):
         timm.create_model(name, gate='sap')
 
 
+@pytest.mark.parametrize(('name', 'norm_layer'), [
+    ('spa_resnet50', 'groupnorm'), ('spa_c_resnet50', timm.layers.GroupNorm), ('spa_vgg16_cifar', 'groupnorm'),
+    ('se_c_preresnet18_cifar', 'groupnorm'), ('ge_mobilenetv2', 'groupnorm1')])
+def test_group_norm(name, norm_layer):
+    """That of the gates has one group, which every width has."""
+    model = timm.create_model(name, norm_layer=norm_layer, num_classes=7).eval()
+    norms = [m for gate in model.modules() if hasattr(gate, 'attn') for m in gate.attn.modules()
+             if isinstance(m, (torch.nn.GroupNorm, torch.nn.BatchNorm2d))]
+    assert {(type(m), m.num_groups) for m in norms} == {(timm.layers.GroupNorm1, 1)}
+    with torch.no_grad():
+        assert model(small_images(name)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'message'), [
+    *(('spa_resnet18', dict(rd_ratio=ratio), 'rd_ratio must be a positive number, got')
+      for ratio in (0, -1, float('nan'), float('inf'), '1/16')),
+    ('spa_resnet18', dict(block_args=dict(attn_layer='se')), "no attn_layer, got 'se'. Choose attention with gate="),
+    ('spa_preresnet18_cifar', dict(avg_down=True), 'do not support avg_down'),
+    ('se_preresnet50_cifar', dict(avg_down=True), 'do not support avg_down'),
+    *((name, dict(base='nothing'), f"base of {name} must be one of .*, got 'nothing'. .* gated") for name in (
+        'spa_resnet18', 'spa_vgg16_bn', 'spa_densenet121', 'spa_mobilenetv2', 'spa_mobilenetv4_conv_small')),
+    ('spa_preresnet18_cifar', dict(block_args=dict(attn_layer='se')), 'do not support attn_layer'),
+])
+def test_arguments_that_are_refused(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, device='meta', **kwargs)
+
+
 @pytest.mark.parametrize('name', ALSO_SLOW)
 def test_features_and_their_reduction(name):
     """The reduction of a feature map is the image over the map, also for the nets whose stem keeps the resolution."""
@@ -190,6 +218,19 @@ def test_features_and_their_reduction(name):
     with torch.no_grad():
         last = timm.create_model(name, features_only=True, out_indices=(len(maps) - 1,)).eval()(images)
     assert [m.shape for m in last] == [maps[-1].shape]
+
+
+@pytest.mark.parametrize('name', ['spa_vgg16_bn', 'spa_resnet18', 'spa_mobilenetv2_cifar'])
+def test_features_with_gradient_checkpointing(name):
+    """The same maps, and the same gradients of the first convolution."""
+    kwargs = dict(mlp_ratio=1 / 64) if name == 'spa_vgg16_bn' else {}
+    model, gradients, images = timm.create_model(name, features_only=True, **kwargs), [], small_images(name)
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        sum(m.square().mean() for m in model(images)).backward()
+        gradients.append(next(model.parameters()).grad.clone())
+    torch.testing.assert_close(*gradients)
 
 
 # timm's DenseNet and VGG have neither drop path nor output_stride

@@ -16,7 +16,8 @@ from timm_spa import _timm_release
 ROOT = Path(__file__).parent.parent
 DEPENDENCIES = ('accelerate', 'huggingface_hub', 'safetensors', 'timm', 'torch', 'torchvision')
 # Names that are not public, where they are used, and the releases in which each was tried. There is no public way to
-# subclass these blocks of timm, to write a configuration alone, or to see torch.compile's recompilations.
+# subclass these blocks of timm, to read a folder's weights or write its configuration alone, or to see torch.compile's
+# recompilations.
 PRIVATE = {
     ('timm.models._efficientnet_blocks', 'ConvBnAct'): 'timm 1.0.31',
     ('timm.models._efficientnet_blocks', 'DepthwiseSeparableConv'): 'timm 1.0.31',
@@ -25,6 +26,7 @@ PRIVATE = {
     ('timm.models._efficientnet_builder', 'efficientnet_init_weights'): 'timm 1.0.31',
     ('timm.models._efficientnet_builder', 'resolve_bn_args'): 'timm 1.0.31',
     ('timm.models._efficientnet_builder', 'round_channels'): 'timm 1.0.31',
+    ('timm.models._hub', 'load_state_dict_from_path'): 'timm 1.0.31',
     ('timm.models._hub', 'save_config_for_hf'): 'timm 1.0.31',
     ('torch._dynamo', 'config'): 'torch 2.6 and 2.14; the option of it has a fallback',
     ('torch._dynamo', 'utils.counters'): 'torch 2.6 and 2.14',

@@ -28,9 +28,9 @@ def plain_name(name):
     return timm.get_pretrained_cfg(name).hf_hub_id.removeprefix('timm/').partition('.')[0]
 
 
-def random_plain_model(plain, seed=0):
+def random_plain_model(plain, seed=0, **kwargs):
     """A plain model with random weights, norm layers and statistics."""
-    model = timm.create_model(plain).eval()
+    model = timm.create_model(plain, **kwargs).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -138,6 +138,22 @@ def test_nets_for_small_images_and_se_too(plain, gate, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model.eval()(images), source(images))
+
+
+@pytest.mark.parametrize('act_layer', [torch.nn.LeakyReLU, torch.nn.SiLU, torch.nn.ReLU6, torch.nn.Hardswish])
+def test_activation_in_front_of_the_gate(act_layer):
+    """Only those that commute with doubling keep the function; the others are refused."""
+    kwargs = dict(act_layer=act_layer, mlp_ratio=1 / 64)
+    source = random_plain_model('vgg16_bn', **kwargs)
+    model = timm.create_model('spa_vgg16_bn', **kwargs).eval()
+    if act_layer is not torch.nn.LeakyReLU:
+        with pytest.raises(ValueError, match=f'features.2.attn neutral behind a {act_layer.__name__}, .* from scratch'):
+            checkpoint_filter_fn(source.state_dict(), model)
+        return
+    model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(images), source(images))
 
 
 def test_gather_excite_without_parameters_takes_the_plain_weights(tmp_path):

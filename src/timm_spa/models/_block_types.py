@@ -1,14 +1,18 @@
 """Where `add_attention` puts the gates: the block types of timm that it knows, and the last layer of their branches."""
-from typing import Any, Dict, Iterator, Optional, Tuple
+import re
+from fnmatch import fnmatchcase
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch.nn as nn
 from timm.layers import ConvNormAct
-from timm.models import FeatureListNet
+from timm.models import FeatureDictNet, FeatureHookNet
 from timm.models._efficientnet_blocks import ConvBnAct
 from timm.models.ghostnet import GhostModule
 from timm.models.vgg import VGG
 
-__all__ = ['BLOCK_TYPES', 'default_places', 'place_in_block']
+from .names import did_you_mean
+
+__all__ = ['BLOCK_TYPES', 'default_places', 'named_places']
 
 # timm's file -> class of block -> names of the branch's last norm layer or convolution; the first one found is gated.
 # An empty path is the block itself, which sums its branches (RepVGG) or has none (VGG).
@@ -50,15 +54,43 @@ def default_places(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, VGG):
             yield from _flat_places(_join(name, 'features'), module.features)
-        elif isinstance(module, FeatureListNet) and isinstance(getattr(module, 'features_0', None), nn.Conv2d):
+        elif (isinstance(module, (FeatureDictNet, FeatureHookNet))
+              and isinstance(getattr(module, 'features_0', None), nn.Conv2d)):
             yield from _flat_places(name, module)  # a feature extractor of VGG
         elif name.rpartition('.')[2] != 'stem':  # RepVGG's is one of its blocks
-            place = place_in_block(name, module)
+            place = _place_in_block(name, module)
             if place is not None:
                 yield place
 
 
-def place_in_block(name: str, block: Any) -> Optional[str]:
+def named_places(modules: Dict[str, nn.Module], where: Any) -> List[str]:
+    """Returns the names of the modules behind which gates stand, for the `where` of `add_attention`.
+
+    Args:
+        modules: Modules of the model by name.
+        where: Names, wildcards or regular expressions, or one of these. Only '' is the model itself.
+
+    Raises:
+        ValueError: Nothing has such a name, or none is given.
+    """
+    names: List[str] = []
+    patterns = [where] if isinstance(where, (str, re.Pattern)) else list(where)
+    if not patterns:
+        raise ValueError(
+            'where names nothing. Name blocks, norm layers or convolutions, or leave it out for all blocks.')
+    for pattern in patterns:
+        found = [
+            name for name in modules
+            if (fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.fullmatch(name))
+            and (name or pattern == '')]
+        if not found:
+            text = pattern if isinstance(pattern, str) else pattern.pattern
+            raise ValueError(f'The model has no module {text!r}.{did_you_mean(text, modules)}')
+        names += [_place_in_block(name, modules[name]) or name for name in found]
+    return list(dict.fromkeys(names))
+
+
+def _place_in_block(name: str, block: Any) -> Optional[str]:
     """Returns the name of the module behind which a block's gate stands.
 
     Args:

@@ -1,6 +1,6 @@
 """Entry points of models that differ only in their gate."""
 from fnmatch import fnmatchcase
-from typing import Any, Callable, Dict, Iterable, List, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import timm
 import torch.nn as nn
@@ -26,7 +26,7 @@ def split_gate(name: str) -> Tuple[str, str, str]:
 
 def register_gated(
         module: Dict[str, Any],
-        names: Iterable[str],
+        names: Sequence[str],
         create: Callable[..., nn.Module],
         base_doc: Callable[[str], str],
 ) -> None:
@@ -35,13 +35,18 @@ def register_gated(
     Args:
         module: Namespace of the module, its `globals()`. `default_cfgs` must be in it.
         names: Names of models: base names, with the name of a gate and an underscore in front.
-        create: Called as `create(name, pretrained, base=base, gate=gate, **kwargs)`.
+        create: Called as `create(name, pretrained, base=base, gate=gate, **kwargs)`, with a base of one of the names.
         base_doc: Describes a base name, e.g. 'preresnet18_cifar' as 'Pre-activation ResNet-18 for 32x32 images'.
     """
+    bases = sorted({split_gate(name)[0] for name in names})
     for name in names:
         base, gate, description = split_gate(name)
 
         def entrypoint(pretrained: bool = False, *, _name=name, _base=base, _gate=gate, **kwargs: Any) -> nn.Module:
+            if str(kwargs.get('base', _base)).partition('.')[0] not in bases:
+                raise ValueError(
+                    f'base of {_name} must be one of {", ".join(bases)}, got {kwargs["base"]!r}. The model that takes '
+                    'any CNN of timm as its base is gated.')
             return create(_name, pretrained, **dict(dict(base=_base, gate=_gate), **kwargs))
 
         entrypoint.__name__ = entrypoint.__qualname__ = name

@@ -1,9 +1,10 @@
 """The table of the gates that models have, from which prefixes of their names, labels and choices are derived."""
+import math
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch.nn as nn
-from timm.layers import GlobalContext, LayerType, SEModule
+from timm.layers import GlobalContext, GroupNorm1, LayerType, SEModule, get_norm_layer
 from timm.layers.cbam import CbamModule
 
 from ..layers import GatherExcite, GatherExciteConv, NoGate, SelfGate, SpatialPyramidAttention, SqueezeExcite
@@ -90,16 +91,22 @@ def create_gate(
         rd_ratio: Reduced width over `channels`, rounded down, at least 1.
         reduce_source: Take the ratio of the channels that are read instead, for the reduced width of variant b and
             that of the channel matcher of c, as the authors' DenseNet does.
-        norm_layer: Norm layer of the gate, if it has any.
+        norm_layer: Norm layer of the gate, if it has any. A group norm becomes one of a single group: the reduced
+            widths are seldom whole multiples of timm's 32.
 
     Returns:
         A module that takes the map to gate and the block's input, and returns the gated map. Its `gate_name` is `gate`.
 
     Raises:
-        ValueError: The gate is unknown.
+        ValueError: The gate is unknown, or the ratio no positive number.
     """
     if gate not in GATES:
         raise ValueError(f'gate must be one of {", ".join(map(repr, GATES))}, got {gate!r}.')
+    if not isinstance(rd_ratio, (int, float)) or not 0 < rd_ratio < math.inf:
+        raise ValueError(f'rd_ratio must be a positive number, got {rd_ratio!r}.')
+    norm_layer = get_norm_layer(norm_layer)
+    if isinstance(norm_layer, type) and issubclass(norm_layer, nn.GroupNorm):
+        norm_layer = GroupNorm1
     variant = gate[-1] if gate.endswith(('_b', '_c')) else 'a'
     in_channels = channels if variant == 'a' else in_channels
     rd_channels = max(1, int(channels * rd_ratio))

@@ -16,8 +16,8 @@ from ._warm_start import checkpoint_filter_fn
 from .tensors import compare_tensors
 
 __all__ = [
-    'PAPER_ID', 'build_model', 'check_fit', 'cifar_cfg', 'locate', 'shipped_cfg', 'untrained_cfg', 'warm_cfg',
-    'warm_cfgs']
+    'PAPER_ID', 'attached_cfg', 'build_model', 'check_fit', 'cifar_cfg', 'locate', 'shipped_cfg', 'untrained_cfg',
+    'warm_cfg', 'warm_cfgs']
 
 PAPER_ID = 'doi:10.1109/TMM.2021.3068576'
 WEIGHTS_FILENAME = 'model.safetensors'
@@ -43,7 +43,7 @@ def untrained_cfg(source: str, **kwargs: Any) -> PretrainedCfg:
         tag=None,
         license=plain.license or 'unknown',
         origin_url=plain.origin_url or 'https://github.com/huggingface/pytorch-image-models',
-        paper_ids=(*paper_ids, PAPER_ID),
+        paper_ids=tuple(dict.fromkeys((*paper_ids, PAPER_ID))),
     )
     return dataclasses.replace(plain, **dict(fields, **kwargs))
 
@@ -57,14 +57,16 @@ def warm_cfg(source: str) -> PretrainedCfg:
     Returns:
         The configuration.
     """
+    plain: Any = get_pretrained_cfg(source, allow_unregistered=False)
     return untrained_cfg(
         source,
-        hf_hub_id=f'timm/{source}',
-        hf_hub_filename=WEIGHTS_FILENAME,
+        url=None if plain.hf_hub_id else plain.url,
+        hf_hub_id=plain.hf_hub_id,
+        hf_hub_filename=plain.hf_hub_filename or (WEIGHTS_FILENAME if plain.hf_hub_id else None),
         description=f'Warm start from {source}: the same function, attention still neutral.',
         notes=(
-            f'The weights are those of timm/{source}. Every gate is 1/2 and what it gates is doubled, so '
-            "the model computes what the plain one does, with the plain one's accuracy, until it is fine-tuned.",
+            f'The weights are those of {plain.hf_hub_id or plain.url}. Every gate is 1/2 and what it gates is doubled, '
+            "so the model computes what the plain one does, with the plain one's accuracy, until it is fine-tuned.",
         ),
     )
 
@@ -86,6 +88,52 @@ def warm_cfgs(name: str, plain: str, default: str = '') -> Dict[str, PretrainedC
     first = f'{plain}.{default or get_pretrained_cfg(plain).tag}'
     sources.sort(key=lambda source: source != first)
     return {f'{name}.warm_{source.partition(".")[2]}': warm_cfg(source) for source in sources}
+
+
+def attached_cfg(
+        variant: str,
+        base: str,
+        pretrained_cfg: Any = None,
+        overlay: Optional[Mapping[str, Any]] = None,
+) -> PretrainedCfg:
+    """Makes the configuration of one of timm's models with gates added.
+
+    Args:
+        variant: Name of the model with gates.
+        base: Name of timm's model, with the tag of its weights if it is not the default.
+        pretrained_cfg: Configuration or tag, as timm passes it. That of a repository is taken as it is; the fields of
+            any other replace those of `base`, but for the ones that `variant` is registered with: timm's scripts pass
+            these, which may be of another base.
+        overlay: Fields to replace.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        RuntimeError: timm's model has no weights of that tag.
+        ValueError: The tag is not that of `base`.
+    """
+    name, _, tag = base.partition('.')
+    fields = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg or {}
+    if isinstance(fields, str):
+        wanted = fields.removeprefix('warm_')
+        if wanted != (tag or wanted):
+            raise ValueError(f'{variant}.{fields} is not of base={base!r}. Give the tag with base.')
+        tag, fields = wanted, {}
+    start = PretrainedCfg()
+    if not fields.get('source'):
+        registered = f'{variant}.{fields.get("tag")}'
+        if registered in timm.list_pretrained(f'{variant}.*'):
+            known: Any = get_pretrained_cfg(registered)
+            fields = {key: value for key, value in fields.items() if value != getattr(known, key, None)}
+            source = known.hf_hub_id.removeprefix('timm/')
+            tag = tag or (source.partition('.')[2] if source.partition('.')[0] == name else '')
+        plain: Any = get_pretrained_cfg(f'{name}.{tag}' if tag else name, allow_unregistered=False)
+        source = f'{name}.{plain.tag}' if plain.tag else name
+        start = warm_cfg(source) if plain.has_weights else untrained_cfg(source)
+        start.tag = f'warm_{plain.tag}' if plain.has_weights else plain.tag
+    start = resolve_pretrained_cfg(variant, start.to_dict(), {**fields, **(overlay or {})})
+    return dataclasses.replace(start, architecture=variant)
 
 
 def cifar_cfg(**kwargs: Any) -> PretrainedCfg:

@@ -15,6 +15,7 @@ from ._gates import GATES
 
 __all__ = ['checkpoint_filter_fn', 'gate_weights', 'gated_modules', 'neutral_factors', 'warm_start']
 
+_COMMUTE_WITH_DOUBLING = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity)
 _logger = logging.getLogger(__name__)
 
 
@@ -22,7 +23,8 @@ def gated_modules(model: nn.Module) -> Iterator[Tuple[str, Any]]:
     """Yields name and module of everything in a model that has a gate, its child `attn`.
 
     `gated_parameters` names the tensors in which the gated map is linear, relative to the module or, if it has one, to
-    its `gated_prefix`; `inverse_parameters` those that undo the doubling for what else reads it.
+    its `gated_prefix`; `inverse_parameters` those that undo the doubling for what else reads it; `gated_activation` the
+    activation between the two, if there is one.
     """
     for name, module in model.named_modules():
         if hasattr(module, 'gated_parameters') and module.attn.gate_name != 'none':
@@ -45,6 +47,11 @@ def neutral_factors(model: nn.Module) -> Dict[str, float]:
         gate, prefix = GATES[module.attn.gate_name], getattr(module, 'gated_prefix', name)
         if gate.doublings is None:
             raise ValueError(f'No weights make {name}.attn neutral: the gate {module.attn.gate_name!r} has none.')
+        act = getattr(module, getattr(module, 'gated_activation', ''), None)
+        if act is not None and not isinstance(act, _COMMUTE_WITH_DOUBLING):
+            raise ValueError(
+                f'No weights make {name}.attn neutral behind a {type(act).__name__}, which does not commute with '
+                'doubling. Use ReLU, LeakyReLU or PReLU as act_layer, or train from scratch.')
         factors.update({f'{prefix}.{key}': 2. ** gate.doublings for key in module.gated_parameters})
         factors.update({f'{prefix}.{key}': .5 ** gate.doublings for key in getattr(module, 'inverse_parameters', ())})
         factors.update({f'{name}.attn.{key}': 0. for key in gate.zeros})

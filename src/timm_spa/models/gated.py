@@ -5,11 +5,14 @@ scale, stochastic depth and the activation. timm's layers of norm and activation
 where the gate goes; a bare norm layer becomes one of these, with an activation that does nothing. They keep what is
 there when timm converts them to synchronized or frozen ones. A convolution becomes one of the same class with a gate.
 timm's names of parameters stay. Those of a gate have `.attn.` in them, as 'layer1.0.bn3.drop.attn.fc1.weight'.
+
+Two things do not work with timm's layers of norm and activation: torch's own conversion to synchronized ones drops what
+is in `drop`, so that it takes timm's, `timm.layers.convert_sync_batchnorm`; and timm's freezing does not look into it,
+so that `freeze_batch_norm_2d` has to be called on every `GateSlot` too.
 """
-import os
+import dataclasses
 import re
 from collections import Counter
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -35,18 +38,18 @@ from timm.models import (
     load_pretrained,
     load_state_dict,
     register_model,
-    resolve_pretrained_cfg,
 )
+from timm.models._hub import load_state_dict_from_path
 from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
 
-from ._block_types import BLOCK_TYPES, default_places, place_in_block
+from ._block_types import BLOCK_TYPES, default_places, named_places
 from ._entrypoints import list_models
 from ._gated_net import adopt
 from ._gates import GATES, create_gate
-from ._pretrained import WEIGHTS_FILENAME, check_fit, locate, warm_cfg
+from ._pretrained import attached_cfg, check_fit, locate, warm_cfg
 from ._warm_start import gate_weights, gated_modules, neutral_factors
-from .names import check_model_name, did_you_mean
+from .names import check_model_name
 
 __all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'create_gated', 'gated']
 
@@ -126,6 +129,8 @@ NORMS: Dict[type, Callable[[Any], nn.Module]] = {
     GroupNorm1: lambda norm: GroupNorm1Act(norm.num_channels, apply_act=False),
     LayerNorm2d: lambda norm: LayerNormAct2d(norm.normalized_shape[0], apply_act=False),
 }
+# they list the parameters to synchronize when they are made
+WRAPPERS = ('DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule')
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNormAct2d)
 NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAct, GroupNorm1Act, LayerNormAct2d)
 
@@ -158,13 +163,17 @@ def add_attention(
 
     Raises:
         ValueError: The gate is unknown, reads the block's input or can't be neutral; the model has no block of a type
-            that is known, or has gates; or a module named can't be gated. The model is as it was then.
+            that is known, has gates, or is wrapped for distributed training; or a module named can't be gated. The
+            model is as it was then.
     """
     _check_gate(gate, neutral)
     if gate == 'none':
         return model
     modules = dict(model.named_modules())
-    names = list(default_places(model)) if where is None else _named_places(modules, where)
+    kinds = {kind.__name__ for module in modules.values() for kind in type(module).__mro__}
+    for wrapper in kinds.intersection(WRAPPERS):
+        raise ValueError(f'Add attention before {wrapper}, which does not know parameters that are added later.')
+    names = list(default_places(model)) if where is None else named_places(modules, where)
     if next(gated_modules(model), None) is not None:
         raise ValueError(f'{type(model).__name__} has gates already. Add attention to the plain network.')
     if not names:
@@ -205,19 +214,6 @@ def _check_gate(gate: str, neutral: bool) -> None:
         raise ValueError(f'No weights make the gate {gate!r} neutral: it has none. Use neutral=False.')
 
 
-def _named_places(modules: Dict[str, nn.Module], where: Any) -> List[str]:
-    names: List[str] = []
-    for pattern in (where,) if isinstance(where, (str, re.Pattern)) else where:
-        found = [
-            name for name in modules
-            if (fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.fullmatch(name))]
-        if not found:
-            text = pattern if isinstance(pattern, str) else pattern.pattern
-            raise ValueError(f'The model has no module {text!r}.{did_you_mean(text, modules)}')
-        names += [place_in_block(name, modules[name]) or name for name in found]
-    return list(dict.fromkeys(names))
-
-
 def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[str], neutral: bool) -> None:
     """Raises a ValueError that names the first module that can't be gated."""
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -227,14 +223,20 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
         padded = getattr(module, 'padding_mode', 'zeros')  # by another function than F.conv2d
         if type(module) not in (*NORMS, *NORM_ACTS, *CONVS, GhostModule, RepVggBlock) or padded != 'zeros':
             raise ValueError(
-                f'{name} is a {kind}, which can not be gated: it is no norm layer of maps (N, C, H, W), no convolution '
-                'whose output is linear in its weights, and no block of a known type.')
+                f'{name or "The model itself"} is a {kind}, which can not be gated: it is no norm layer of maps '
+                '(N, C, H, W), no convolution whose output is linear in its weights, and no block of a known type.')
         if isinstance(module, GhostModule) and type(module.primary_conv[-1]) not in (nn.Identity, nn.ReLU):
             raise ValueError(f'{name} has an activation which is not linear from 0 on: its gate can not be neutral.')
         if isinstance(module, RepVggBlock) and not (module.reparam_conv is None and type(module.attn) is nn.Identity):
             raise ValueError(f'{name} is a {kind} that is fused already or has an attention of its own.')
         if not name and not isinstance(module, RepVggBlock):
             raise ValueError(f'The model is a single {kind}, which can not be replaced in itself.')
+        for ancestor in (name[:i] for i, character in enumerate(name) if character == '.'):
+            if any(hasattr(modules[ancestor], method) for method in ('fuse', 'reparameterize', 'switch_to_deploy')):
+                remedy = 'the block itself' if isinstance(modules[ancestor], RepVggBlock) else 'a module outside of it'
+                raise ValueError(
+                    f'{name} is inside of {ancestor}, a {type(modules[ancestor]).__name__}, which timm fuses for '
+                    f'inference: its gate would be lost then. Name {remedy}.')
         if uses[id(module)] > 1 or any(tensors[id(p)] > 1 for p in module.parameters(recurse=False)):
             raise ValueError(f'{name} is used in more than one place of the model, or shares its weights.')
         if neutral and not _linear_parameters(module):
@@ -332,47 +334,34 @@ def create_gated(
     """
     if not isinstance(base, str) or ':' in base:  # an address, which a config.json from anywhere could have
         raise RuntimeError(f'The base of {variant} is the name of a model of timm, and not {base!r}.')
-    name, _, tag = base.partition('.')
+    name = base.partition('.')[0]
     check_model_name(name, RuntimeError, f'The base of {variant} is unknown. ')
-    if isinstance(pretrained_cfg, str):
-        wanted = pretrained_cfg.removeprefix('warm_')
-        if wanted != (tag or wanted):
-            raise ValueError(f'{variant}.{pretrained_cfg} is not of base={base!r}. Give the tag with base.')
-        base, tag = f'{name}.{wanted}', wanted
     kwargs.pop('pretrained_model_args', None)  # the published arguments, which are those given here
-    # timm's scripts may pass the registered configuration of this name, which knows nothing of base
-    own = pretrained_cfg if _source(pretrained_cfg) else None
-    cfg = resolve_pretrained_cfg(name, own or tag or None, pretrained_cfg_overlay)
-    if own:
-        kwargs = dict(dict(num_classes=cfg.num_classes, in_chans=cfg.input_size[0]), **kwargs)
+    cfg = attached_cfg(variant, base, pretrained_cfg, pretrained_cfg_overlay)
     attach = partial(add_attention, gate=gate, where=where, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio)
-    create = partial(timm.create_model, base, cache_dir=cache_dir, **kwargs)
+    create = partial(timm.create_model, name, pretrained_cfg=cfg.to_dict(), cache_dir=cache_dir, **kwargs)
     located = locate(cfg, cache_dir) if pretrained and not cfg.custom_load else None
     source = located or cfg.file or cfg.state_dict
+    features_only = kwargs.get('features_only', False)
     model: Any
     if not pretrained or not source:
         model = attach(create(pretrained=pretrained), neutral=pretrained if neutral is None else neutral)
     else:
         model = attach(create(), neutral=False)
-        path = os.path.join(cfg.file, WEIGHTS_FILENAME) if cfg.source == 'local-dir' else source
-        state = source if isinstance(source, dict) else load_state_dict(path)
+        load = load_state_dict_from_path if cfg.source == 'local-dir' else load_state_dict
+        state = source if isinstance(source, dict) else load(source)
         if _has_gates(state, model):
             weights = str(located or cfg.file or 'The given state dict')
-            _load(model, variant, state, cfg, weights, kwargs.get('features_only', False), kwargs.get('in_chans', 3))
+            _load(model, variant, state, cfg, weights, features_only, kwargs.get('in_chans', cfg.input_size[0]))
         else:
-            overlay = dict(pretrained_cfg_overlay or {}, state_dict=state, file='', source='')
-            model = create(pretrained=True, pretrained_cfg_overlay=overlay)
+            model = create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, file='', source=''))
             # weights with a gate that has no parameters look like those of the plain net
-            attach(model, neutral=not (own and gate == 'ge') if neutral is None else neutral)
-    fields = {**model.pretrained_cfg, **(cfg.to_dict() if own else {}), **(pretrained_cfg_overlay or {})}
-    model.pretrained_cfg = {**fields, 'architecture': variant}
-    model.pretrained_cfg.pop('state_dict', None)
-    model.default_cfg = model.pretrained_cfg
+            attach(model, neutral=not (cfg.source and gate == 'ge') if neutral is None else neutral)
+    fields = dataclasses.replace(cfg, state_dict=None).to_dict()
+    for key in ('num_classes', 'classifier') if features_only else ():  # as timm does
+        fields.pop(key, None)
+    model.pretrained_cfg = model.default_cfg = fields
     return model
-
-
-def _source(cfg: Any) -> Any:
-    return cfg.get('source') if isinstance(cfg, dict) else getattr(cfg, 'source', None)
 
 
 def _flat(name: str) -> str:

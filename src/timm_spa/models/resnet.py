@@ -41,7 +41,13 @@ class _GatedBlock:  # no nn.Module, so that types of timm's attributes come firs
             *args: Positional arguments of timm's block.
             make_gate: Makes the gate, see `build_model`.
             **kwargs: Arguments of timm's block.
+
+        Raises:
+            ValueError: timm's own attention is asked for.
         """
+        if kwargs.get('attn_layer') is not None:
+            raise ValueError(
+                f'The blocks take no attn_layer, got {kwargs["attn_layer"]!r}. Choose attention with gate=.')
         super().__init__(inplanes, planes, *args, **kwargs)  # type: ignore[call-arg]  # timm's class is next
         self.attn = make_gate(planes * self.expansion, inplanes, **_shared(kwargs))
 

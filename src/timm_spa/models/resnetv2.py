@@ -71,12 +71,14 @@ class _GatedPreActBlock(nn.Module):
             **kwargs: Arguments of timm's blocks that have no counterpart here, at their defaults.
 
         Raises:
-            ValueError: An argument without counterpart is not at its default.
+            ValueError: An argument without counterpart is not at its default, or the projection begins with a pooling.
         """
         nothing = dict(cardinality=1, base_width=64, reduce_first=1, aa_layer=None, drop_block=None)
         for name, value in kwargs.items():
             if name not in nothing or value != nothing[name]:
                 raise ValueError(f'The pre-activation blocks do not support {name}, got {value!r}.')
+        if downsample is not None and not isinstance(downsample[0], nn.Conv2d):
+            raise ValueError('The pre-activation blocks do not support avg_down: their projection is one convolution.')
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__()
         channels = inplanes

@@ -29,10 +29,12 @@ VGG16: List[Any] = [64, 64, 'M', 128, 128, 'M', 256, 256, 256, 'M', 512, 512, 51
 class _GatedActivation(nn.Module):
     """An activation with a gate on its output, in the activation's place of timm's flat list of layers."""
     gated_parameters = ('weight', 'bias')
+    gated_activation = 'act'
 
     def __init__(self, act: nn.Module, attn: nn.Module, norm_name: str):
         super().__init__()
         self.gated_prefix = norm_name
+        self.inplace = getattr(act, 'inplace', False)  # timm's feature extractors ask for it
         self.act = act
         self.attn = attn
 
@@ -83,6 +85,7 @@ class GatedVGG(GatedNet, VGG):
 class GatedConvUnit(nn.Module):
     """conv 3x3 - norm - ReLU - gate."""
     gated_parameters = ('bn.weight', 'bn.bias')
+    gated_activation = 'act'
 
     def __init__(
             self,
