@@ -24,17 +24,7 @@ class ReadError(TimmSpaError, OSError):
 
 
 def read_text(path: Union[str, Path]) -> str:
-    """Reads a small text file in UTF-8, with a byte order mark or without.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        ReadError: It is missing, no regular file (a pipe would be waited for), larger than such files are, or no text.
-    """
+    """Reads a small text file in UTF-8, with a byte order mark or without; a ReadError says why it cannot be read."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
@@ -50,16 +40,10 @@ def read_text(path: Union[str, Path]) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Union[str, Path]) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, and renames what is written there once it is whole.
+    """Gives a path beside `path` to write to, a file or a folder, and renames what is written there once it is whole.
 
-    Args:
-        path: File to write or replace, or folder to make, or to add to if it is there.
-
-    Yields:
-        The path to write to. If it, or anything in it, cannot be written, nothing is left there.
-
-    Raises:
-        WriteError: The file system, or safetensors on a file system that is full, could not write it.
+    Files are added to a folder that is there. After an error nothing is left; that of the file system, or of
+    safetensors on one that is full, becomes a WriteError.
     """
     path = Path(os.path.realpath(path))
     partial = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}')

@@ -23,17 +23,7 @@ def shipped_photographs() -> List[Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """Finds a recipe or launch configuration.
-
-    Args:
-        name: Its name, a key of `shipped_files`.
-
-    Returns:
-        The file.
-
-    Raises:
-        UsageError: There is none of this name.
-    """
+    """Returns the file of a recipe or launch configuration, by its name in `shipped_files`."""
     files = shipped_files()
     if name not in files:
         raise UsageError(f'There is no recipe {name!r}.{did_you_mean(name, files, 1)} There are: {", ".join(files)}.')

@@ -38,11 +38,7 @@ class Worker:
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), os.dup2, (2, 1))
 
     def ask(self, what: str) -> Dict[str, Any]:
-        """Sends a request and waits for the answer.
-
-        Raises:
-            BenchmarkError: It failed, or the process died.
-        """
+        """Sends a request and waits for the answer; a BenchmarkError says that it failed, or the process died."""
         try:
             return self.pool.submit(answer, what, self.model, self.settings).result()
         except BrokenProcessPool as e:
@@ -62,21 +58,10 @@ def measure(
         command: str = '',
         progress: Callable[[str], None] = lambda message: None,
 ) -> Dict[str, Any]:
-    """Measures models in turn: A B C, A B C, ...
+    """Measures models, named as for `parse_model`, in turn: A B C, A B C, ...
 
-    Args:
-        models: Names, and arguments as for `parse_model`. One that is there twice shows how far equal models differ.
-        settings: How to measure them.
-        base: The one of them that the others are compared with; the first if None.
-        command: Command that this is the outcome of, to be kept with it.
-        progress: Called with a line on the current step.
-
-    Returns:
-        The record, of what JSON knows: 'settings', 'environment', 'base', every round of every model, and what
-        `table_rows` shows.
-
-    Raises:
-        BenchmarkError: A model is unknown or cannot be measured, the base is none of them, or there is no such device.
+    One that is there twice shows how far equal models differ. `base` is the first if None. The record has, of what JSON
+    knows, 'settings', 'environment', 'base', every round of every model, and what `table_rows` shows.
     """
     for module in settings.imports:
         try:
@@ -139,14 +124,7 @@ def _summarise(entries: Sequence[Dict[str, Any]], base: int, batch_size: int) ->
 
 
 def table_rows(record: Dict[str, Any]) -> List[List[str]]:
-    """Lays a record out.
-
-    Args:
-        record: Of `measure`.
-
-    Returns:
-        Rows of text, a header first.
-    """
+    """Lays a record of `measure` out in rows of text, a header first."""
     ratios = [key for key in ('ratio', 'ratio_as_built') if key in record['models'][0]]
     titles = {'ratio': f'to {record["base"]}', 'ratio_as_built': f'to {record["base"]}{AS_BUILT}'}
     rows = [[
@@ -169,14 +147,7 @@ def _figures(summary: Dict[str, float], form: str) -> Tuple[str, str]:
 
 
 def notes(record: Dict[str, Any]) -> List[str]:
-    """Describes what was measured and how.
-
-    Args:
-        record: Of `measure`.
-
-    Returns:
-        Lines of text.
-    """
+    """Describes what was measured and how, a line each."""
     settings, about, entries = record['settings'], record['environment'], record['models']
     versions = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
     variables = ' '.join(f'{name}={value}' for name, value in record['variables'].items())

@@ -80,17 +80,7 @@ class Settings:
 
 
 def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
-    """Reads a model's name and the arguments that may follow it.
-
-    Args:
-        text: E.g. 'spa_resnet50 pyramid_sizes=1,2', with values as timm's scripts read those of --model-kwargs.
-
-    Returns:
-        Name and keyword arguments of `timm.create_model`.
-
-    Raises:
-        ValueError: There is no such model, or an argument is not of the form key=value.
-    """
+    """Returns name and arguments of e.g. 'spa_resnet50 pyramid_sizes=1,2', read as timm reads its --model-kwargs."""
     name, *words = shlex.split(text) or ['']
     check_model_name(name, ValueError)
     wrong = [w for w in words if w.count('=') != 1]
@@ -102,17 +92,9 @@ def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
 
 
 def reparameterized(net: nn.Module, images: torch.Tensor) -> nn.Module:
-    """Brings a net to its form for inference, or merges the norm layers of one without fused blocks.
+    """Brings a net in eval mode to its form for inference, or merges the norm layers of one without fused blocks.
 
-    Args:
-        net: Net in eval mode; it is changed.
-        images: Input to find out with which norm layer follows which convolution.
-
-    Returns:
-        The net.
-
-    Raises:
-        RuntimeError: Merging changed what the net computes.
+    The images are to find out with which norm layer follows which convolution, and that both forms compute the same.
     """
     net = reparameterize_model(net, inplace=True)
     if any(isinstance(m, FusedBranch) for m in net.modules()):
@@ -142,16 +124,7 @@ def reparameterized(net: nn.Module, images: torch.Tensor) -> nn.Module:
 
 
 class Workload:
-    """One model on its device, with an input, ready to be measured.
-
-    Args:
-        model: Name, and arguments as for `parse_model`.
-        settings: How to measure it.
-        make: Makes the model of name and keyword arguments.
-
-    Attributes:
-        about: What is known of the model: 'input', 'parameters', 'construction_seconds'.
-    """
+    """One model on its device, with an input, ready to be measured; `about` is what the record says of it."""
 
     def __init__(self, model: str, settings: Settings, make: Callable[..., Any] = timm.create_model) -> None:
         self.settings = settings
@@ -209,11 +182,7 @@ class Workload:
         return dict(graphs=self._graphs, graph_breaks=breaks)
 
     def measure(self) -> Dict[str, Any]:
-        """Takes steps for at least `min_seconds`, after some that are not counted; returns steps and seconds.
-
-        Raises:
-            RuntimeError: The model was compiled again, which is what the time went into.
-        """
+        """Takes steps for at least `min_seconds`, after some that are not counted; returns steps and seconds."""
         timer = Timer('step()', globals=dict(step=self.step), num_threads=torch.get_num_threads())
         found = timer.blocked_autorange(min_run_time=max(self.settings.min_seconds, 1e-6))
         if self._compiled()[0] != self._graphs:
@@ -244,11 +213,7 @@ _workload: Any = None  # of this process
 
 
 def answer(what: str, model: str, settings: Settings) -> Dict[str, Any]:
-    """Handles a request in the process of a model: to 'prepare' it, or a method of its `Workload`.
-
-    Raises:
-        BenchmarkError: It failed.
-    """
+    """Handles a request in the process of a model: to 'prepare' it, or a method of its `Workload`."""
     try:
         return _prepare(model, settings) if what == 'prepare' else getattr(_workload, what)()
     except Exception as e:  # many of torch's exceptions cannot be pickled

@@ -11,15 +11,9 @@ __all__ = ['environment', 'hardware']
 
 
 def hardware(device: Optional[str] = None) -> str:
-    """Names what torch computes on.
+    """Names what torch computes on: accelerators, or the processor with the threads that torch uses.
 
-    Args:
-        device: Device that was used; every accelerator of the machine, else the processor, if None. With 'cpu', CUDA is
-            not asked for anything.
-
-    Returns:
-        The accelerator's name (and the version of CUDA if `device` is given), or that of the processor with the threads
-        that torch uses.
+    With a device that one and the version of CUDA, else all of the machine. With 'cpu', CUDA is not asked for anything.
     """
     if device is not None and device != 'cpu':
         return f'{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}'
@@ -35,18 +29,7 @@ def hardware(device: Optional[str] = None) -> str:
 
 
 def environment(packages: Sequence[str], device: Optional[str] = None) -> Dict[str, Any]:
-    """Collects hardware, Python and versions.
-
-    Args:
-        packages: Distributions whose versions matter.
-        device: As for `hardware`.
-
-    Returns:
-        The texts 'hardware' and 'python', and 'versions' by name.
-
-    Raises:
-        importlib.metadata.PackageNotFoundError: A package is not installed.
-    """
+    """Collects the texts 'hardware' and 'python', and 'versions' of distributions by name."""
     return dict(
         hardware=hardware(device), python=platform.python_version(),
         versions={name: metadata.version(name) for name in packages})

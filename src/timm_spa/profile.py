@@ -56,14 +56,7 @@ def count_cost(model_name: str, input_size: Optional[Sequence[int]] = None, **kw
 
 
 def describe(model_name: str) -> Dict[str, Any]:
-    """Returns what `timm-spa list` shows of a model.
-
-    Args:
-        model_name: Name of a model of this package.
-
-    Returns:
-        Parameters, multiply-adds, input size, default tag, and the number of tags that have weights.
-    """
+    """Returns what `timm-spa list` shows of a model."""
     cost, cfg = count_cost(model_name), timm.get_pretrained_cfg(model_name, allow_unregistered=False)
     return dict(
         parameters=cost.parameters, macs=cost.macs, input='x'.join(map(str, cfg.input_size[1:])), tag=cfg.tag,

@@ -148,12 +148,8 @@ def _split_args(args: List[str]) -> Tuple[Optional[str], List[str]]:
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs one of timm's scripts in this process.
 
-    Args:
-        argv: Name of the script and its arguments; those of the process if None.
-
-    Returns:
-        Exit code: 2 if the script could not be had, 1 if it could not go on (see `train_guard`). What the
-        script raises otherwise, `SystemExit` included, passes through.
+    Returns 2 if the script could not be had, 1 if it could not go on (see `train_guard`). What it raises otherwise,
+    `SystemExit` included, passes through.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h', '--help'):

@@ -171,13 +171,7 @@ _class_names: List[str] = []  # of the data set to train on, in the order of the
 
 @contextmanager
 def guarded_training() -> Iterator[None]:
-    """Installs the checks of this module in timm's train.py within the context.
-
-    Raises:
-        TrainingError: The loss or the weights are not finite, a checkpoint or the metrics cannot be written, the data
-            cannot be opened or make no step, or there is no such device. Checkpoints of earlier epochs are left as
-            they were.
-    """
+    """Installs the checks of this module in timm's train.py within the context."""
     replaced = [
         (utils, 'AverageMeter', _AverageMeter), (utils, 'CheckpointSaver', _CheckpointSaver),
         (utils, 'update_summary', _update_summary), (utils, 'init_distributed_device', _init_distributed_device),

@@ -16,21 +16,11 @@ class SummaryError(TimmSpaError, ValueError):
 
 
 def read_summary(path: Union[str, Path]) -> List[Dict[str, float]]:
-    """Reads `summary.csv` of a run, also of one that was interrupted and resumed.
+    """Reads `summary.csv` of a run, also of one that was interrupted and resumed: the columns of each epoch, in order.
 
     timm appends to the file of a resumed run, with a second header line in its middle; and an epoch is there twice if
     the run was killed between the writing of its row and of its checkpoint. The later row is the one that the
     checkpoints go on from.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The columns of each epoch by their name, in the order of epochs.
-
-    Raises:
-        SummaryError: The file is missing or empty, a line does not have a number for each column, there is no column
-            eval_top1 or eval_map, or an epoch is missing between two others.
     """
     rows: Dict[int, Dict[str, float]] = {}
     header: List[str] = []
@@ -62,15 +52,7 @@ def read_summary(path: Union[str, Path]) -> List[Dict[str, float]]:
 
 
 def write_summary(path: Union[str, Path], rows: List[Dict[str, float]]) -> None:
-    """Writes rows of `read_summary` as timm writes them: one header, one line an epoch.
-
-    Args:
-        path: The file; it is replaced as a whole or not at all.
-        rows: The columns of each epoch; those of the last row make the header.
-
-    Raises:
-        WriteError: The file cannot be written.
-    """
+    """Writes rows of `read_summary` as timm writes them: one header, of the last row, and one line an epoch."""
     with replacing(path) as partial, open(partial, 'w', newline='', encoding='utf-8') as f:
         writer = csv.writer(f, lineterminator='\n')
         writer.writerow(rows[-1])
@@ -79,17 +61,7 @@ def write_summary(path: Union[str, Path], rows: List[Dict[str, float]]) -> None:
 
 
 def read_classes(folder: Union[str, Path]) -> List[str]:
-    """Reads the names of the classes that a run was trained on.
-
-    Args:
-        folder: Folder of the run.
-
-    Returns:
-        The names, in the order of the model's outputs; empty if they were not recorded.
-
-    Raises:
-        ReadError: The file cannot be read.
-    """
+    """Reads the names of the classes that a run was trained on, in the order of outputs; empty if there are none."""
     path = Path(folder) / CLASSES_FILE
     text = read_text(path).rstrip('\n') if path.exists() else ''
     return text.split('\n') if text else []

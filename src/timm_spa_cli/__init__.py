@@ -38,15 +38,7 @@ class _Version(argparse.Action):
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command line.
-
-    Args:
-        argv: Arguments; those of the process if None.
-
-    Returns:
-        Exit code: 0, or 1 if anything that was asked for could not be done. Arguments that are wrong end in
-        SystemExit(2).
-    """
+    """Runs the command line, and returns the exit code; wrong arguments end in SystemExit(2)."""
     parser = argparse.ArgumentParser(
         prog='timm-spa', description='Spatial Pyramid Attention models for timm.', epilog=EXIT_CODES)
     parser.add_argument('--version', action=_Version, help='show the version and exit')

@@ -10,12 +10,7 @@ def printable(text: str) -> str:
 
 
 def print_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> None:
-    """Prints rows of text in columns.
-
-    Args:
-        rows: The rows, a header first.
-        right_aligned: Columns of figures.
-    """
+    """Prints rows of text in columns, a header first."""
     rows = [[printable(cell).replace('\n', '\\n') for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:

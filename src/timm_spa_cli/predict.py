@@ -46,17 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_named(args: argparse.Namespace, name: Optional[str], device: str = 'cpu', fuse: bool = True) -> Any:
-    """Loads the model that a command names, the shipped one if it names none.
-
-    Args:
-        args: Arguments of the verb, with `checkpoint`, `num_classes` and `error`.
-        name: Name of the model, or None.
-        device: Device to run on.
-        fuse: Use the form that is fastest on a CPU.
-
-    Returns:
-        A timm model in eval mode.
-    """
+    """Loads the model that a command names, the shipped one if it names none."""
     if name is None and (args.checkpoint, args.num_classes) != (None, None):
         args.error('--checkpoint and --num-classes need --model: what the weights are of')
     from timm_spa.predict import load_model
@@ -71,18 +61,7 @@ def show_predictions(
         top_k: int,
         as_json: bool = False,
 ) -> int:
-    """Prints what a model says of pictures.
-
-    Args:
-        model: A timm model in eval mode.
-        paths: Picture files.
-        expected: The label that is right, for the pictures of which it is known.
-        top_k: Number of classes to show.
-        as_json: Print JSON instead of a table.
-
-    Returns:
-        Exit code: 1 if a picture could not be read.
-    """
+    """Prints what a model says of pictures, and whether it is what is expected; returns 1 if one cannot be read."""
     from timm_spa.predict import predict
 
     predictions = list(predict(model, paths, top_k))

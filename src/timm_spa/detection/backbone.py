@@ -28,21 +28,10 @@ def create_body(
         out_indices: Optional[Sequence[int]] = None,
         **kwargs: Any,
 ) -> Any:
-    """Creates the feature extractor of a model of timm.
+    """Creates the feature extractor of a model of timm, with all its maps if `out_indices` is None.
 
-    Args:
-        name: Name of the model, e.g. 'spa_resnet50', 'resnet50.a1_in1k' or 'gated'.
-        pretrained: Load the published weights; or a file of weights of the classification net, whatever
-            `timm_spa.hub.convert` reads, so that a plain net's file starts a net with attention.
-        out_indices: Maps to give out, counted from 0; all that the model has if None.
-        **kwargs: Further arguments of the model, e.g. base='regnety_032' for 'gated'.
-
-    Returns:
-        Feature extractor.
-
-    Raises:
-        DetectionError: There is no such model, it gives out no maps, or an argument is not its own.
-        CheckpointError: The file cannot be read, or does not fit.
+    `pretrained` may be a file of weights of the classification net, whatever `timm_spa.hub.convert` reads, so that a
+    plain net's file starts a net with attention.
     """
     if pretrained not in (True, False):
         from ..hub.convert import convert  # checks every tensor: timm would load what fits and leave the rest random
@@ -125,12 +114,7 @@ class Backbone(nn.Module):
 
 
 def freeze_statistics(body: nn.Module, only_frozen: bool = False) -> None:
-    """Sets norm layers with statistics to eval mode, but for those of gates that are trained.
-
-    Args:
-        body: Feature extractor of timm.
-        only_frozen: Leave every norm layer as it is whose weights are trained, not only those of gates.
-    """
+    """Sets norm layers with statistics to eval mode, but for trained ones, those of gates or (`only_frozen`) all."""
     # a pyramid of one cell has one value a picture, of which a batch of one picture makes no statistics
     gates = [m for m in body.modules() if hasattr(m, 'gate_name') and getattr(m, 'pyramid_sizes', None) != [1]]
     in_gates = {id(m) for gate in gates for m in gate.modules()}
@@ -143,12 +127,7 @@ def freeze_statistics(body: nn.Module, only_frozen: bool = False) -> None:
 
 
 def freeze_stages(body: Any, count: int) -> None:
-    """Freezes every parameter that the map of a stage depends on: exact in any architecture, whatever its names.
-
-    Args:
-        body: Feature extractor of timm, with the maps of all stages to freeze.
-        count: Number of stages, of which the stem is the first.
-    """
+    """Freezes all that the maps of the first stages, the stem is one, depend on: exact in any architecture."""
     if count == 0:
         return
     limit = 2 ** count

@@ -20,17 +20,9 @@ def draw_detections(
         names: Sequence[str],
         score: float = 0.3,
 ) -> Image.Image:
-    """Draws boxes with their names and scores.
+    """Draws boxes with their names and scores into a picture (3, H, W), uint8, enlarged if it is small.
 
-    Args:
-        image: Picture (3, H, W), uint8.
-        detection: 'boxes' (R, 4) in its pixels, 'labels' and 'scores'.
-        names: Name of each class, by its label.
-        score: Least score to draw.
-
-    Returns:
-        The picture, enlarged if it is small. A class has one colour of six, which people tell apart who see no red or
-        no green; its name stands at the box.
+    A class has one colour of six, which people tell apart who see no red or no green; its name stands at the box.
     """
     scale = max(1, round(SHORTEST_SIDE / min(image.shape[-2:])))
     image = image.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
@@ -55,14 +47,7 @@ def draw_detections(
 
 
 def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
-    """Puts pictures of the same size beside each other, with a title above each.
-
-    Args:
-        pictures: The pictures by their titles.
-
-    Returns:
-        One picture.
-    """
+    """Puts pictures of the same size beside each other, by their titles, which stand above."""
     width, height = next(iter(pictures.values())).size
     strip, gap = max(18, width // 24), 4
     whole = Image.new('RGB', ((width + gap) * len(pictures) - gap, height + strip), 'white')

@@ -144,18 +144,7 @@ DETECTORS = {'retinanet': retinanet, 'cascade_rcnn': cascade_rcnn}
 
 
 def create_detector(detector: str, **kwargs: Any) -> Any:
-    """Creates a detector by its name.
-
-    Args:
-        detector: A key of `DETECTORS`.
-        **kwargs: Arguments of its function.
-
-    Returns:
-        The detector, in training mode.
-
-    Raises:
-        DetectionError: There is no such detector, or it cannot be made.
-    """
+    """Creates a detector by its key in `DETECTORS`, with the arguments of its function."""
     if detector not in DETECTORS:
         raise DetectionError(f'The detector must be one of {", ".join(DETECTORS)}, got {detector!r}.')
     try:

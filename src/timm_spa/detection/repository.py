@@ -67,26 +67,11 @@ def write_detector_repository(
         repo_id: Optional[str] = None,
         replace_card: bool = False,
 ) -> List[str]:
-    """Writes the files of a Hub repository, after a check that the detector can be rebuilt from them.
+    """Writes the files of a Hub repository, after a check that the detector can be rebuilt from them; returns remarks.
 
     These are model.safetensors, config.json and README.md, and args.yaml, summary.csv and card.yaml of the training
-    run, which lie in the checkpoint's folder or, for `best` and `last`, in the one above.
-
-    Args:
-        folder: Folder to write to; other files in it are left alone.
-        checkpoint: Folder of the checkpoint.
-        repo_id: Repository that the card names.
-        replace_card: Write README.md also if there is one in the folder.
-
-    Returns:
-        Remarks for the reader, a line each.
-
-    Raises:
-        DetectionError: The folder is no checkpoint of a detector.
-        CheckpointError: The weights cannot be read, or do not fit.
-        CardError: A card lacks a fact that it must state.
-        PublishError: A file of the run has a token or a password in it.
-        RunError: A file of the run does not hold what it should.
+    run, which lie in the checkpoint's folder or, for `best` and `last`, in the one above. Other files in `folder` are
+    left alone, and its README.md without `replace_card`.
     """
     folder, checkpoint = Path(folder), Path(checkpoint)
     check_repository_name(repo_id)
@@ -114,20 +99,7 @@ def write_detector_repository(
 
 
 def publish_detector(checkpoint: Union[str, Path], repo_id: str, **kwargs: Any) -> Published:
-    """Publishes a detector as one commit of a Hub repository, which is created if there is none.
-
-    Args:
-        checkpoint: As for `write_detector_repository`.
-        repo_id: Repository, 'organization/name'.
-        **kwargs: Further arguments of `timm_spa.hub.upload.upload`.
-
-    Returns:
-        What became of the repository.
-
-    Raises:
-        PublishError: As for `timm_spa.hub.upload.upload`.
-        DetectionError: As for `write_detector_repository`, and also its other errors; nothing has left the machine.
-    """
+    """Publishes a detector as one commit of a Hub repository; further arguments are those of `upload`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, 'detector')
         notes = write_detector_repository(folder, checkpoint, repo_id)
@@ -135,14 +107,7 @@ def publish_detector(checkpoint: Union[str, Path], repo_id: str, **kwargs: Any) 
 
 
 def check_detector(folder: Path) -> Tuple[List[str], List[str]]:
-    """Checks that a repository's folder holds a detector that works.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        What was checked, and what is wrong, a line each.
-    """
+    """Returns what was checked of a folder with a detector, and what is wrong, a line each."""
     checked = [f'{CONFIG} and {WEIGHTS}: the detector, every tensor finite']
     try:
         model = load_detector(folder)

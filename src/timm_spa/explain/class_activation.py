@@ -38,18 +38,7 @@ class ClassActivation:
 
 
 def last_map_layer(model: nn.Module, x: torch.Tensor) -> str:
-    """Finds the layer that gives the last map before global pooling.
-
-    Args:
-        model: A timm CNN in eval mode.
-        x: Images (N, C, H, W), prepared for the model.
-
-    Returns:
-        Name of the outermost module whose output is what `forward_features` returns.
-
-    Raises:
-        ExplainError: The model has no `forward_features`, or that returns no map (N, C, H, W).
-    """
+    """Returns the name of the outermost module whose output is that of `forward_features` of a CNN in eval mode."""
     if not hasattr(model, 'forward_features'):
         raise ExplainError(f'{type(model).__name__} has no forward_features, as models of timm have: name a layer.')
     finished: List[Any] = []

@@ -132,18 +132,7 @@ def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: n
 
 
 def rename_authors(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Renames weights of the authors' models, gated or plain, or of torchvision's, to the names of this package.
-
-    Args:
-        weights: Tensors by their names there.
-        model: The model of this package.
-
-    Returns:
-        Tensors by our names, in our shapes; whether they are those of the model is not checked.
-
-    Raises:
-        ConversionError: There is no rule for the model.
-    """
+    """Renames weights of the authors' models, gated or plain, or of torchvision's, to our names and shapes."""
     rules = [*_rules_for(model, weights), *_ATTN_RULES]
     own = model.state_dict()
     converted = {}
@@ -158,15 +147,7 @@ def rename_authors(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dic
 
 
 def rename_efficientnet(weights: Mapping[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:
-    """Renames weights of EfficientNet-PyTorch, such as '_blocks.0._bn1.weight', to timm's names.
-
-    Args:
-        weights: Tensors by their names there.
-        model: EfficientNet of timm or of this package, of depthwise-separable and inverted residual blocks.
-
-    Returns:
-        Tensors by timm's names; whether they are those of the model is not checked.
-    """
+    """Renames weights of EfficientNet-PyTorch, such as '_blocks.0._bn1.weight', to timm's names."""
     rules = [*_EFFICIENTNET_RULES]
     blocks = [(stage, i, block) for stage, blocks in enumerate(model.blocks) for i, block in enumerate(blocks)]
     for number, (stage, i, block) in enumerate(blocks):
@@ -219,15 +200,7 @@ def _vgg_rules(model: CifarVGG) -> Rules:
 
 
 def reorder_authors(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Reorders the input channels of a DenseNet's layers: the authors concatenate new channels first, timm last.
-
-    Args:
-        weights: What `rename_authors` gave.
-        model: The model of this package; one of another family has nothing to reorder.
-
-    Returns:
-        The tensors in the order of the model's channels.
-    """
+    """Reorders the input channels of a DenseNet's layers: the authors concatenate new channels first, timm last."""
     out = dict(weights)
     if not isinstance(model, GatedDenseNet):
         return out

@@ -159,17 +159,7 @@ class Header:
 
 
 def read_header(path: Union[str, Path]) -> Header:
-    """Reads the header of a safetensors file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What it says.
-
-    Raises:
-        CheckpointError: It is no safetensors file, or not whole.
-    """
+    """Reads what a safetensors file says of itself."""
     try:
         with safetensors.safe_open(path, framework='pt') as f:
             names = list(f.keys())  # noqa: SIM118  no mapping
@@ -241,16 +231,7 @@ def value_problems(state_dict: Mapping[str, torch.Tensor]) -> List[str]:
 
 
 def check_shapes(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:
-    """Checks names and shapes of weights.
-
-    Args:
-        state_dict: Tensors by name.
-        model: The model that they should fit; it may be on the meta device.
-        source: File or repository of the weights, for the message.
-
-    Raises:
-        CheckpointError: A tensor is missing, unexpected, of another shape or kind, or the number of classes differs.
-    """
+    """Checks names, shapes, kinds and number of classes of weights for a model, which may be on the meta device."""
     cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
     classifier = f'{cfg.get("classifier")}.weight'
     own = model.state_dict()

@@ -20,19 +20,7 @@ GATING = frozenset(('base', 'gate', 'neutral', 'pyramid_sizes', 'rd_ratio', 'whe
 
 
 def read_results(folder: Union[str, Path], architecture: Optional[str] = None) -> List[Run]:
-    """Reads the runs of a sweep.
-
-    Args:
-        folder: `train_scripts/results/<sweep>`.
-        architecture: A model: only the runs of the same net with any gate, that of the model among them.
-
-    Returns:
-        The runs, in the order of their folders' names.
-
-    Raises:
-        RunError: The folder has no run, or a file cannot be read.
-        SummaryError: A file of metrics is no table.
-    """
+    """Reads the runs of a sweep, in the order of names; with `architecture` those of the same net with any gate."""
     runs = [Run.read(path.parent) for path in sorted(Path(folder).glob('*/args.yaml'))]
     if not runs:
         raise RunError(f'{folder} holds no results: expected folders with args.yaml and summary.csv in them.')
@@ -44,18 +32,9 @@ def read_results(folder: Union[str, Path], architecture: Optional[str] = None) -
 
 
 def comparison_table(runs: List[Run], reference: Run, architecture: str) -> List[List[str]]:
-    """Compares runs of a sweep.
+    """Compares runs of a sweep in rows of cells, the names of the columns first, the model itself last.
 
-    Args:
-        runs: The runs, see `read_results`.
-        reference: The run of the weights that the comparison is for.
-        architecture: Their model.
-
-    Returns:
-        Rows of cells, the first with the names of the columns, the model itself last; empty if there is no other model.
-
-    Raises:
-        RunError: A run is unfinished, or its arguments differ from those of the reference in more than its name.
+    Empty if there is no other model. A RunError says that a run is no control for the reference.
     """
     by_model: Dict[str, List[Run]] = {}
     for run in runs:
@@ -85,17 +64,7 @@ def comparison_table(runs: List[Run], reference: Run, architecture: str) -> List
 
 
 def verdicts(run: Run) -> Optional[List[bool]]:
-    """Returns for each test picture whether a run classified it correctly.
-
-    Args:
-        run: A run, perhaps with a `test.csv` of `train_scripts/evaluate.py`.
-
-    Returns:
-        A truth value for each picture, in the same order for every run; None if there is no such file.
-
-    Raises:
-        RunError: The file cannot be read.
-    """
+    """Returns whether a run has each test picture right, in an order of all runs; None if it has no `test.csv`."""
     path = run.folder / 'test.csv'
     if not path.exists():
         return None
@@ -123,15 +92,7 @@ def _net(model: str) -> str:
 
 
 def check_alike(run: Run, reference: Run) -> None:
-    """Checks that two runs may be compared.
-
-    Args:
-        run: A run.
-        reference: The run that it is to be compared with.
-
-    Raises:
-        RunError: Their arguments differ in more than what names them, or they ended with different epochs.
-    """
+    """Raises a RunError if the arguments of two runs differ in more than what names them, or their last epochs do."""
     def arguments(of: Run) -> Dict[str, Any]:
         kwargs = {k: v for k, v in (of.args.get('model_kwargs') or {}).items() if k not in GATING}
         return dict({key: value for key, value in of.args.items() if key not in NAMING}, model_kwargs=kwargs)

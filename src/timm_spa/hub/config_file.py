@@ -19,28 +19,14 @@ INTERPOLATIONS = ('bicubic', 'bilinear', 'box', 'hamming', 'lanczos', 'nearest',
 
 
 def class_labels(config: Mapping[str, Any]) -> Dict[str, Any]:
-    """Finds the labels of a config.json as timm does.
-
-    Args:
-        config: Its content.
-
-    Returns:
-        Its 'label_names' and 'label_descriptions', those that it has: of the top level, else of pretrained_cfg.
-    """
+    """Finds 'label_names' and 'label_descriptions' as timm does: of the top level, else of pretrained_cfg."""
     keys = ('label_names', 'label_descriptions')
     found = {key: config[key] if key in config else config['pretrained_cfg'].get(key) for key in keys}
     return {key: value for key, value in found.items() if value is not None}
 
 
 def config_problems(config: Any) -> List[str]:
-    """Checks types and ranges of a config.json.
-
-    Args:
-        config: Its content, as it was read.
-
-    Returns:
-        What is wrong, a line each; empty if a model can safely be made of it.
-    """
+    """Returns what is wrong with a config.json, a line each; empty if a model can safely be made of it."""
     if not isinstance(config, Mapping):
         return [f'config.json should hold names with values, and holds a {type(config).__name__}']
     missing = [key for key in ('architecture', 'num_classes', 'pretrained_cfg') if key not in config]

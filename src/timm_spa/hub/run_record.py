@@ -73,18 +73,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Union[str, Path]) -> 'Run':
-        """Reads what a folder has of a run.
-
-        Args:
-            folder: Folder of a run, of a sweep's results or of a repository.
-
-        Returns:
-            The run; without any of its files one that is empty.
-
-        Raises:
-            RunError: A file cannot be read, or card.yaml has a key that no card knows.
-            SummaryError: summary.csv is no table of metrics.
-        """
+        """Reads what a folder of a run, of a sweep's results or of a repository has; it may have none of the files."""
         folder = Path(folder)
         summary = folder / 'summary.csv'
         return cls(
@@ -141,15 +130,7 @@ class _Loader(yaml.SafeLoader):
 def load_yaml(text: str) -> Any:
     """Reads a YAML document that may come from anywhere.
 
-    Args:
-        text: The document.
-
-    Returns:
-        Its content.
-
-    Raises:
-        ValueError: It is larger than a description of a run, once what it repeats by a name is written out.
-        yaml.YAMLError: It is no YAML of plain values.
+    A ValueError says that it is larger than a description of a run, once what it repeats by a name is written out.
     """
     try:
         content = yaml.load(text, _Loader)  # noqa: S506  derived from SafeLoader
@@ -183,19 +164,7 @@ def _checked_facts(path: Path) -> Dict[str, Any]:
 
 
 def checked(content: Dict[str, Any], kinds: Dict[str, Any], path: Union[str, Path]) -> Dict[str, Any]:
-    """Checks the kinds of some of the values of a file.
-
-    Args:
-        content: What the file holds.
-        kinds: `ARGUMENTS` or `RECORD`.
-        path: The file, for the message.
-
-    Returns:
-        The content.
-
-    Raises:
-        RunError: A value that is there, and not None, is of another kind.
-    """
+    """Returns the content of a file after a check of the kinds of some of its values, where they are not None."""
     for key, kind in kinds.items():
         if content.get(key) is not None:
             _check(content[key], kind, key, path)

@@ -51,25 +51,7 @@ def upload(
         tag: Optional[str] = None,
         replace_card: bool = False,
 ) -> Published:
-    """Uploads the files of a repository as one commit.
-
-    Args:
-        folder: Folder of the files.
-        repo_id: Repository, 'organization/name'.
-        message: Message of the commit.
-        notes: Remarks so far.
-        private: Publish to a private repository only.
-        create_pr: Propose the commit in a pull request.
-        tag: Name to give to the commit; a tag is never moved.
-        replace_card: Replace the README.md of the repository, if it has one.
-
-    Returns:
-        What became of the repository.
-
-    Raises:
-        PublishError: There is no token, no right to write, no network, or the upload failed; or the repository is
-            public and should not be, or the tag is there and names another commit.
-    """
+    """Uploads the files of a repository's folder as one commit; the arguments are those of `publish`."""
     if create_pr and tag:
         raise PublishError('A tag names a commit, and a pull request has none before it is merged. Leave one out.')
     notes = list(notes)

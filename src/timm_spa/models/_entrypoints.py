@@ -12,14 +12,7 @@ __all__ = ['list_models', 'register_gated', 'split_gate']
 
 
 def split_gate(name: str) -> Tuple[str, str, str]:
-    """Splits a model's name into its base, its gate, and a description of the gate.
-
-    Args:
-        name: Name of a model, e.g. 'se_b_preresnet18_cifar'.
-
-    Returns:
-        Base name ('preresnet18_cifar'), gate ('se_b') and description.
-    """
+    """Splits a model's name, e.g. 'se_b_preresnet18_cifar', into base, gate ('se_b') and a description of the gate."""
     gate = max((gate for gate in GATES if name.startswith(f'{gate}_')), key=len, default='none')
     return name.removeprefix(f'{gate}_'), gate, GATES[gate].description
 

@@ -16,11 +16,7 @@ class GatedNet:
 
     @torch.jit.ignore
     def init_weights(self: Any, **kwargs: Any) -> None:
-        """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`.
-
-        Args:
-            **kwargs: Arguments of timm's `init_weights` of the family, if it has one.
-        """
+        """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`."""
         for module in self.modules():
             # the weights of convolutions without bias are left to the family
             if hasattr(module, 'reset_parameters') and not (isinstance(module, nn.Conv2d) and module.bias is None):
@@ -29,23 +25,12 @@ class GatedNet:
 
 
 def adopt(module: nn.Module, original: nn.Module) -> None:
-    """Initializes a module with layers and attributes of another one, in place of `super().__init__`.
-
-    Args:
-        module: Module to initialize.
-        original: Module as timm built it, not to be used any more.
-    """
+    """Initializes a module with all of another one, not to be used any more, in place of `super().__init__`."""
     nn.Module.__init__(module)
     module.__dict__.update(original.__dict__)
 
 
 def divide_reduction(feature_info: List[Dict[str, Any]], first: int, others: int) -> None:
-    """Corrects timm's reduction of a net whose stem was replaced by one that keeps the resolution.
-
-    Args:
-        feature_info: The net's description of its feature maps.
-        first: What timm counts too much for the first map: the stride of its stem.
-        others: What it counts too much for the others: stem and pooling.
-    """
+    """Corrects timm's reduction, of the first map and of others, where stem and pooling keep the resolution."""
     for i, info in enumerate(feature_info):
         info['reduction'] //= others if i else first

@@ -43,20 +43,10 @@ def locate_weights(
         revision: Optional[str] = None,
         cache_dir: Optional[Union[str, Path]] = None,
 ) -> str:
-    """Finds a file of a Hub repository, in the cache or by download.
+    """Finds a file of a Hub repository, in the cache or by download; a HubWeightsError says why it cannot be had.
 
-    Args:
-        repo_id: Repository, 'organization/name'.
-        filename: File in it.
-        revision: Branch, tag or commit; the main branch if None.
-        cache_dir: Cache to use; huggingface_hub's own if None.
-
-    Returns:
-        Path of the file. While the Hub can't be reached it is the cached one, unchecked for a newer.
-
-    Raises:
-        HubWeightsError: The file is not cached, and offline mode is on, the Hub can't be reached, or it has no such
-            file; or the file is truncated, or not what the Hub says once it is downloaded.
+    While the Hub can't be reached it is the cached one, unchecked for a newer. What is truncated, or not what the Hub
+    says once it is downloaded, is refused.
     """
     cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
     path = cached if isinstance(cached, str) else ''

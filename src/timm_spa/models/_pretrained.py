@@ -24,15 +24,7 @@ WEIGHTS_FILENAME = 'model.safetensors'
 
 
 def untrained_cfg(source: str, **kwargs: Any) -> PretrainedCfg:
-    """Makes a configuration without weights, with the preprocessing of one of timm's.
-
-    Args:
-        source: Name and tag of timm's model.
-        **kwargs: Fields that differ.
-
-    Returns:
-        The configuration.
-    """
+    """Makes a configuration without weights, with the preprocessing of timm's `source`, and fields that differ."""
     plain = get_pretrained_cfg(source, allow_unregistered=False)
     paper_ids = (plain.paper_ids,) if isinstance(plain.paper_ids, str) else tuple(plain.paper_ids or ())
     fields = dict(
@@ -49,14 +41,7 @@ def untrained_cfg(source: str, **kwargs: Any) -> PretrainedCfg:
 
 
 def warm_cfg(source: str) -> PretrainedCfg:
-    """Makes the configuration of a warm start: timm's published weights of the plain model, gates neutral.
-
-    Args:
-        source: Name and tag of timm's model; its preprocessing, licence and origin are taken over.
-
-    Returns:
-        The configuration.
-    """
+    """Makes the configuration of a warm start: timm's published weights of the plain model, gates neutral."""
     plain: Any = get_pretrained_cfg(source, allow_unregistered=False)
     return untrained_cfg(
         source,
@@ -74,13 +59,7 @@ def warm_cfg(source: str) -> PretrainedCfg:
 def warm_cfgs(name: str, plain: str, default: str = '') -> Dict[str, PretrainedCfg]:
     """Makes the configurations of the warm starts from every tag that timm has of the plain model.
 
-    Args:
-        name: Name of the gated model.
-        plain: Name of timm's plain model.
-        default: Tag to put first, which makes it the default; timm's own if there is none.
-
-    Returns:
-        Configurations by name and tag. One without weights if timm has none of the plain model.
+    The tag `default`, or timm's own, comes first. If there is none, it is one configuration without weights.
     """
     sources = timm.list_pretrained(f'{plain}.*')
     if not sources:
@@ -137,14 +116,7 @@ def attached_cfg(
 
 
 def cifar_cfg(**kwargs: Any) -> PretrainedCfg:
-    """Makes a configuration without weights for a net of 32x32 images, 100 classes as CIFAR-100.
-
-    Args:
-        **kwargs: Fields that differ.
-
-    Returns:
-        The configuration. Mean and standard deviation are ImageNet's, as the paper uses them.
-    """
+    """Makes a configuration without weights for 32x32 images; mean and deviation are ImageNet's, as in the paper."""
     fields = dict(
         input_size=(3, 32, 32),
         pool_size=(4, 4),
@@ -159,16 +131,7 @@ def cifar_cfg(**kwargs: Any) -> PretrainedCfg:
 
 
 def shipped_cfg(name: str, **kwargs: Any) -> PretrainedCfg:
-    """Makes the configuration of weights that come with the package.
-
-    Args:
-        name: Name and tag of the model: that of `weights/<name>.safetensors`, and of `weights/<name>.json` with the
-            fields of the configuration.
-        **kwargs: Fields that differ.
-
-    Returns:
-        The configuration. Lists of the JSON file are tuples in it, as timm has them.
-    """
+    """Makes the configuration of `weights/<name>.safetensors`, of the fields in `weights/<name>.json`."""
     folder = Path(__file__).parent.parent / 'weights'
     fields = json.loads((folder / f'{name}.json').read_text(encoding='utf-8'))
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
@@ -190,27 +153,9 @@ def build_model(
 ) -> Any:
     """Builds a model through timm's builder, with its weights already found if they are on the Hub.
 
-    The class gets `make_gate` in place of the three arguments that describe the gates of a net: a function of the
-    gated channels, the channels of the block's input, norm layer, device and dtype.
-
-    Args:
-        model_cls: Class of the model.
-        variant: Name of the model.
-        pretrained: Load weights.
-        pretrained_cfg: Configuration or tag, as timm passes it.
-        pretrained_cfg_overlay: Fields of the configuration to replace.
-        cache_dir: Cache of the Hub to use.
-        plain_filter: Brings weights of the plain model to timm's names, if they may have others.
-        gate: Name of the gate, a key of `timm_spa.models.GATES`.
-        pyramid_sizes: Side lengths of SPA's averages, in cells.
-        rd_ratio: Reduced width of the gates over their channels.
-        **kwargs: Arguments of timm's builder and of the model.
-
-    Returns:
-        The model, or its feature extractor for `features_only=True`.
-
-    Raises:
-        HubWeightsError: The weights are on the Hub, and could not be had, are damaged, or are those of another model.
+    The class gets `make_gate` in place of the three arguments that describe the gates of a net: a function of the gated
+    channels, the channels of the block's input, norm layer, device and dtype. `plain_filter` brings weights of the
+    plain model to timm's names, if they may have others.
     """
     located, source, weights = None, None, 'The given state dict'
     if pretrained:
@@ -245,18 +190,7 @@ def build_model(
 
 
 def locate(cfg: PretrainedCfg, cache_dir: Any = None) -> Optional[str]:
-    """Finds the weights of a configuration on the Hub.
-
-    Args:
-        cfg: Configuration of a model.
-        cache_dir: Cache of the Hub to use.
-
-    Returns:
-        Path of the file; None if the configuration names other weights, or none.
-
-    Raises:
-        HubWeightsError: They could not be had, or are damaged.
-    """
+    """Returns the file of a configuration's weights on the Hub; None if it names other weights, or none."""
     if not cfg.hf_hub_id or (cfg.source != 'hf-hub' and (cfg.file or cfg.state_dict or cfg.source)):
         return None
     repo_id, _, revision = cfg.hf_hub_id.partition('@')
@@ -270,15 +204,7 @@ def check_fit(
         variant: str,
         error: Type[Exception] = RuntimeError,
 ) -> None:
-    """Raises an error of the given type if tensors do not fit a model, but for what timm adapts.
-
-    Args:
-        tensors: Tensors by name.
-        model: Model as timm builds it.
-        weights: What holds the tensors, for the message.
-        variant: Name of the model, for the message.
-        error: Type of the error.
-    """
+    """Raises an error of the given type if tensors do not fit a model, but for what timm adapts."""
     misfit = compare_tensors(_fixed_tensors(tensors, model), _fixed_tensors(model.state_dict(), model))
     if misfit:
         raise error(

@@ -37,11 +37,7 @@ def gate_weights(model: nn.Module) -> List[str]:
 
 
 def neutral_factors(model: nn.Module) -> Dict[str, float]:
-    """Returns the tensors that change when the gates of a model become neutral, by name, and what to multiply them by.
-
-    Raises:
-        ValueError: A gate can't be neutral.
-    """
+    """Returns the tensors that change when the gates of a model become neutral, and what to multiply them by."""
     factors: Dict[str, float] = {}
     for name, module in gated_modules(model):
         gate, prefix = GATES[module.attn.gate_name], getattr(module, 'gated_prefix', name)
@@ -59,18 +55,7 @@ def neutral_factors(model: nn.Module) -> Dict[str, float]:
 
 
 def warm_start(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Adds neutral gates to the weights of a plain model.
-
-    Args:
-        state_dict: Weights of the plain model, under timm's names.
-        model: The gated model; its gates, as they are initialized, fill what the plain model lacks.
-
-    Returns:
-        Weights for `model`, with which it computes what the plain model does. The given ones are not changed.
-
-    Raises:
-        ValueError: A gate can't be neutral.
-    """
+    """Adds neutral gates to the weights of a plain model, which are not changed."""
     warm = dict(state_dict)
     for name, module in gated_modules(model):
         warm.update({f'{name}.attn.{key}': value for key, value in module.attn.state_dict().items()})
@@ -85,16 +70,7 @@ def checkpoint_filter_fn(
         model: nn.Module,
         plain_filter: Optional[Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]] = None,
 ) -> Dict[str, torch.Tensor]:
-    """Prepares a checkpoint for loading; one without the gates' weights is a plain model's, and becomes a warm start.
-
-    Args:
-        state_dict: Weights of the gated or of the plain model, under timm's names.
-        model: The gated model.
-        plain_filter: Brings weights of the plain model to timm's names, if they may have others.
-
-    Returns:
-        Weights for `model`.
-    """
+    """Prepares a checkpoint for loading: one without the gates' weights is a plain model's, and gets a warm start."""
     weights = gate_weights(model)
     if not weights or any(key in state_dict for key in weights):
         return state_dict

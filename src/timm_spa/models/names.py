@@ -8,26 +8,13 @@ __all__ = ['check_model_name', 'did_you_mean']
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.4) -> str:
-    """Returns ' Did you mean ...?' with the most similar of the known names, or nothing if none is similar.
-
-    Args:
-        name: Name that is not known.
-        known: The names that are.
-        count: Most names to give.
-        cutoff: Least similarity, from 0 to 1.
-    """
+    """Returns ' Did you mean ...?' with the most similar of the known names, or nothing if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
     return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
 def check_model_name(name: str, error: Type[Exception], prefix: str = '') -> None:
-    """Raises an error with the most similar names if timm does not know a model.
-
-    Args:
-        name: Architecture, a tag behind it or not, or an address of weights, e.g. 'hf-hub:organization/name'.
-        error: Type of the error.
-        prefix: What the message begins with.
-    """
+    """Raises an error with the most similar names if timm has no such model; addresses such as 'hf-hub:...' pass."""
     architecture = name.partition('.')[0]
     if ':' not in name and not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models(), cutoff=0.7)

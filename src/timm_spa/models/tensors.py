@@ -7,15 +7,7 @@ __all__ = ['compare_tensors', 'first_few']
 
 
 def compare_tensors(given: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> str:
-    """Compares names, shapes and kinds of tensors.
-
-    Args:
-        given: Tensors by name.
-        own: Those that are expected.
-
-    Returns:
-        What is missing, unexpected, or of another shape or kind, with the names; empty if nothing is.
-    """
+    """Says what is missing, unexpected, or of another shape or kind, with the names; empty if nothing is."""
     both = [(name, tensor, own[name]) for name, tensor in given.items() if name in own]
     problems = {
         'missing': [name for name in own if name not in given],
