@@ -1,8 +1,6 @@
 """Refuses a timm that is too old, by one line in place of whatever name it lacks first."""
-import re
-from typing import List
-
 import timm
+from torch.torch_version import TorchVersion
 
 from ._errors import TimmSpaError
 
@@ -15,10 +13,6 @@ class TimmTooOldError(TimmSpaError, ImportError):
     """The installed timm lacks what this package extends."""
 
 
-def _numbers(version: str) -> List[int]:
-    return [int(number) for number in re.findall(r'\d+', version)[:3]]
-
-
-if _numbers(timm.__version__) < _numbers(OLDEST):
+if TorchVersion(timm.__version__) < OLDEST:
     raise TimmTooOldError(
         f'timm_spa needs timm {OLDEST} or newer, and finds {timm.__version__}: pip install --upgrade timm')
