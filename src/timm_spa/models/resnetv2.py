@@ -11,7 +11,7 @@ shortcut reads that norm layer's activated output; no norm layer stands before t
 All else is timm's ResNet. `feature_info` gives the reduction against the image: 1 for the stem and the first stage,
 then 2, 4 and 8. The blocks have no fused form for inference: their norm layers come before the convolutions.
 """
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -27,17 +27,10 @@ __all__ = ['GatedPreActBasicBlock', 'GatedPreActBottleneck', 'GatedPreActResNet'
 
 class _GatedPreActBlock(nn.Module):
     """norm - act - conv, two or three times, then a gate and the residual sum. Takes the arguments of timm's blocks."""
-    expansion: int
-    if TYPE_CHECKING:  # made in a loop
-        bn1: nn.Module
-        bn2: nn.Module
-        bn3: nn.Module
-        act1: nn.Module
-        act2: nn.Module
-        act3: nn.Module
-        conv1: nn.Module
-        conv2: nn.Module
-        conv3: nn.Module
+    # channels over `planes` and kernel size of each convolution, and whether it is the one with the stride
+    convolutions: Tuple[Tuple[int, int, bool], ...]
+    if TYPE_CHECKING:  # the layers are made in a loop
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(
             self,
@@ -82,31 +75,25 @@ class _GatedPreActBlock(nn.Module):
         dd: Any = {'device': device, 'dtype': dtype}
         super().__init__()
         channels = inplanes
-        for i, (out_channels, kernel_size, first) in enumerate(self._convolutions(planes), start=1):
+        for i, (factor, kernel_size, first) in enumerate(self.convolutions, start=1):
             conv_stride = stride if first else 1
             conv_dilation = 1 if kernel_size == 1 else (first_dilation or dilation) if first else dilation
             self.add_module(f'bn{i}', norm_layer(channels, **dd))
             self.add_module(f'act{i}', act_layer(inplace=True))
             self.add_module(f'conv{i}', nn.Conv2d(
-                channels, out_channels, kernel_size, stride=conv_stride, padding=conv_dilation * (kernel_size // 2),
+                channels, planes * factor, kernel_size, stride=conv_stride, padding=conv_dilation * (kernel_size // 2),
                 dilation=conv_dilation, bias=False, **dd))
-            channels = out_channels
+            channels = planes * factor
         self.attn = make_gate(channels, inplanes, norm_layer=norm_layer, **dd)
         self.downsample = None if downsample is None else downsample[0]
         self.drop_path = nn.Identity() if drop_path is None else drop_path
-
-    def _convolutions(self, planes: int) -> List[Tuple[int, int, bool]]:
-        """Channels and kernel size of each convolution, and whether it is the one with the stride."""
-        raise NotImplementedError
 
 
 class GatedPreActBasicBlock(_GatedPreActBlock):
     """Two convolutions of 3x3."""
     expansion = 1
+    convolutions = ((1, 3, True), (1, 3, False))
     gated_parameters = ('conv2.weight',)
-
-    def _convolutions(self, planes: int) -> List[Tuple[int, int, bool]]:
-        return [(planes, 3, True), (planes, 3, False)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, inplanes, H, W) to (N, planes, H / stride, W / stride)."""
@@ -120,10 +107,8 @@ class GatedPreActBasicBlock(_GatedPreActBlock):
 class GatedPreActBottleneck(_GatedPreActBlock):
     """Convolutions of 1x1, 3x3 and 1x1."""
     expansion = 4
+    convolutions = ((1, 1, False), (1, 3, True), (4, 1, False))
     gated_parameters = ('conv3.weight',)
-
-    def _convolutions(self, planes: int) -> List[Tuple[int, int, bool]]:
-        return [(planes, 1, False), (planes, 3, True), (planes * self.expansion, 1, False)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, inplanes, H, W) to (N, planes * 4, H / stride, W / stride)."""
