@@ -26,6 +26,18 @@ __all__ = ['CifarVGG', 'GatedConvUnit', 'GatedVGG']
 VGG16: List[Any] = [64, 64, 'M', 128, 128, 'M', 256, 256, 256, 'M', 512, 512, 512, 'M', 512, 512, 512, 'M']
 
 
+def _init_convs(model: nn.Module) -> None:
+    """Initializes convolutions and linear layers as timm does."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0, 0.01)
+            nn.init.zeros_(module.bias)
+
+
 class _GatedActivation(nn.Module):
     """An activation with a gate on its output, in the activation's place of timm's flat list of layers."""
     gated_parameters = ('weight', 'bias')
@@ -44,6 +56,7 @@ class _GatedActivation(nn.Module):
 
 class GatedVGG(GatedNet, VGG):
     """timm's VGG with norm layers and a gate after every unit. The gate reads the map that it gates."""
+    init_convs = _init_convs
 
     def __init__(
             self,
@@ -76,10 +89,6 @@ class GatedVGG(GatedNet, VGG):
                 # conv, norm, activation: the gate goes with the third, so that timm's names stay
                 self.features[i + 2] = _GatedActivation(self.features[i + 2], attn, f'features.{i + 1}')
                 _init_convs(attn)
-
-    def init_convs(self) -> None:
-        """Initializes convolutions and linear layers as timm does."""
-        _init_convs(self)
 
 
 class GatedConvUnit(nn.Module):
@@ -118,6 +127,7 @@ class GatedConvUnit(nn.Module):
 
 class CifarVGG(GatedNet, VGG):
     """VGG16 for 32x32 images, with a gate after every unit and one linear layer as its head."""
+    init_convs = _init_convs
 
     def __init__(
             self,
@@ -168,21 +178,6 @@ class CifarVGG(GatedNet, VGG):
     def _add_feature(self, channels: int, reduction: int, index: int) -> None:
         self.feature_info.append(dict(num_chs=channels, reduction=reduction, module=f'features.{index}'))
         self.feature_ends.append(index)
-
-    def init_convs(self) -> None:
-        """Initializes convolutions and linear layers as timm does."""
-        _init_convs(self)
-
-
-def _init_convs(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, 0, 0.01)
-            nn.init.zeros_(module.bias)
 
 
 def _create_vgg(variant: str, pretrained: bool, base: str, **kwargs: Any) -> VGG:
