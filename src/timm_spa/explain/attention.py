@@ -75,12 +75,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def forward_hooks(modules: Iterable[Tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
     """Registers forward hooks within the context."""
-    handles = [module.register_forward_hook(hook) for module, hook in modules]
-    try:
+    with contextlib.ExitStack() as stack:
+        for module, hook in modules:
+            stack.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def gate_maps(model: nn.Module, x: torch.Tensor, blocks: Optional[Sequence[str]] = None) -> Dict[str, torch.Tensor]:
