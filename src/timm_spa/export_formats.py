@@ -84,16 +84,8 @@ def _write_torch_export(model: nn.Module, path: Path, example: torch.Tensor, axe
     torch.export.save(_exported_program(model, example, axes), path)
 
 
-def _run_torch_export(path: Path) -> Runner:
-    return torch.export.load(path).module()
-
-
 def _write_aoti(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
     torch._inductor.aoti_compile_and_package(_exported_program(model, example, axes), package_path=str(path))
-
-
-def _run_aoti(path: Path) -> Runner:
-    return torch._inductor.aoti_load_package(str(path))
 
 
 def _write_openvino(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
@@ -128,8 +120,8 @@ class Format:
 
 FORMATS = {
     'onnx': Format('.onnx', 'export', ('onnx', 'onnxruntime'), _write_onnx, _run_onnx, ('float32', 'float16', 'int8')),
-    'torch-export': Format('.pt2', '', (), _write_torch_export, _run_torch_export),
-    'aoti': Format('.pt2', '', (), _write_aoti, _run_aoti),
+    'torch-export': Format('.pt2', '', (), _write_torch_export, lambda path: torch.export.load(path).module()),
+    'aoti': Format('.pt2', '', (), _write_aoti, lambda path: torch._inductor.aoti_load_package(str(path))),
     'openvino': Format(
         '.xml', 'openvino', ('onnx', 'openvino'), _write_openvino, _run_openvino, ('float32', 'float16'), ('.bin',)),
 }
