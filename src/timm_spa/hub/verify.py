@@ -261,13 +261,12 @@ def _measure(model: Any, images: Path, split: str, batch_size: int, device: str,
     except PictureError as e:
         report.problems.append(str(e))
         return
-    ranks = (1, min(5, model.num_classes))
-    meters = [AverageMeter(), AverageMeter()]
+    meters = {k: AverageMeter() for k in (1, min(5, model.num_classes))}
     with torch.inference_mode():
         for pixels, target in tqdm(loader, str(images), leave=False, disable=None):  # None: on terminals only
-            values = accuracy(model(pixels.to(device)), target.to(device), topk=ranks)
-            for meter, value in zip(meters, values, strict=True):
+            values = accuracy(model(pixels.to(device)), target.to(device), topk=tuple(meters))
+            for meter, value in zip(meters.values(), values, strict=True):
                 meter.update(value.item(), len(target))
-    report.accuracy = {k: round(meter.avg, 3) for k, meter in zip(ranks, meters, strict=True)}
+    report.accuracy = {k: round(meter.avg, 3) for k, meter in meters.items()}
     said = ', '.join(f'top-{k} {value:.3f} %' for k, value in report.accuracy.items())
     report.checked.append(f'{count} pictures of {images}: {said}')
