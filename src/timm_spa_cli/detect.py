@@ -185,7 +185,10 @@ def _predict(args: argparse.Namespace) -> int:
     from timm_spa.detection.models import check_picture_size
 
     device = _device(args)
-    titles = _distinct([Path(folder) for folder in args.checkpoint])
+    # by their folders: the run's for 'best' and 'last', with a number if it is there twice
+    titles = distinct([
+        f'{p.resolve().parent.name}-{p.name}' if p.name in ('best', 'last') else p.resolve().name
+        for p in map(Path, args.checkpoint)])
     models = {title: load_detector(folder, device) for title, folder in zip(titles, args.checkpoint, strict=True)}
     results: Dict[str, List[Dict[str, Any]]] = {title: [] for title in models}
     out, code = Path(args.out), 0
@@ -221,12 +224,6 @@ def _predict(args: argparse.Namespace) -> int:
         with replacing(out / f'{title}.json') as partial:
             partial.write_text(json.dumps(found_by, indent=1))
     return code
-
-
-def _distinct(folders: List[Path]) -> List[str]:
-    """Names checkpoints by their folders: the run's for 'best' and 'last', with a number if it is there twice."""
-    return distinct([
-        f'{p.resolve().parent.name}-{p.name}' if p.name in ('best', 'last') else p.resolve().name for p in folders])
 
 
 def _report(*lines: str) -> None:
