@@ -54,22 +54,16 @@ def config_problems(config: Any) -> List[str]:
         expect(value is None or isinstance(value, kind), key, value, what)
     for key in ('label_names', 'label_descriptions', 'id2label'):
         names: Any = labelled.get(key) or ()
-        values = names.values() if isinstance(names, dict) else names
-        odd = [v for v in values if not isinstance(v, str)] if isinstance(names, (dict, list, tuple)) else []
+        texts = names.values() if isinstance(names, dict) else names
+        odd = [v for v in texts if not isinstance(v, str)] if isinstance(names, (dict, list, tuple)) else []
         expect(not odd, f'an entry of {key}', odd[:1], 'a text')
     arguments = config.get('model_args')
     taken = [key for key in NOT_OF_A_MODEL if isinstance(arguments, dict) and key in arguments]
     if taken:
         problems.append(f'config.json: model_args has {", ".join(taken)}, which no model takes')
-    return problems + _cfg_problems(cfg)
 
-
-def _cfg_problems(cfg: Dict[str, Any]) -> List[str]:
-    problems = []
-
-    def expect(right: bool, key: str, what: str) -> None:
-        if not right:
-            problems.append(f'config.json: {key} of pretrained_cfg should be {what}, and is {_shown(cfg.get(key))}')
+    def in_cfg(right: bool, key: str, what: str) -> None:
+        expect(right, f'{key} of pretrained_cfg', cfg.get(key), what)
 
     asked = [key for key in SOURCES if cfg.get(key)]
     if asked:
@@ -81,30 +75,30 @@ def _cfg_problems(cfg: Dict[str, Any]) -> List[str]:
         problems.append(f'config.json: pretrained_cfg has {shown}, which timm does not know')
     size: Any = cfg.get('input_size')
     right = _is_size(size)
-    expect(right, 'input_size', 'channels, height and width of a picture')
+    in_cfg(right, 'input_size', 'channels, height and width of a picture')
     channels = size[0] if right else 3
     for key in ('test_input_size', 'min_input_size'):
-        expect(cfg.get(key) is None or _is_size(cfg[key]), key, 'channels, height and width of a picture')
+        in_cfg(cfg.get(key) is None or _is_size(cfg[key]), key, 'channels, height and width of a picture')
     for key in ('mean', 'std'):
         values: Any = cfg.get(key)
         right = isinstance(values, list) and len(values) in (1, 3, channels) and all(map(_is_number, values))
-        expect(right and (key == 'mean' or min(values) > 0), key, 'a number for each channel')
+        in_cfg(right and (key == 'mean' or min(values) > 0), key, 'a number for each channel')
     value: Any
     for key in ('crop_pct', 'test_crop_pct'):
         value = cfg.get(key)
         is_share = _is_number(value) and 0 < value <= 2
-        expect(is_share or (value is None and key != 'crop_pct'), key, 'a share of the picture')
-    expect(cfg.get('crop_mode') in (None, 'border', 'center', 'squash'), 'crop_mode', 'border, center or squash')
-    expect(cfg.get('interpolation') in INTERPOLATIONS, 'interpolation', f'one of {", ".join(INTERPOLATIONS)}')
+        in_cfg(is_share or (value is None and key != 'crop_pct'), key, 'a share of the picture')
+    in_cfg(cfg.get('crop_mode') in (None, 'border', 'center', 'squash'), 'crop_mode', 'border, center or squash')
+    in_cfg(cfg.get('interpolation') in INTERPOLATIONS, 'interpolation', f'one of {", ".join(INTERPOLATIONS)}')
     for key in ('architecture', 'tag', 'license', 'origin_url', 'hf_hub_filename'):
-        expect(isinstance(cfg.get(key), (str, type(None))), key, 'a name')
+        in_cfg(isinstance(cfg.get(key), (str, type(None))), key, 'a name')
     for key, what in (
             ('classifier', 'the name of a layer'), ('first_conv', 'the name of a layer'), ('paper_ids', 'a text')):
         value = cfg.get(key)
         names = value if isinstance(value, list) else [value]
-        expect(all(isinstance(name, (str, type(None))) for name in names), key, what)
+        in_cfg(all(isinstance(name, (str, type(None))) for name in names), key, what)
     count = cfg.get('num_classes')
-    expect(count is None or (_is_whole(count) and 0 < count <= LARGEST_CLASSES), 'num_classes', 'a number of classes')
+    in_cfg(count is None or (_is_whole(count) and 0 < count <= LARGEST_CLASSES), 'num_classes', 'a number of classes')
     return problems
 
 
