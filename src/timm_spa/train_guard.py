@@ -79,15 +79,7 @@ class _CheckpointSaver(utils.CheckpointSaver):
                 f'{os.path.join(self.checkpoint_dir, "last.pth.tar")}') from e
 
 
-def _update_summary(
-        epoch: int,
-        train_metrics: Any,
-        eval_metrics: Any,
-        filename: str,
-        lr: Any = None,
-        write_header: bool = False,
-        log_wandb: bool = False,
-) -> None:
+def _update_summary(epoch: int, train_metrics: Any, eval_metrics: Any, filename: str, **kwargs: Any) -> None:
     """Appends timm's row to a file that has one header and no row of this epoch or a later one."""
     path = Path(filename)
     try:
@@ -105,7 +97,7 @@ def _update_summary(
     size = path.stat().st_size if rows else 0
     try:
         utils.summary.update_summary(
-            epoch, train_metrics, eval_metrics, filename, lr=lr, write_header=not rows, log_wandb=log_wandb)
+            epoch, train_metrics, eval_metrics, filename, **dict(kwargs, write_header=not rows))
     except OSError as e:
         os.truncate(path, size)  # leave no partial row
         raise TrainingError(f'{path} could not be written: {e}. The checkpoints are as they were.') from e
