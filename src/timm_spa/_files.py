@@ -64,8 +64,6 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
             raise
         raise WriteError(f'{path} cannot be written: {getattr(e, "strerror", None) or e}.') from e
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
