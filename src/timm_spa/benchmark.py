@@ -151,21 +151,17 @@ def notes(record: Dict[str, Any]) -> List[str]:
     settings, about, entries = record['settings'], record['environment'], record['models']
     versions = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
     variables = ' '.join(f'{name}={value}' for name, value in record['variables'].items())
+    compiled = f'compiled by {settings["compile"]}' if settings['compile'] else 'eager'
+    layout = 'channels_last' if settings['channels_last'] else 'NCHW'
+    dtype = ('autocast ' if settings['amp'] else '') + settings['dtype']
+    mode = settings['mode'] + (' reparameterized' if settings.get('reparam') else '')
     breaks = [f'{e["model"]} {e["graph_breaks"]}' for e in entries if e['graph_breaks']]
     return [
         f'img/s and its ratio to {record["base"]} in the same round: median, first and third quartile of '
         f'{settings["rounds"]} rounds of at least {settings["min_seconds"]:g} s.',
         f'Peak: {entries[0]["peak_memory_is"]}.',
-        f'{_setting_text(settings)}.',
+        f'{mode}, {compiled}, {dtype}, {layout}, batch {settings["batch_size"]}, {settings["device"]}.',
         f'{about["hardware"]}; Python {about["python"]}, {versions}; {record["date"]}.',
         *([f'With {variables}.'] if variables else []),
         *([f'The compiler broke the graph of: {", ".join(breaks)} times.'] if breaks else []),
     ]
-
-
-def _setting_text(settings: Dict[str, Any]) -> str:
-    compiled = f'compiled by {settings["compile"]}' if settings['compile'] else 'eager'
-    layout = 'channels_last' if settings['channels_last'] else 'NCHW'
-    dtype = ('autocast ' if settings['amp'] else '') + settings['dtype']
-    mode = settings['mode'] + (' reparameterized' if settings.get('reparam') else '')
-    return f'{mode}, {compiled}, {dtype}, {layout}, batch {settings["batch_size"]}, {settings["device"]}'
