@@ -144,10 +144,7 @@ def _converted(
         f'{closest}, it has tensors {failures[closest]}.')
 
 
-Reading = Callable[[], Tuple[Dict[str, torch.Tensor], str]]
-
-
-def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> List[Tuple[str, str, Reading]]:
+def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> List[Tuple[str, str, Callable]]:
     """Returns the kinds of source: name, description, and a function that returns renamed weights and what is wrong."""
     def plain(named: Mapping[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], str]:
         fitted, misfit = _fitted(named, _without_gates(model))
