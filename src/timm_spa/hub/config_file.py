@@ -50,8 +50,8 @@ def config_problems(config: Any) -> List[str]:
             ('num_features', int, 'a whole number'), ('global_pool', str, 'a name'), ('dtype', str, 'a name'),
             ('label_names', list, 'a list of names'), ('label_descriptions', dict, 'names with descriptions'),
             ('id2label', dict, 'numbers with names'), ('model_args', dict, 'names with values')):
-        value = labelled.get(key)
-        expect(value is None or isinstance(value, kind), key, value, what)
+        given = labelled.get(key)
+        expect(given is None or isinstance(given, kind), key, given, what)
     for key in ('label_names', 'label_descriptions', 'id2label'):
         names: Any = labelled.get(key) or ()
         texts = names.values() if isinstance(names, dict) else names
