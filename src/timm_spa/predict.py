@@ -254,6 +254,8 @@ def picture_reader(model: nn.Module) -> Callable[[Union[str, Path]], torch.Tenso
         try:
             with Image.open(path) as image:
                 return transform(in_eight_bits(ImageOps.exif_transpose(image)).convert(mode))
+        except IsADirectoryError as e:
+            raise PictureError('it is a folder, and has no picture in it') from e
         except Exception as e:  # decoders raise all kinds of exceptions for a broken file
             raise PictureError(f'{type(e).__name__}: {e}' if not isinstance(e, OSError) else str(e)) from e
 
