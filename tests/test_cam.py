@@ -6,10 +6,11 @@ from importlib import resources
 import pytest
 import timm
 import torch
+from marks import slow_unless
 from PIL import Image
-from test_models import ALSO_SLOW
 from timm.utils import reparameterize_model
 
+import timm_spa
 import timm_spa_cli
 from timm_spa.explain import METHODS, ExplainError, cam
 from timm_spa.explain.class_activation import last_map_layer
@@ -33,7 +34,7 @@ def make(name, **kwargs):
     return model, torch.randn(2, 3, 64, 64)
 
 
-@pytest.mark.parametrize('name', ALSO_SLOW)
+@pytest.mark.parametrize('name', slow_unless(timm_spa.list_models()[::5].__contains__, timm_spa.list_models()))
 def test_the_layer_is_the_last_map_of_the_family(name):
     with torch.device('meta'):
         model = timm.create_model(name).eval()

@@ -225,14 +225,19 @@ def test_a_broken_picture_of_a_worker_is_one_line(tmp_path):
         assert '\n' not in str(e.value)
 
 
+@pytest.mark.slow
 def test_a_seed_of_any_size(tmp_path, data):
     settings = Settings(epochs=1, batch_size=8, seed=2 ** 32 - 1)
     assert len(train(small(), *open_sets(data), tmp_path, settings, cpu=True)) == 1
-    for seed in (-1, 2 ** 32):
-        with pytest.raises(DetectionError, match=f'The seed is a number from 0 to 4294967295, got {seed}'):
-            Settings(seed=seed).completed('retinanet', 8, 1)
 
 
+@pytest.mark.parametrize('seed', [-1, 2 ** 32])
+def test_seeds_that_are_none(seed):
+    with pytest.raises(DetectionError, match=f'The seed is a number from 0 to 4294967295, got {seed}'):
+        Settings(seed=seed).completed('retinanet', 8, 1)
+
+
+@pytest.mark.slow
 def test_another_precision_in_the_same_process(tmp_path, data):
     # At 64 pixels a map of one pixel goes into a convolution of stride 2. In bfloat16 on CPUs, torch 2.14.1 returns
     # memory that nobody has written as the gradient of its weights.

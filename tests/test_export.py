@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from marks import slow_unless
 from PIL import Image
 from test_models import image_size
 from test_one_form import make_model, rel
@@ -60,7 +61,7 @@ def names_in(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize('name', slow_unless({'spa_resnet18', 'spa_mobilenetv2_cifar', 'gated'}.__contains__, NETS))
 @torch.no_grad()
 def test_onnx_at_every_batch_and_size(name, tmp_path):
     """Read by ONNX Runtime alone, at sizes whose maps the cells of the pyramid do not divide."""

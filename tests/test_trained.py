@@ -68,7 +68,7 @@ def shares(model, picture):
 
 
 @pytest.mark.parametrize('in_args_yaml', [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('kind', slow_unless({'pyramid', 'grey', 'preprocessing'}.__contains__, KINDS))
+@pytest.mark.parametrize('kind', slow_unless({'pyramid', 'grey'}.__contains__, KINDS))
 def test_every_verb_makes_the_model_that_was_trained(kind, in_args_yaml, tmp_path, photograph, monkeypatch):
     """What a file or args.yaml beside it says of a training holds for predict, publish, convert, and once more."""
     name, args = KINDS[kind]

@@ -146,7 +146,8 @@ def test_two_processes_compute_what_one_does(train):
         assert (momentum(name) - momentum('one')).norm() < 1e-4 * momentum('one').norm(), 'gradients differ'
 
 
-@pytest.mark.parametrize('kill', [pytest.param('KILL_AT', marks=pytest.mark.slow), 'KILL_SAVING'])
+@pytest.mark.slow
+@pytest.mark.parametrize('kill', ['KILL_AT', 'KILL_SAVING'])
 def test_killed_and_resumed(train, kill):
     """Killed in its third epoch, or while it saves it, and resumed, a run ends as one that was left alone."""
     options = (

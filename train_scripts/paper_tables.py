@@ -92,7 +92,8 @@ def table_rows(table: str) -> List[List[str]]:
                 row.system, row.model, _number(row.parameters), '-', _number(added, 1e6),
                 f'{added / 1e6 - (row.parameters or 0):+.3f}', *('-' * 5)])
             continue
-        cost, flops = count_cost(row.model, **row.kwargs), paper_flops(row.model, **row.kwargs)
+        cost = count_cost(row.model, **row.kwargs)
+        flops = paper_flops(row.model, cost.macs, **row.kwargs)
         authors_parameters, authors_flops = row.authors or (None, None)
         rows.append([
             row.system, row.model,
@@ -105,11 +106,12 @@ def table_rows(table: str) -> List[List[str]]:
     return rows
 
 
-def paper_flops(model_name: str, **kwargs: Any) -> int:
+def paper_flops(model_name: str, macs: int, **kwargs: Any) -> int:
     """Counts what the paper calls FLOPs: multiply-adds of convolutions and linear layers, and what `NOTE` lists.
 
     Args:
         model_name: Name of a model that timm knows.
+        macs: Its multiply-adds.
         **kwargs: Arguments of `timm.create_model`.
 
     Returns:
@@ -143,7 +145,7 @@ def paper_flops(model_name: str, **kwargs: Any) -> int:
             module.register_forward_hook(hook)
     with torch.no_grad():
         model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
-    return count_cost(model_name, **kwargs).macs + sum(counts)
+    return macs + sum(counts)
 
 
 def _trained_in_a_detector(model_name: str) -> int:
