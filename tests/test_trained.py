@@ -133,6 +133,13 @@ def test_what_contradicts_itself_is_refused(tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+def test_the_name_of_a_class_is_no_model(tmp_path):
+    """timm's saver writes it where it is not given the arguments."""
+    net = train(tmp_path / 'run', NET)
+    torch.save(dict(state_dict=net.state_dict(), arch='gatedefficientnet', epoch=3), tmp_path / 'run' / 'best.pth')
+    assert load_model(NET, tmp_path / 'run' / 'best.pth', 3).num_classes == 3
+
+
 def test_a_number_of_classes_is_of_a_checkpoint(capsys):
     """Without one, a classifier of another size would be random."""
     with pytest.raises(ModelError, match='published weights of .*grocery81 have 81 classes'):

@@ -187,15 +187,9 @@ def _backbone(
     return Backbone(body, strides, config['trainable_layers'], p6p7), mean, std
 
 
-def _check_pictures(model: Any, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
-    for image in args[0] if args else kwargs['images']:
-        check_picture_size(model, image.shape[-1], image.shape[-2], 'A picture')
-
-
 def _finished(model: Any, config: Dict[str, Any]) -> Any:
     """Notes the arguments that rebuild a detector."""
     transform = model.transform
     model.detector_config = dict(config, image_mean=list(transform.image_mean), image_std=list(transform.image_std))
     model.categories = None  # of a checkpoint: id and name of each class
-    model.register_forward_pre_hook(_check_pictures, with_kwargs=True)
     return model

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 from huggingface_hub.utils.sha import sha_fileobj
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, is_model
 
 from .._errors import TimmSpaError
 from ..models.tensors import compare_tensors, first_few
@@ -121,7 +121,8 @@ def read_weights(path: Union[str, Path]) -> Weights:
         state_dict=clean_state_dict(dict(state_dict)),
         used=used,
         sha256=sha256,
-        arch=arch if isinstance(arch, str) else None,
+        # timm writes the name of the class where it has no arguments
+        arch=arch if isinstance(arch, str) and is_model(arch.partition('.')[0]) else None,
         epoch=epoch if isinstance(epoch, int) else None,
         args=vars(args) if isinstance(args, argparse.Namespace) else {},
         model_args=about.get('model_args') if not used else None,

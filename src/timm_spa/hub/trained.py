@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 from typing import Any, Dict, Mapping, Tuple
 
-from timm.models import get_pretrained_cfg
+from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from .checkpoint import Weights
 from .run_record import ARGUMENTS, RunError, checked, read_arguments
@@ -27,9 +27,9 @@ def model_arguments(args: Mapping[str, Any]) -> Dict[str, Any]:
 
 def preprocessing(args: Mapping[str, Any], architecture: str) -> Dict[str, Any]:
     """Returns the fields of a pretrained_cfg that say how a training prepared its pictures."""
-    found: Dict[str, Any] = {key: tuple(args[key]) if isinstance(args[key], list) else args[key]
-                             for key in PREPROCESSING if args.get(key)}
-    cfg = get_pretrained_cfg(architecture)
+    found: Dict[str, Any] = {
+        key: tuple(args[key]) if isinstance(args[key], list) else args[key] for key in PREPROCESSING if args.get(key)}
+    cfg = get_pretrained_cfg(architecture) or PretrainedCfg()
     channels, size = args.get('in_chans') or cfg.input_size[0], args.get('img_size')
     if args.get('input_size') or size:
         found['input_size'] = tuple(args.get('input_size') or (channels, size, size))
@@ -65,8 +65,7 @@ def trained_with(
     said = [(str(checkpoint), weights.arch), (f'args.yaml in {checkpoint.parent}', beside.get('model'))]
     for source, model in said:
         if model and model_name and untagged(model) != untagged(model_name):
-            raise RunError(
-                f'{source} names the model {untagged(model)}, and not {untagged(model_name)}.')
+            raise RunError(f'{source} names the model {untagged(model)}, and not {untagged(model_name)}.')
     of_file = model_arguments(own) if own else weights.model_args
     of_run = model_arguments(beside) if beside else None
     if of_file is not None and of_run is not None and as_json(of_file) != as_json(of_run):
