@@ -52,7 +52,8 @@ def test_a_recipe_by_name(arguments, tmp_path, capfd):
 def installed(tmp_path_factory):
     """Environment variables by which Python finds the package of a wheel, and not that of the checkout."""
     folder = tmp_path_factory.mktemp('wheel')
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '-w', folder, ROOT], check=True)
+    # by way of the source distribution: two wheels made of one folder at a time would be in each other's way
+    subprocess.run([sys.executable, '-m', 'build', '--outdir', folder, ROOT], check=True, capture_output=True)
     with zipfile.ZipFile(next(folder.glob('*.whl'))) as wheel:
         wheel.extractall(folder / 'installed')
     return dict(os.environ, PYTHONPATH=str(folder / 'installed'))
