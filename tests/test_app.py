@@ -131,6 +131,7 @@ def upload(page, file):
     chooser.value.set_files(file)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_in_a_browser(page, tmp_path):
     page.locator('.gallery-item').first.click()

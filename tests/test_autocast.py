@@ -39,7 +39,7 @@ def float32_outputs(net, image, grad, dtype=torch.bfloat16):
     return [name for name, kind in seen.items() if kind != dtype]
 
 
-@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('grad', [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize('name', NETS)
 def test_half_precision_stays_half(name, grad):
     """CUDA's autocast resizes in float32. A gate in float32 would make the rest of the net float32, as it once did."""

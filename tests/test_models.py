@@ -24,9 +24,10 @@ KINDS = (
 # the deeper and wider nets have the blocks of the others: what holds of a block is tested on them in the slow run
 DEEP = (
     '34', '101', '152', '161', '169', '201', '121_cifar', '_075', '_140', '50d', 'wide', 'b_resnext', 'c_resnext',
-    'b_efficientnet', 'c_efficientnet')
+    'b_efficientnet', 'c_efficientnet', '_tf_', 'conv_medium', 'e_mobilenetv2_cifar', 'e_densenet', 'e_vgg', 'ge_pre',
+    'b_vgg', 'b_densenet', 'resnext50')
 ALSO_SLOW = slow_unless(
-    lambda name: name in (*KINDS, 'spa_preresnet50_cifar')
+    lambda name: name in (*KINDS, 'spa_preresnet50_cifar', 'spa_tf_efficientnet_lite0')
     or not any(part in name for part in (*DEEP, 'preresnet50')), MODELS)
 
 # timm's nets with gates added, which have timm's initialization

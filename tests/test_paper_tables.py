@@ -24,7 +24,9 @@ def test_tables(capsys):
         assert table in out
 
 
-@pytest.mark.parametrize('row', [row for rows in TABLES.values() for row in rows if row.flops or row.authors])
+@pytest.mark.parametrize('row', [
+    pytest.param(row, marks=[] if row.authors else pytest.mark.slow)
+    for rows in TABLES.values() for row in rows if row.flops or row.authors])
 def test_counts_are_the_papers(row):
     cost = count_cost(row.model, **row.kwargs)
     flops = paper_tables.paper_flops(row.model, cost.macs, **row.kwargs)

@@ -95,12 +95,12 @@ def test_each_family_trains_under_accelerate(train, model):
 
 @pytest.mark.parametrize(('model', 'options'), [
     ('spa_mobilenetv2_cifar', '--amp --amp-dtype bfloat16 --channels-last --sync-bn'),  # one process: nothing to sync
-    ('spa_c_preresnet18_cifar', '--amp --amp-dtype bfloat16 --channels-last'),
+    pytest.param('spa_c_preresnet18_cifar', '--amp --amp-dtype bfloat16 --channels-last', marks=pytest.mark.slow),
     pytest.param('spa_mobilenetv2_cifar', '--amp --amp-dtype float16', marks=pytest.mark.slow),
-    ('spa_mobilenetv2_cifar', '--grad-checkpointing'),
+    pytest.param('spa_mobilenetv2_cifar', '--grad-checkpointing', marks=pytest.mark.slow),
     ('spa_c_preresnet18_cifar', '--grad-checkpointing'),
     ('spa_mobilenetv2_cifar', '--model-ema --model-ema-warmup --layer-decay 0.8 --clip-grad 1.0'),
-    ('spa_b_preresnet18_cifar', '--model-ema --layer-decay 0.8'),
+    pytest.param('spa_b_preresnet18_cifar', '--model-ema --layer-decay 0.8', marks=pytest.mark.slow),
     pytest.param('spa_mobilenetv2_cifar', '--torchcompile', marks=pytest.mark.slow),
 ])
 def test_options_of_the_script(train_here, model, options):
