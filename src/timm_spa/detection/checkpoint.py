@@ -3,13 +3,12 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Union
 
-import safetensors.torch
 import torch
 from huggingface_hub import snapshot_download
 
 from .. import __version__
 from .._files import ReadError, read_text, replacing
-from ..hub.checkpoint import CheckpointError, check_weights, read_checkpoint
+from ..hub.checkpoint import CheckpointError, check_weights, read_checkpoint, write_tensors
 from ..hub.config_file import NOT_OF_A_MODEL
 from ..models._hub_file import endpoint, without_password
 from .backbone import DetectionError
@@ -41,8 +40,7 @@ def save_detector(model: Any, folder: Union[str, Path], categories: Sequence[Dic
     text = json.dumps(dict(config, categories=named, timm_spa=__version__), indent=2)
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        safetensors.torch.save_file(tensors, partial / WEIGHTS, metadata=dict(format='pt'))
+        write_tensors(partial / WEIGHTS, model.state_dict(), dict(format='pt'))
         (partial / CONFIG).write_text(f'{text}\n', encoding='utf-8')
 
 
