@@ -9,7 +9,7 @@ from timm.layers.cbam import CbamModule
 
 from ..layers import GatherExcite, GatherExciteConv, NoGate, SelfGate, SpatialPyramidAttention, SqueezeExcite
 
-__all__ = ['GATES', 'Gate', 'create_gate']
+__all__ = ['GATES', 'Gate', 'create_gate', 'reads_block_input']
 
 
 class Gate(NamedTuple):
@@ -21,12 +21,14 @@ class Gate(NamedTuple):
         create: Makes the layer from the arguments of `create_gate`.
         zeros: Parameters of the layer with which, once they are zero, the gate has one value everywhere.
         doublings: How often that value has to be doubled to be 1; None if no parameters make the gate neutral.
+        min_width: Smallest reduced width.
     """
     label: str
     description: str
     create: Callable[[SimpleNamespace], nn.Module]
     zeros: Tuple[str, ...] = ('fc2.weight',)
     doublings: Optional[int] = 1
+    min_width: int = 1
 
 
 def _spa(variant: str) -> Callable[[SimpleNamespace], nn.Module]:
@@ -56,8 +58,9 @@ GATES: Dict[str, Gate] = {
         'CBAM', 'the convolutional block attention module', _timm(CbamModule, mlp_bias=True),
         ('layer.channel.fc2.weight', 'layer.channel.fc2.bias', 'layer.spatial.conv.bn.weight',
          'layer.spatial.conv.bn.bias'), 2),
-    'gc': Gate(
-        'GC', 'global context', _timm(GlobalContext), ('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias')),
+    'gc': Gate(  # its layer norm over the reduced width makes one value a constant, and two values plus and minus one
+        'GC', 'global context', _timm(GlobalContext), ('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias'),
+        min_width=4),
     'spa': Gate('SPA-A', 'SPA-A (the gate reads the map that it gates)', _spa('a')),
     'spa_b': Gate('SPA-B', "SPA-B (the gate reads the block's input)", _spa('b')),
     'spa_c': Gate('SPA-C', "SPA-C (the gate reads the block's input, channels matched)", _spa('c')),
@@ -88,7 +91,7 @@ def create_gate(
         channels: Channels of the map to gate.
         in_channels: Channels of the block's input.
         pyramid_sizes: Side lengths of SPA's averages, in cells.
-        rd_ratio: Reduced width over `channels`, rounded down, at least 1.
+        rd_ratio: Reduced width over `channels`, rounded down, at least 1 (4 for global context).
         reduce_source: Take the ratio of the channels that are read instead, for the reduced width of variant b and
             that of the channel matcher of c, as the authors' DenseNet does.
         norm_layer: Norm layer of the gate, if it has any. A group norm becomes one of a single group: the reduced
@@ -98,7 +101,7 @@ def create_gate(
         A module that takes the map to gate and the block's input, and returns the gated map. Its `gate_name` is `gate`.
 
     Raises:
-        ValueError: The gate is unknown, or the ratio no positive number.
+        ValueError: The gate is unknown, the ratio is not a positive number, or the gate would be constant.
     """
     if gate not in GATES:
         raise ValueError(f'gate must be one of {", ".join(map(repr, GATES))}, got {gate!r}.')
@@ -107,14 +110,41 @@ def create_gate(
     norm_layer = get_norm_layer(norm_layer)
     if isinstance(norm_layer, type) and issubclass(norm_layer, nn.GroupNorm):
         norm_layer = GroupNorm1
-    variant = gate[-1] if gate.endswith(('_b', '_c')) else 'a'
+    variant = gate[-1] if reads_block_input(gate) else 'a'
     in_channels = channels if variant == 'a' else in_channels
-    rd_channels = max(1, int(channels * rd_ratio))
+    rd_channels = max(GATES[gate].min_width, int(channels * rd_ratio))
     source_rd_channels = max(1, int(in_channels * rd_ratio)) if reduce_source else rd_channels
     dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
     layer: Any = GATES[gate].create(SimpleNamespace(
         channels=channels, in_channels=in_channels, pyramid_sizes=pyramid_sizes,
         rd_channels=source_rd_channels if variant == 'b' else rd_channels, matcher_rd_channels=source_rd_channels,
         norm_layer=norm_layer, dd=dd))
+    _check_not_constant(gate, layer, channels, rd_ratio)
     layer.gate_name = gate
     return layer
+
+
+def reads_block_input(gate: str) -> bool:
+    """Returns whether a gate of the table reads the input of the block, as the paper's variants B and C do."""
+    return gate.endswith(('_b', '_c'))
+
+
+def _check_not_constant(gate: str, layer: Any, channels: int, rd_ratio: float) -> None:
+    """Raises a ValueError if a norm layer of a gate leaves the same values for every image."""
+    cells = layer.pyramid_sizes[0] ** 2 if isinstance(layer, SpatialPyramidAttention) else math.inf
+    for name, norm in layer.named_modules():
+        # the gate averages over the whole map behind the last layer of the channel matcher, or sees its own pyramid
+        averaged = name == 'matcher.bn2' and (cells == 1 or isinstance(layer, SqueezeExcite))
+        if hasattr(norm, 'normalized_shape'):  # layer norm, RMS norm
+            count: float = math.prod(norm.normalized_shape)
+        elif isinstance(norm, nn.GroupNorm):
+            count = norm.num_channels // norm.num_groups * (cells if name == 'bn' else 1 if averaged else math.inf)
+        elif isinstance(norm, nn.modules.instancenorm._InstanceNorm):
+            count = cells if name == 'bn' else 1 if averaged else math.inf
+        else:
+            continue
+        if count == 1:
+            raise ValueError(
+                f'The gate {gate!r} of {channels} channels can not learn: its norm layer {name}, a '
+                f'{type(norm).__name__}, subtracts the mean of a single value and leaves a constant. Use a larger '
+                f'rd_ratio than {rd_ratio:g}, larger pyramid_sizes, or batch norm as norm_layer.')

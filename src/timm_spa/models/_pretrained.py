@@ -1,26 +1,42 @@
 """Pretrained configurations and the loading of weights, for every model of the package."""
 import dataclasses
 import json
+import logging
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Type
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
 import timm
 import torch
 import torch.nn as nn
-from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_pretrained_cfg,
+    load_pretrained,
+    load_state_dict,
+    resolve_pretrained_cfg,
+)
+from timm.models._hub import load_state_dict_from_path
 
+from .._errors import TimmSpaError
 from ._gates import create_gate
 from ._hub_file import HubWeightsError, locate_weights
-from ._warm_start import checkpoint_filter_fn
+from ._warm_start import checkpoint_filter_fn, gate_weights, has_gates
 from .tensors import compare_tensors
 
 __all__ = [
-    'PAPER_ID', 'attached_cfg', 'build_model', 'check_fit', 'cifar_cfg', 'locate', 'shipped_cfg', 'untrained_cfg',
-    'warm_cfg', 'warm_cfgs']
+    'PAPER_ID', 'StateDict', 'Weights', 'WeightsError', 'attached_cfg', 'build_model', 'cifar_cfg', 'load_weights',
+    'read_weights', 'shipped_cfg', 'untrained_cfg', 'warm_cfg', 'warm_cfgs']
 
+StateDict = Dict[str, torch.Tensor]
+_logger = logging.getLogger(__name__)
 PAPER_ID = 'doi:10.1109/TMM.2021.3068576'
 WEIGHTS_FILENAME = 'model.safetensors'
+
+
+class WeightsError(TimmSpaError, RuntimeError):
+    """Weights do not fit the model; the message names file, model and tensors."""
 
 
 def untrained_cfg(source: str, **kwargs: Any) -> PretrainedCfg:
@@ -157,20 +173,18 @@ def build_model(
     channels, the channels of the block's input, norm layer, device and dtype. `plain_filter` brings weights of the
     plain model to timm's names, if they may have others.
     """
-    located, source, weights = None, None, 'The given state dict'
+    weights = Weights('')
+    source = None
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg, dict(pretrained_cfg_overlay or {}))
-        source, weights = cfg.source, cfg.file or weights
-        located = locate(cfg, cache_dir)
-        if located:
-            weights = f'{cfg.hf_hub_filename or WEIGHTS_FILENAME} of {cfg.hf_hub_id} ({located})'
-            pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=located, source='')
+        source = cfg.source
+        weights = _find(cfg, cache_dir)
+        if weights.located:
+            pretrained_cfg_overlay = dict(pretrained_cfg_overlay or {}, file=weights.located, source='')
 
-    def filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Any]:
-        # timm itself loads what it can once the number of classes differs, and leaves the rest random
-        state_dict = checkpoint_filter_fn(state_dict, model, plain_filter)
-        check_fit(state_dict, model, weights, variant, HubWeightsError if located else RuntimeError)
-        return state_dict
+    def filter_fn(state_dict: StateDict, model: nn.Module) -> StateDict:
+        return _fitted(
+            state_dict, model, variant, weights, plain_filter, needs_classifier=not kwargs.get('features_only'))
 
     model = build_model_with_cfg(
         model_cls,
@@ -183,13 +197,35 @@ def build_model(
         make_gate=partial(create_gate, gate, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio),
         **kwargs,
     )
-    if located:
+    if weights.located:
         model.pretrained_cfg.pop('file', None)  # the path in the cache should not end up in saved configurations
         model.pretrained_cfg['source'] = source
     return model
 
 
-def locate(cfg: PretrainedCfg, cache_dir: Any = None) -> Optional[str]:
+class Weights(NamedTuple):
+    """Where weights are from.
+
+    Attributes:
+        label: Name for messages.
+        error: Type of the error if they do not fit.
+        located: File of the Hub, in the cache.
+    """
+    label: str
+    error: Type[Exception] = WeightsError
+    located: Optional[str] = None
+
+
+def _find(cfg: PretrainedCfg, cache_dir: Any) -> Weights:
+    located = _locate(cfg, cache_dir)
+    if located:
+        name = f'{cfg.hf_hub_filename or WEIGHTS_FILENAME} of {cfg.hf_hub_id} ({located})'
+        return Weights(name, HubWeightsError, located)
+    label = 'The given state dict' if cfg.state_dict and cfg.source != 'local-dir' else str(cfg.file or cfg.url)
+    return Weights(label)
+
+
+def _locate(cfg: PretrainedCfg, cache_dir: Any = None) -> Optional[str]:
     """Returns the file of a configuration's weights on the Hub; None if it names other weights, or none."""
     if not cfg.hf_hub_id or (cfg.source != 'hf-hub' and (cfg.file or cfg.state_dict or cfg.source)):
         return None
@@ -197,25 +233,113 @@ def locate(cfg: PretrainedCfg, cache_dir: Any = None) -> Optional[str]:
     return locate_weights(repo_id, cfg.hf_hub_filename or WEIGHTS_FILENAME, revision or None, cache_dir)
 
 
-def check_fit(
-        tensors: Mapping[str, torch.Tensor],
-        model: nn.Module,
-        weights: str,
+def read_weights(cfg: PretrainedCfg, cache_dir: Any = None) -> Optional[Tuple[StateDict, Weights]]:
+    """Reads the weights of a configuration, in timm's order of their places, and says where they are from.
+
+    Returns:
+        None for weights in the format of another library, and if there are none: only timm can read or refuse these.
+    """
+    if cfg.custom_load == 'hf' or (cfg.custom_load and (cfg.file or not cfg.hf_hub_id)):
+        return None
+    weights = _find(cfg, cache_dir)
+    if weights.located:
+        return load_state_dict(weights.located), weights
+    if cfg.source == 'local-dir':
+        return load_state_dict_from_path(cfg.file), weights
+    if cfg.state_dict:
+        return dict(cfg.state_dict), weights
+    if cfg.file:
+        return load_state_dict(cfg.file), weights
+    if cfg.url:
+        return torch.hub.load_state_dict_from_url(
+            cfg.url, cache_dir, map_location='cpu', progress=False, weights_only=True), weights
+    return None
+
+
+def load_weights(
+        model: Any,
         variant: str,
-        error: Type[Exception] = RuntimeError,
+        state_dict: StateDict,
+        weights: Weights,
+        plain_filter: Optional[Callable[[StateDict], StateDict]] = None,
+        in_chans: int = 3,
+        needs_classifier: bool = True,
+        neutral: bool = True,
 ) -> None:
-    """Raises an error of the given type if tensors do not fit a model, but for what timm adapts."""
-    misfit = compare_tensors(_fixed_tensors(tensors, model), _fixed_tensors(model.state_dict(), model))
+    """Loads a checkpoint of a gated model, or of the plain one, strictly but for the layers that timm adapts.
+
+    Args:
+        model: The model, with all its layers and a `pretrained_cfg` that describes the checkpoint.
+        variant: Name of the model, for messages.
+        state_dict: Tensors by name.
+        weights: Where they are from.
+        plain_filter: Brings weights of the plain model to timm's names.
+        in_chans: Channels of the model's images.
+        needs_classifier: The classifier's weights must be there if the number of classes is the checkpoint's.
+        neutral: Keep the function of a plain model's checkpoint.
+
+    Raises:
+        HubWeightsError: Weights of the Hub do not fit.
+        WeightsError: Other weights do not fit.
+    """
+    fitted = _fitted(state_dict, model, variant, weights, plain_filter, needs_classifier, neutral)
+    cfg = dict(model.pretrained_cfg, state_dict=fitted, source='', file='')
+    load_pretrained(model, cfg, num_classes=model.num_classes, in_chans=in_chans)
+
+
+def _fitted(
+        state_dict: StateDict,
+        model: Any,
+        variant: str,
+        weights: Weights,
+        plain_filter: Optional[Callable[[StateDict], StateDict]] = None,
+        needs_classifier: bool = True,
+        neutral: bool = True,
+) -> StateDict:
+    """Returns a checkpoint with every tensor of a model, but for the classifier and the number of image channels.
+
+    timm itself loads what it can once the number of classes differs, and leaves the rest random.
+    """
+    cfg, own = model.pretrained_cfg, model.state_dict()
+    is_plain = bool(gate_weights(model)) and not has_gates(state_dict, model)
+    fitted = checkpoint_filter_fn(state_dict, model, plain_filter, neutral)
+    classifiers, first_convs = (_layers(cfg, key) for key in ('classifier', 'first_conv'))
+    num_classes = getattr(model, 'num_classes', 0)
+    keeps_classifier = needs_classifier and num_classes > 0 and num_classes == cfg.get('num_classes')
+    if not keeps_classifier:
+        fitted = {name: tensor for name, tensor in fitted.items() if not _is_in(name, classifiers)}
+    if cfg.get('num_classes') == 0:  # such weights may lack the layers around a classifier too, e.g. its norm layer
+        classifiers += tuple(name.rpartition('.')[0] for name in classifiers if '.' in name)
+    adapted = classifiers if not keeps_classifier or cfg.get('label_offset') else ()
+
+    def compared(tensors: Mapping[str, torch.Tensor]) -> StateDict:
+        return {  # a first convolution is adapted in its second dimension
+            name: tensor[:, :1] if name.removesuffix('.weight') in first_convs and tensor.ndim > 1 else tensor
+            for name, tensor in tensors.items() if not _is_in(name, adapted) and not _is_counter(name)}
+
+    misfit = compare_tensors(compared(fitted), compared(own))
     if misfit:
-        raise error(
-            f'{weights} does not fit {variant}; tensors {misfit}. Create the model that they are of, with the '
+        raise weights.error(
+            f'{weights.label} does not fit {variant}; tensors {misfit}. Create the model that they are of, with the '
             'arguments that it was trained with.')
+    if is_plain:
+        _logger.warning(
+            'The checkpoint holds no attention: it is the plain model. ' + (
+                'Its weights are loaded so that the model computes the same, with every gate neutral. Attention begins '
+                'to act once the model is fine-tuned.' if neutral else
+                'Its weights are loaded, and the gates are as they are initialized.'))
+    optional = {name: tensor for name, tensor in own.items() if _is_counter(name) or _is_in(name, adapted)}
+    return {**optional, **{name: tensor for name, tensor in fitted.items() if name in own or not _is_counter(name)}}
 
 
-def _fixed_tensors(tensors: Mapping[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:
-    """Leaves out the layers that timm fits to other numbers of classes and channels, and what old weights lack."""
-    groups = [model.pretrained_cfg.get(key) or () for key in ('classifier', 'first_conv')]
-    layers = tuple(f'{name}.' for group in groups for name in ((group,) if isinstance(group, str) else group))
-    return {
-        name: tensor for name, tensor in tensors.items()
-        if not name.startswith(layers) and not name.endswith('.num_batches_tracked')}
+def _layers(cfg: Mapping[str, Any], key: str) -> Tuple[str, ...]:
+    names = cfg.get(key) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _is_in(name: str, layers: Tuple[str, ...]) -> bool:
+    return name.startswith(tuple(f'{layer}.' for layer in layers))
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith('.num_batches_tracked')  # old weights have none

@@ -5,18 +5,16 @@ parameters of the block: scale and shift of a norm layer (also with a ReLU behin
 the weights of a convolution. Twice these make the gated model equal to the plain one: doubling and halving are exact in
 binary floating point.
 """
-import logging
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from ._gates import GATES
 
-__all__ = ['checkpoint_filter_fn', 'gate_weights', 'gated_modules', 'neutral_factors', 'warm_start']
+__all__ = ['checkpoint_filter_fn', 'gate_weights', 'gated_modules', 'has_gates', 'neutral_factors', 'warm_start']
 
 _COMMUTE_WITH_DOUBLING = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity)
-_logger = logging.getLogger(__name__)
 
 
 def gated_modules(model: nn.Module) -> Iterator[Tuple[str, Any]]:
@@ -34,6 +32,11 @@ def gated_modules(model: nn.Module) -> Iterator[Tuple[str, Any]]:
 def gate_weights(model: nn.Module) -> List[str]:
     """Returns the names of the tensors of a model's gates."""
     return [f'{name}.attn.{key}' for name, module in gated_modules(model) for key in module.attn.state_dict()]
+
+
+def has_gates(names: Iterable[str], model: nn.Module) -> bool:
+    """Returns whether tensors of a model's gates are among the names; the network may have its own layers `attn`."""
+    return not set(gate_weights(model)).isdisjoint(names)
 
 
 def neutral_factors(model: nn.Module) -> Dict[str, float]:
@@ -54,12 +57,16 @@ def neutral_factors(model: nn.Module) -> Dict[str, float]:
     return factors
 
 
-def warm_start(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Adds neutral gates to the weights of a plain model, which are not changed."""
+def warm_start(
+        state_dict: Dict[str, torch.Tensor],
+        model: nn.Module,
+        neutral: bool = True,
+) -> Dict[str, torch.Tensor]:
+    """Adds gates to the weights of a plain model, which are not changed; gates as they are if not `neutral`."""
     warm = dict(state_dict)
     for name, module in gated_modules(model):
         warm.update({f'{name}.attn.{key}': value for key, value in module.attn.state_dict().items()})
-    for key, factor in neutral_factors(model).items():
+    for key, factor in neutral_factors(model).items() if neutral else ():
         if key in warm:  # else load_state_dict reports it
             warm[key] = warm[key] * factor
     return warm
@@ -69,12 +76,10 @@ def checkpoint_filter_fn(
         state_dict: Dict[str, torch.Tensor],
         model: nn.Module,
         plain_filter: Optional[Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]] = None,
+        neutral: bool = True,
 ) -> Dict[str, torch.Tensor]:
     """Prepares a checkpoint for loading: one without the gates' weights is a plain model's, and gets a warm start."""
-    weights = gate_weights(model)
-    if not weights or any(key in state_dict for key in weights):
+    if has_gates(state_dict, model):
         return state_dict
-    _logger.warning(
-        'The checkpoint holds no attention: it is the plain model. Its weights are loaded so that the model computes '
-        'the same, with every gate neutral. Attention begins to act once the model is fine-tuned.')
-    return warm_start(plain_filter(state_dict) if plain_filter else state_dict, model)
+    plain = plain_filter(state_dict) if plain_filter else state_dict
+    return warm_start(plain, model, neutral) if gate_weights(model) else plain
