@@ -10,7 +10,7 @@ import timm
 import torch
 import torchvision
 
-import timm_spa  # noqa: F401
+import timm_spa.detection
 import timm_spa_cli
 from timm_spa.hub import CheckpointError
 from timm_spa.hub.convert import convert
@@ -160,6 +160,30 @@ def test_other_gates_are_refused(source, target, tmp_path):
     with pytest.raises(CheckpointError, match=f'is of nothing that {target} can be made of'):
         convert(path, tmp_path / 'o.safetensors', target)
     assert not (tmp_path / 'o.safetensors').exists()
+
+
+@pytest.mark.parametrize('trained_by_timm', [False, True])
+def test_a_plain_network_with_layers_called_attn(trained_by_timm, tmp_path):
+    """They are its own: the gates that the model has decide, and not the names."""
+    plain = randomized(timm.create_model('skresnet18', num_classes=5))
+    assert any('.attn.' in name for name in plain.state_dict())
+    path = tmp_path / 'plain.pth'
+    torch.save(dict(state_dict=plain.state_dict(), arch='skresnet18') if trained_by_timm else plain.state_dict(), path)
+    done = convert(path, tmp_path / 'out.safetensors', 'gated', base='skresnet18')
+    assert done.kind == 'plain'
+    model = loaded(tmp_path / 'out.safetensors', 'gated', num_classes=5, base='skresnet18')
+    assert difference(model, plain) < 1e-6
+    torch.save(randomized(model).state_dict(), path)
+    assert convert(path, tmp_path / 'again.safetensors', 'gated', base='skresnet18').kind == 'same'
+    with pytest.raises(CheckpointError, match='is of nothing that gated can be made of'):
+        convert(path, tmp_path / 'se.safetensors', 'gated', base='skresnet18', gate='se')
+    saved(plain, tmp_path / 'plain.safetensors')
+    detector = timm_spa.detection.retinanet(
+        'gated', 2, str(tmp_path / 'plain.safetensors'), backbone_kwargs=dict(base='skresnet18'))
+    body = detector.backbone.body.state_dict()
+    own = {name: value for name, value in plain.state_dict().items() if name in body and '.bn.' not in name}
+    assert any('.attn.' in name for name in own)
+    assert all(torch.equal(body[name], value) for name, value in own.items())
 
 
 # what is refused

@@ -325,3 +325,22 @@ def test_import_brings_in_models_and_layers_only():
     allowed = ('timm_spa', 'timm_spa.layers', 'timm_spa.models', 'timm_spa._errors', 'timm_spa._timm_release')
     assert 'timm_spa.models.resnet' in new
     assert [m for m in new if m not in allowed and not m.startswith(tuple(a + '.' for a in allowed[1:]))] == []
+
+
+@pytest.mark.parametrize(('name', 'kwargs'), [
+    ('spa_vgg16_bn', dict(mlp_ratio=1 / 64)), ('spa_vgg16_bn', dict(mlp_ratio=1 / 64, gate='se_bias')),
+    ('spa_c_vgg16_cifar', {})])
+def test_initialization_of_vgg(name, kwargs):
+    """As timm's: every bias is zero, and convolutions have the spread of their outputs; on the meta device too."""
+    for device in ('cpu', 'meta'):
+        model = timm.create_model(name, device=device, **kwargs)
+        if device == 'meta':
+            model.to_empty(device='cpu').init_weights()
+        for key, module in model.named_modules():
+            if getattr(module, 'bias', None) is not None:
+                assert not module.bias.any(), key
+            if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 10_000:
+                spread = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
+                assert module.weight.std().item() == pytest.approx(spread, rel=0.05), key
+            elif isinstance(module, torch.nn.Linear):
+                assert module.weight.std().item() == pytest.approx(0.01, rel=0.05), key

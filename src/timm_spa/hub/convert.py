@@ -14,7 +14,7 @@ from .._errors import UsageError
 from .._files import replacing
 from ..layers import SpatialPyramidAttention
 from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
-from ..models._warm_start import gated_modules, warm_start
+from ..models._warm_start import gate_weights, gated_modules, has_gates, warm_start
 from ..models.densenet import rename_torchvision
 from ..models.names import check_model_name
 from ..models.tensors import compare_tensors, first_few
@@ -105,7 +105,7 @@ def convert(
         raise UsageError(f'{model_name} cannot be made with {kwargs}: {e}') from e
     said = _described(trained, named)
     wanted = _described(model_name, kwargs)
-    if trained and said != wanted and _has_gates(weights.state_dict):
+    if trained and said != wanted and has_gates(weights.state_dict, model):
         # another model may have the same names and shapes, and compute something else
         raise CheckpointError(f'{source} says that it is of {said}, and not of {wanted}.')
     converted, kind, description = _converted(weights.state_dict, model, str(source), kind)
@@ -151,7 +151,7 @@ def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> List[Tup
         return ({}, misfit) if misfit else (warm_start(fitted, model), '')
 
     def authors(gated: bool) -> Tuple[Dict[str, torch.Tensor], str]:
-        if _has_gates(weights):
+        if has_gates(weights, model):
             return {}, 'under the names of this package'
         try:
             named = rename_authors(weights, model)
@@ -202,11 +202,8 @@ def _fitted(
 
 
 def _without_gates(model: nn.Module) -> Dict[str, torch.Tensor]:
-    return {name: value for name, value in model.state_dict().items() if '.attn.' not in name}
-
-
-def _has_gates(weights: Mapping[str, torch.Tensor]) -> bool:
-    return any('.attn.' in name for name in weights)
+    gates = set(gate_weights(model))
+    return {name: value for name, value in model.state_dict().items() if name not in gates}
 
 
 def _described(name: Optional[str], kwargs: Mapping[str, Any]) -> str:
