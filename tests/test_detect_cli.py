@@ -166,6 +166,31 @@ def small(num_classes=3, size=64):
     return retinanet(NET, num_classes, False, min_size=size, max_size=size)
 
 
+def test_one_dataset_for_training_and_validation(tmp_path, data, monkeypatch):
+    """Validation reads images and boxes as they are; the caller's dataset is not changed."""
+    dataset = open_sets(data)[0]
+    before = dict(vars(dataset))
+    learned = []
+
+    def perfect(model, dataset, batch_size, workers, places):
+        targets = [dataset[place][1] for place in places]
+        return {
+            place: dict(target, scores=torch.ones(len(target['boxes'])))
+            for place, target in zip(places, targets, strict=True)}
+
+    def collect(examples, original=training.collate):
+        learned.extend(target['boxes'].flatten().tolist() for _, target in examples)
+        return original(examples)
+
+    monkeypatch.setattr(training, 'detect', perfect)
+    monkeypatch.setattr(training, 'collate', collect)
+    rows = train(small(), dataset, dataset, tmp_path, Settings(epochs=1, batch_size=8, seed=1), cpu=True)
+    assert rows[0]['eval_map'] == 100
+    assert vars(dataset) == before
+    original = [dataset[place][1]['boxes'].flatten().tolist() for place in range(len(dataset))]
+    assert 0 < sum(boxes in original for boxes in learned) < len(dataset), 'images are mirrored in training'
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, data):
     model = small()
     with torch.no_grad():

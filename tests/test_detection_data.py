@@ -10,7 +10,7 @@ from coco_files import write_coco
 from PIL import Image
 
 from timm_spa.detection import DetectionError
-from timm_spa.detection.data import CocoDataset, find_dataset, read_image
+from timm_spa.detection.data import CocoDataset, Mirrored, find_dataset, read_image
 from timm_spa.detection.draw import draw_detections, side_by_side
 from timm_spa.detection.evaluate import FIGURES, coco_figures, coco_results
 
@@ -238,11 +238,12 @@ def test_mirrored_pictures(tmp_path):
         picture = Image.new('RGB', (100, 80))
         picture.paste((255, 255, 255), (10, 20, 40, 60))
         picture.save(folder / f'{i}.png')
-    dataset = CocoDataset(folder, file, flip=True, seed=3)
+    plain = CocoDataset(folder, file)
     epochs = []
     for epoch in (0, 1, 0):
-        dataset.set_epoch(epoch)
+        dataset = Mirrored(plain, 3, epoch)
         epochs.append([boxes_of(dataset, i)[0][0] for i in range(20)])
+        assert [boxes_of(plain, i)[0][0] for i in range(20)] == [10] * 20
         for image, target in (dataset[i] for i in range(20)):
             x0, y0, x1, y1 = map(int, target['boxes'][0])
             assert image[:, y0:y1, x0:x1].min() == 1
@@ -250,6 +251,7 @@ def test_mirrored_pictures(tmp_path):
     assert set(epochs[0]) == {10, 60}
     assert epochs[0] != epochs[1]
     assert epochs[0] == epochs[2]
+    assert [boxes_of(Mirrored(plain, 4, 0), i)[0][0] for i in range(20)] != epochs[0], 'another seed draws others'
 
 
 @pytest.mark.parametrize(('pictures', 'file'), [

@@ -32,7 +32,7 @@ from ..models.tensors import first_few
 from ..predict import in_eight_bits
 from .backbone import DetectionError
 
-__all__ = ['CocoDataset', 'collate', 'find_dataset', 'read_batches', 'read_image']
+__all__ = ['CocoDataset', 'Mirrored', 'collate', 'find_dataset', 'read_batches', 'read_image']
 
 SMALLEST_SIDE = 0.01  # pixels: less may be nothing once an image is resized in float32
 SPLITS = {'train': ('train',), 'val': ('val', 'valid', 'validation')}
@@ -86,8 +86,6 @@ class CocoDataset(Dataset):
             images: Union[str, Path],
             annotations: Union[str, Path],
             categories: Optional[Sequence[Dict[str, Any]]] = None,
-            flip: bool = False,
-            seed: int = 0,
     ):
         """
         Args:
@@ -95,15 +93,12 @@ class CocoDataset(Dataset):
             annotations: The JSON file.
             categories: Classes of a detector, 'id' and 'name' of each; labels follow their order, by their names. The
                 file's own if None.
-            flip: Mirror half of the pictures, drawn anew in each epoch.
-            seed: Seed of these draws.
 
         Raises:
             DetectionError: The file is none of COCO's format or contradicts itself, a picture is missing, or a
                 category of the file is none of `categories`.
         """
         self.folder, self.source = Path(images), Path(annotations)
-        self.flip, self.seed, self.epoch = flip, seed, 0
         self.counts = dict(clipped=0, without_area=0, crowds=0, empty=0)
         content = _read_json(self.source)
         try:
@@ -203,10 +198,6 @@ class CocoDataset(Dataset):
             f'{self.source}: {len(self)} pictures, {self.counts["empty"]} without a box; {boxes} boxes of '
             f'{len(self.categories)} categories{"; " if odd else ""}{", ".join(odd)}')
 
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the draws of an epoch: they do not depend on earlier ones, nor on the number of workers."""
-        self.epoch = epoch
-
     def check_pictures(self, places: Iterable[int]) -> None:
         """Compares the sizes in the heads of picture files with those of the annotations; nothing is decoded.
 
@@ -231,19 +222,41 @@ class CocoDataset(Dataset):
 
     def __getitem__(self, index: int) -> Example:
         """Returns a picture (3, H, W) from 0 to 1, and 'boxes' (T, 4: left, top, right, bottom) and 'labels' (T,)."""
-        width = self.sizes[index][0]
         image = read_image(self.folder / self.file_names[index], self.sizes[index]).float() / 255
         found = [a for a in self.annotations[index] if not a['iscrowd']]
         boxes = torch.tensor([a['bbox'] for a in found], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        if self.flip and self._drawn(index) < 0.5:
-            image = image.flip(-1)
-            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
         return image, dict(boxes=boxes, labels=torch.tensor([a['label'] for a in found], dtype=torch.long))
 
-    def _drawn(self, index: int) -> float:
+
+class Mirrored(Dataset):
+    """View of a dataset with half of the images mirrored, as training reads it in one epoch.
+
+    The draws depend on seed, epoch and index only, so that neither a resume nor the number of workers changes them.
+    """
+
+    def __init__(self, dataset: CocoDataset, seed: int, epoch: int):
+        """
+        Args:
+            dataset: Images and boxes, which are not changed.
+            seed: Seed of the draws.
+            epoch: Epoch, which has draws of its own.
+        """
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        """Returns the example of the dataset, mirrored or not."""
+        image, target = self.dataset[index]
         seed = (self.seed * 100_003 + self.epoch) * 1_000_003 + index
-        return torch.rand((), generator=torch.Generator().manual_seed(seed % 2 ** 63)).item()
+        if torch.rand((), generator=torch.Generator().manual_seed(seed % 2 ** 63)).item() < 0.5:
+            image = image.flip(-1)
+            boxes = target['boxes'].clone()
+            boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
+            target = dict(target, boxes=boxes)
+        return image, target
 
 
 def collate(examples: Sequence[Example]) -> Tuple[List[torch.Tensor], List[Dict[str, torch.Tensor]]]:

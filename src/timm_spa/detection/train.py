@@ -27,7 +27,7 @@ from ..train_guard import TrainingError
 from ..training_log import write_summary
 from .backbone import DetectionError
 from .checkpoint import save_detector
-from .data import CocoDataset, collate, read_batches
+from .data import CocoDataset, Mirrored, collate, read_batches
 from .evaluate import check_evaluable, coco_figures, detect
 from .models import check_picture_size
 
@@ -122,8 +122,8 @@ def train(
 
     Args:
         model: Detector of `retinanet` or `cascade_rcnn`, with as many classes as `train_set` has categories.
-        train_set: Pictures to learn from; its draws are set here.
-        val_set: Pictures to evaluate on after each epoch, with the categories of `train_set`.
+        train_set: Images to learn from. It is not changed: images are mirrored in a view of it.
+        val_set: Images to evaluate on after each epoch, with the categories of `train_set`. It may be the same object.
         output: Folder of the run.
         settings: How to train.
         resume: Go on with the run in `output`, if there is one.
@@ -157,7 +157,6 @@ def train(
     world, rank = accelerator.num_processes, accelerator.process_index
     settings = settings.completed(model.detector_config['detector'], len(train_set), world)
     _check_fit(model, train_set, val_set, rank, world)
-    train_set.flip, train_set.seed = settings.flip, settings.seed
     config = model.detector_config
     described = dict(
         detector=config['detector'], model=config['backbone'], model_kwargs=config['backbone_kwargs'], config=config,
@@ -189,10 +188,10 @@ def train(
     for epoch in range(len(rows), settings.epochs):
         # every epoch draws its own numbers, and so does the first one after a resume
         set_seed(((settings.seed * 10_007 + epoch) * world + rank) % 2 ** 32)
-        train_set.set_epoch(epoch)
         order = _order(len(train_set), settings.seed, epoch, world)[rank::world]
-        loader = DataLoader(
-            train_set, settings.batch_size, sampler=order, num_workers=workers, collate_fn=collate,
+        examples = Mirrored(train_set, settings.seed, epoch) if settings.flip else train_set
+        loader: Any = DataLoader(
+            examples, settings.batch_size, sampler=order, num_workers=workers, collate_fn=collate,
             pin_memory=accelerator.device.type == 'cuda')
         wrapped.train()
         total = torch.zeros(2, dtype=torch.float64)
