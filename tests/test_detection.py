@@ -146,6 +146,42 @@ def target(boxes=((8., 8, 40, 48), (30, 4, 60, 20)), labels=(0, 2)):
     return dict(boxes=torch.tensor(boxes).reshape(-1, 4), labels=torch.tensor(labels, dtype=torch.long))
 
 
+@pytest.mark.parametrize(('changes', 'message'), [
+    (dict(labels=[0, 3]), r'the label 3 is not one of 0 to 2, the labels of a detector with num_classes=3\. No'),
+    (dict(labels=[-1, 2]), 'the label -1 is not one of 0 to 2'),
+    (dict(labels=[0., 2]), r'labels are torch\.float32\. Give the numbers 0 to 2 as torch\.int64'),
+    (dict(labels=[True, False]), r'labels are torch\.bool'),
+    (dict(labels=torch.tensor([0, 2], dtype=torch.uint8)), r'labels are torch\.uint8'),
+    (dict(labels=[0]), r'boxes have the shape \[2, 4\] and labels \[1\]\. Expected \(T, 4\)'),
+    (dict(labels=[[0], [1]]), r'boxes have the shape \[2, 4\] and labels \[2, 1\]'),
+    (dict(labels=None), 'labels is not a tensor'),
+    (dict(boxes=[]), r'boxes have the shape \[0\]'),
+    (dict(boxes=[[8., 8, 40, 48], [60, 4, 30, 20]]), r'the box \[60.0, 4.0, 30.0, 20.0\] has no area'),
+    (dict(boxes=[[8., 8, 40, 48], [30, 4, 60, 4]]), 'has no area'),
+    (dict(boxes=[[8., 8, 40, 48], [30, 4, math.nan, 20]]), 'has no area'),
+    (dict(boxes=[[8., 8, 40, 48], [30, 4, math.inf, 20]]), 'has no area'),
+    (None, 'there are 2 images and 1 targets'),
+])
+def test_wrong_targets(detectors, changes, message):
+    """Of the second image. Without the check, label -1 would be the last class, and label 3 the background."""
+    second = changes and dict(target(), **{
+        key: torch.tensor(value) if isinstance(value, list) else value for key, value in changes.items()})
+    for model in detectors.values():
+        with pytest.raises(DetectionError, match=message):
+            model([torch.rand(3, 64, 64)] * 2, [target(), second] if second else [target()])
+
+
+def test_training_without_targets(detectors):
+    for model in detectors.values():
+        with pytest.raises(DetectionError, match='there are 1 images and no targets'):
+            model([torch.rand(3, 64, 64)])
+
+
+@pytest.fixture(scope='module')
+def detectors():
+    return {name: build('resnet18', **SMALL) for name, build in BUILDERS.items()}
+
+
 @pytest.mark.parametrize('detector', BUILDERS)
 def test_losses_and_gradients(detector):
     """Images of different sizes, one without a box; then only that one."""

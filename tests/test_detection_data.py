@@ -108,6 +108,9 @@ def test_ids_that_are_there_twice(tmp_path, what, images, annotations, categorie
 def test_annotations_of_nothing(tmp_path):
     with pytest.raises(DetectionError, match='annotation 1 is of an image 8, which the file does not have'):
         CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=[1, 1, 5, 5], image_id=8)]))
+    for key, what in (('image_id', 'an image True'), ('category_id', 'a category True')):  # in Python, True is 1
+        with pytest.raises(DetectionError, match=f'annotation 1 is of {what}, which the file does not have'):
+            CocoDataset(*write_coco(tmp_path, [1], [{'bbox': [1, 1, 5, 5], key: True}]))
     with pytest.raises(DetectionError, match='annotation 1 is of a category 8, which the file does not have'):
         CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=[1, 1, 5, 5], category_id=8)]))
 
@@ -325,6 +328,13 @@ def test_results_are_of_cocos_format():
     results = coco_results([found([[10, 20, 40, 60], [0, 0, 1, 1]], [0.5, 0.25], [1, 0])], ['a'], [None, 18])
     assert results == [dict(image_id='a', category_id=18, bbox=[10, 20, 30, 40], score=0.5)]
     json.dumps(results)
+
+
+@pytest.mark.parametrize('labels', [[-1], [2], [0., 1], [True]])
+def test_labels_of_no_class(tmp_path, labels):
+    one = dict(found([[0, 0, 1, 1]] * len(labels), [0.5] * len(labels)), labels=torch.tensor(labels))
+    with pytest.raises(DetectionError, match=r"image 'a' have the labels .* Labels of 2 classes are 0 to 1"):
+        coco_results([one], ['a'], [3, 4])
 
 
 # pictures

@@ -156,7 +156,7 @@ class CascadeRoIHeads(nn.Module):
             features: Maps (N, C, H / stride, W / stride) by their stride.
             proposals: Boxes of each image.
             image_shapes: Height and width of each image, without padding.
-            targets: 'boxes' (T, 4) and 'labels' (T,) from 0 of each image, for training.
+            targets: 'boxes' (T, 4) and 'labels' (T,), 0 .. num_classes - 1, of each image, for training.
 
         Returns:
             Detections of each image, 'boxes', 'labels' and 'scores', best first; and in training losses by their name.

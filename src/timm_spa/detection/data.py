@@ -141,9 +141,9 @@ class CocoDataset(Dataset):
             lacking = [key for key in ('image_id', 'category_id', 'bbox') if key not in a]
             if lacking:
                 raise DetectionError(f'{named} has no {lacking[0]}.')
-            if a['image_id'] not in places:
+            if isinstance(a['image_id'], bool) or a['image_id'] not in places:  # True equals 1
                 raise DetectionError(f'{named} is of an image {a["image_id"]!r}, which the file does not have.')
-            if a['category_id'] not in labels:
+            if isinstance(a['category_id'], bool) or a['category_id'] not in labels:
                 raise DetectionError(f'{named} is of a category {a["category_id"]!r}, which the file does not have.')
             place = places[a['image_id']]
             box = self._clipped(a['bbox'], self.sizes[place], named)

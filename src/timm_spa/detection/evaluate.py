@@ -65,9 +65,17 @@ def coco_results(
 
     Returns:
         A list of 'image_id', 'category_id', 'bbox' (left, top, width, height) and 'score'.
+
+    Raises:
+        DetectionError: A label is not an integer from 0 to the number of classes - 1.
     """
     results = []
     for image_id, found in zip(image_ids, detections, strict=True):
+        labels = found['labels']
+        if len(labels) and (labels.dtype != torch.long or labels.min() < 0 or labels.max() >= len(category_ids)):
+            raise DetectionError(
+                f'Detections of image {image_id!r} have the labels {sorted(set(labels.tolist()))} ({labels.dtype}). '
+                f'Labels of {len(category_ids)} classes are 0 to {len(category_ids) - 1} as torch.int64.')
         for box, label, score in zip(*(found[key].tolist() for key in ('boxes', 'labels', 'scores')), strict=True):
             if category_ids[label] is not None:
                 left, top, right, bottom = box

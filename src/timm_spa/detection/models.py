@@ -1,8 +1,8 @@
 """RetinaNet and Cascade R-CNN on any CNN of timm, with the settings of the paper's table VI.
 
-They take a list of images (3, H, W) with values from 0 to 1, of any sizes, and give out what torchvision's detectors
-do, but for the labels: these are 0 .. num_classes - 1, in training and in detections, and no number stands for the
-background.
+They take a list of images (3, H, W) with values from 0 to 1, of any sizes, and return what torchvision's detectors
+return, except for the labels: these are 0 .. num_classes - 1, in training and in detections. No label stands for the
+background. Other labels are an error. (torchvision's Faster R-CNN counts from 1, and 0 is the background.)
 
     model = retinanet('spa_resnet50', num_classes=12)
     losses = model([image], [dict(boxes=torch.tensor([[10., 20., 60., 90.]]), labels=torch.tensor([3]))])
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
+import torch.nn as nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -22,6 +23,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from .backbone import Backbone, DetectionError, create_body, image_statistics
 from .cascade import CascadeRoIHeads
+from .targets import check_targets
 
 __all__ = [
     'DETECTORS', 'DetectionError', 'cascade_rcnn', 'check_limits', 'check_picture_size', 'create_detector', 'retinanet']
@@ -40,6 +42,23 @@ class _RetinaNetHead(RetinaNetHead):
 
     def forward(self, x: List[torch.Tensor]) -> Dict[str, torch.Tensor]:
         return {name: value.float() for name, value in super().forward(x).items()}
+
+
+class _CheckedTargets(nn.Module):
+    """Checks what a detector learns from, before torchvision's forward."""
+
+    def forward(self, images: List[torch.Tensor], targets: Optional[List[Dict[str, torch.Tensor]]] = None) -> Any:
+        if self.training:
+            check_targets(images, targets, self.detector_config['num_classes'])
+        return super().forward(images, targets)
+
+
+class _RetinaNet(_CheckedTargets, RetinaNet):
+    pass
+
+
+class _CascadeRCNN(_CheckedTargets, GeneralizedRCNN):
+    pass
 
 
 class _RPNHead(RPNHead):
@@ -66,7 +85,7 @@ def retinanet(
 
     Args:
         backbone: Name of a model of timm with maps of stride 8, 16 and 32.
-        num_classes: Number of classes, without a background.
+        num_classes: Number of classes, without a background: labels are 0 .. num_classes - 1.
         pretrained_backbone: Start from the backbone's published weights, or from a file of weights.
         trainable_layers: Stages of the backbone that are trained, from its end, 0 to 5.
         min_size: Pixels to which the shorter side of an image is resized,
@@ -90,7 +109,7 @@ def retinanet(
     net, mean, std = _backbone(config, pretrained_backbone, RETINANET_STRIDES, p6p7=True)
     head = _RetinaNetHead(net.out_channels, ANCHORS_PER_PLACE, num_classes)
     fields = dict(dict(image_mean=mean, image_std=std, detections_per_img=100), **kwargs)
-    return _finished(RetinaNet(net, num_classes, min_size=min_size, max_size=max_size, head=head, **fields), config)
+    return _finished(_RetinaNet(net, num_classes, min_size=min_size, max_size=max_size, head=head, **fields), config)
 
 
 def cascade_rcnn(
@@ -109,7 +128,7 @@ def cascade_rcnn(
 
     Args:
         backbone: Name of a model of timm with maps of stride 4, 8, 16 and 32.
-        num_classes: Number of classes, without a background.
+        num_classes: Number of classes, without a background: labels are 0 .. num_classes - 1.
         pretrained_backbone: Start from the backbone's published weights, or from a file of weights.
         trainable_layers: Stages of the backbone that are trained, from its end, 0 to 5.
         min_size: Pixels to which the shorter side of an image is resized,
@@ -137,7 +156,7 @@ def cascade_rcnn(
         post_nms_top_n=dict(training=2000, testing=1000), nms_thresh=0.7)
     heads = CascadeRoIHeads(net.out_channels, num_classes, CASCADE_STRIDES, **kwargs)
     transform = GeneralizedRCNNTransform(min_size, max_size, image_mean or mean, image_std or std)
-    return _finished(GeneralizedRCNN(net, rpn, heads, transform), config)
+    return _finished(_CascadeRCNN(net, rpn, heads, transform), config)
 
 
 DETECTORS = {'retinanet': retinanet, 'cascade_rcnn': cascade_rcnn}
