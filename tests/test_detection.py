@@ -142,6 +142,26 @@ def test_weights_from_a_file(tmp_path):
         create_body('spa_resnet34', tmp_path / 'plain.safetensors')
 
 
+@pytest.mark.parametrize(('name', 'num_classes', 'classifier'), [
+    ('resnet18', 0, ''), ('legacy_seresnet18', 4, 'last_linear.weight'), ('repvit_m0_9', 4, 'head.head.bn.weight')])
+def test_weights_from_a_file_without_a_usual_classifier(tmp_path, name, num_classes, classifier):
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=num_classes)
+    for key, tensor in plain.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5) if 'var' in key else tensor.normal_(std=0.1)
+    assert not classifier or classifier in plain.state_dict()
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    body = create_body(name, tmp_path / 'plain.safetensors').eval()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(body(x)[-1], plain.eval().forward_features(x), rtol=1e-4, atol=1e-4)
+    tensors = dict(plain.state_dict(), foreign=torch.zeros(1))
+    safetensors.torch.save_file(tensors, tmp_path / 'plain.safetensors')
+    with pytest.raises(CheckpointError, match='1 unexpected: foreign'):
+        create_body(name, tmp_path / 'plain.safetensors')
+
+
 def target(boxes=((8., 8, 40, 48), (30, 4, 60, 20)), labels=(0, 2)):
     return dict(boxes=torch.tensor(boxes).reshape(-1, 4), labels=torch.tensor(labels, dtype=torch.long))
 

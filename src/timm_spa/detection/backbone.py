@@ -30,15 +30,16 @@ def create_body(
 ) -> Any:
     """Creates the feature extractor of a model of timm, with all its maps if `out_indices` is None.
 
-    `pretrained` may be a file of weights of the classification net, whatever `timm_spa.hub.convert` reads, so that a
-    plain net's file starts a net with attention.
+    `pretrained` may be a file of weights of the classification network, whatever `timm_spa.hub.convert` reads, so that
+    the file of a plain model starts a model with attention. A detector has no use for the classifier, so the file needs
+    none.
     """
     if pretrained not in (True, False):
         from ..hub.convert import convert  # checks every tensor: timm would load what fits and leave the rest random
 
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / 'model.safetensors'
-            convert(str(pretrained), file, name, **kwargs)
+            convert(str(pretrained), file, name, with_classifier=False, **kwargs)
             overlay = dict(file=str(file), source='')
             return create_body(name, True, out_indices, **dict(kwargs, pretrained_cfg_overlay=overlay))
     check_model_name(name, DetectionError)

@@ -60,6 +60,7 @@ def convert(
         dtype: str = 'float32',
         kind: Optional[str] = None,
         overwrite: bool = False,
+        with_classifier: bool = True,
         **kwargs: Any,
 ) -> Conversion:
     """Converts a file of weights to a safetensors file for a model.
@@ -72,6 +73,7 @@ def convert(
         dtype: How to store parameters, a key of `DTYPES`; the statistics of norm layers stay as they are.
         kind: What the source is of, one of `KINDS`; found out if None.
         overwrite: Replace `output` if it is there.
+        with_classifier: Convert the classifier. If False, the source may have none, or one of any name.
         **kwargs: Further arguments of the model, e.g. `pyramid_sizes`.
 
     Returns:
@@ -94,7 +96,7 @@ def convert(
     if output.exists() and not overwrite:
         raise CheckpointError(f'{output} is there already; --overwrite replaces it.')
     weights = read_weights(source)
-    num_classes = _count_classes(weights.state_dict, source)
+    num_classes = _count_classes(weights.state_dict, source) if with_classifier else 0
     args, named = trained_with(weights, Path(source))
     trained = weights.arch or args.get('model')
     if 'in_chans' in named:  # every tensor of a model of any gate has it: no need to be told
@@ -108,7 +110,8 @@ def convert(
     if trained and said != wanted and has_gates(weights.state_dict, model):
         # another model may have the same names and shapes, and compute something else
         raise CheckpointError(f'{source} says that it is of {said}, and not of {wanted}.')
-    converted, kind, description = _converted(weights.state_dict, model, str(source), kind)
+    state_dict = weights.state_dict if with_classifier else _without_classifier(weights.state_dict, model)
+    converted, kind, description = _converted(state_dict, model, str(source), kind)
     check_weights(converted, model, source)
     stored, error, error_in = _stored(converted, DTYPES[dtype], dtype)
     metadata = dict(
@@ -217,6 +220,17 @@ def _count_classes(weights: Mapping[str, torch.Tensor], source: Union[str, Path]
     raise CheckpointError(
         f'{source} has no classifier: none of {", ".join(CLASSIFIERS)} is in it, but '
         f'{first_few(list(weights), 4)}.')
+
+
+def _without_classifier(weights: Mapping[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:
+    """Leaves out the head that a model without classes lacks, by timm's name of its classifier or a usual one."""
+    given = model.pretrained_cfg.get('classifier') or ()
+    layers = [*CLASSIFIERS, *((given,) if isinstance(given, str) else given)]
+    heads = tuple(f'{name.rpartition(".")[0] or name}.' for name in layers[len(CLASSIFIERS):])  # with its norm layer
+    own = model.state_dict()
+    return {
+        name: tensor for name, tensor in weights.items()
+        if name in own or not (name.rpartition('.')[0] in layers or name.startswith(heads))}
 
 
 def _stored(
