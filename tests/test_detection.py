@@ -94,6 +94,48 @@ def test_statistics_of_norm_layers_are_frozen(pyramid_sizes):
     assert model.backbone.body.layer1[0].bn1.weight.grad is None
 
 
+def statistics(model):
+    return {k: v.clone() for k, v in model.state_dict().items() if 'running' in k}
+
+
+@pytest.mark.parametrize('gate', ['spa', 'spa_one_cell', 'ge_conv', 'se', 'ge', 'cbam', 'gc'])
+@pytest.mark.parametrize('size', [32, 64, 256, 320])
+def test_one_small_image_a_batch(gate, size):
+    """Norm layers of gates learn no statistics from maps of one cell, and do from larger ones."""
+    torch.manual_seed(0)
+    kwargs = dict(pyramid_sizes=(1,)) if gate == 'spa_one_cell' else {}
+    body = create_body('gated', False, base='resnet18', gate=gate.partition('_one')[0], neutral=False, **kwargs)
+    net = Backbone(body, (8, 16, 32), 5)
+    before, cells = statistics(net), {}
+
+    def seen(name):
+        return lambda module, inputs: cells.update({name: inputs[0].shape[2:].numel()})
+
+    for name, module in net.named_modules():
+        if '.attn' in name and isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_pre_hook(seen(name))
+    maps = net(torch.rand(1, 3, size, size))
+    assert all(m.isfinite().all() for m in maps.values())
+    moved = {name.rpartition('.')[0] for name, value in statistics(net).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name, count in cells.items() if count > 1}
+    if gate == 'ge_conv':
+        assert (len(moved) < len(cells)) == (size <= 256)
+    assert all(m.training for name, m in net.named_modules() if name in cells), 'the mode is restored'
+    before = statistics(net.eval())
+    net(torch.rand(1, 3, size, size))
+    assert all(torch.equal(value, before[name]) for name, value in statistics(net).items())
+    assert not any(m.training for m in net.modules())
+
+
+@pytest.mark.parametrize('detector', BUILDERS)
+def test_a_step_with_one_small_image(detector):
+    torch.manual_seed(0)
+    model = BUILDERS[detector]('gated', **SMALL, backbone_kwargs=dict(base='resnet18', gate='ge_conv'))
+    losses = model([torch.rand(3, 64, 64)], [target()])
+    sum(losses.values()).backward()
+    assert all(value.isfinite() for value in losses.values())
+
+
 def test_bad_backbones():
     with pytest.raises(DetectionError, match='no map of stride 16: the strides of its maps are 1, 1, 2, 4, 8'):
         retinanet('spa_preresnet18_cifar', **SMALL)

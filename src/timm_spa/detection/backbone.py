@@ -2,7 +2,7 @@
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -56,7 +56,8 @@ class Backbone(nn.Module):
     """Maps of a CNN, made a feature pyramid of 256 channels.
 
     The statistics of the norm layers are frozen: those layers stay in eval mode, and their weights and biases are
-    trained. Those of gates that are trained are not: the gates of a warm start have seen no picture yet.
+    trained. Trainable gates keep updating their statistics, because the gates of a warm start have seen no image yet,
+    but not from maps of one cell: see `keep_statistics_of_one_cell`.
 
     Attributes:
         body: Feature extractor of timm.
@@ -99,6 +100,7 @@ class Backbone(nn.Module):
         if trainable_layers not in range(6):
             raise DetectionError(f'trainable_layers is a number from 0 to 5, got {trainable_layers!r}.')
         freeze_stages(body, 5 - trainable_layers)
+        keep_statistics_of_one_cell(body)
         self.train()
 
     def train(self, mode: bool = True) -> 'Backbone':
@@ -116,15 +118,42 @@ class Backbone(nn.Module):
 
 def freeze_statistics(body: nn.Module, only_frozen: bool = False) -> None:
     """Sets norm layers with statistics to eval mode, but for trained ones, those of gates or (`only_frozen`) all."""
-    # a pyramid of one cell has one value a picture, of which a batch of one picture makes no statistics
-    gates = [m for m in body.modules() if hasattr(m, 'gate_name') and getattr(m, 'pyramid_sizes', None) != [1]]
-    in_gates = {id(m) for gate in gates for m in gate.modules()}
-    for module in body.modules():
-        if isinstance(getattr(module, 'running_mean', None), torch.Tensor):
-            is_trained = any(p.requires_grad for p in module.parameters(recurse=False))
-            learns = is_trained and (only_frozen or id(module) in in_gates)
-            if not learns:
-                module.training = False  # not eval(), which reaches the gate in such a layer, and its drop path
+    in_gates = set(_norms_of_gates(body))
+    for module in filter(_has_statistics, body.modules()):
+        is_trained = any(p.requires_grad for p in module.parameters(recurse=False))
+        learns = is_trained and (only_frozen or module in in_gates)
+        if not learns:
+            module.training = False  # not eval(), which reaches the gate in such a layer, and its drop path
+
+
+def keep_statistics_of_one_cell(body: nn.Module) -> None:
+    """Lets norm layers of gates use and keep their running statistics for maps of one cell, in training too.
+
+    Such a map has one value per channel and image: SPA with a pyramid of one cell, gather-excite on small images. A
+    batch of one image has no variance then, and that of a few images says little.
+    """
+    for module in _norms_of_gates(body):
+        module.register_forward_pre_hook(_freeze_for_one_cell)
+        module.register_forward_hook(_restore_mode, always_call=True)
+
+
+def _norms_of_gates(body: nn.Module) -> Iterator[nn.Module]:
+    gates = [m for m in body.modules() if hasattr(m, 'gate_name')]
+    return (m for gate in gates for m in gate.modules() if _has_statistics(m))
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(getattr(module, 'running_mean', None), torch.Tensor)
+
+
+def _freeze_for_one_cell(module: Any, inputs: Tuple[torch.Tensor]) -> None:
+    module.mode_to_restore = module.training
+    if inputs[0].shape[2:].numel() == 1:
+        module.training = False
+
+
+def _restore_mode(module: Any, inputs: Any, output: Any) -> None:
+    module.training = module.mode_to_restore
 
 
 def freeze_stages(body: Any, count: int) -> None:

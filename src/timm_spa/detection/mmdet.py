@@ -11,7 +11,7 @@ from typing import Any, Sequence, Tuple, Union
 import torch
 import torch.nn as nn
 
-from .backbone import DetectionError, create_body, freeze_stages, freeze_statistics
+from .backbone import DetectionError, create_body, freeze_stages, freeze_statistics, keep_statistics_of_one_cell
 
 __all__ = ['PluginError', 'TimmBackbone']
 
@@ -70,6 +70,7 @@ class TimmBackbone(nn.Module):
         self.out_indices = tuple(out_indices)
         self.norm_eval = norm_eval
         freeze_stages(self.body, frozen_stages + 1)
+        keep_statistics_of_one_cell(self.body)
         self.train()
 
     def init_weights(self) -> None:
