@@ -146,10 +146,11 @@ def test_bad_backbones():
 
 
 @pytest.mark.parametrize(('key', 'value'), [
-    ('min_size', 5000), ('max_size', 8193), ('min_size', (64, 96)), ('num_classes', 100_001), ('trainable_layers', 6)])
+    ('min_size', 5000), ('max_size', 8193), ('min_size', (64, 96)), ('num_classes', 100_001), ('trainable_layers', 6),
+    ('num_classes', 0), ('num_classes', True), ('min_size', 0), ('max_size', 1.5)])
 @pytest.mark.parametrize('detector', BUILDERS)
 def test_what_could_not_be_loaded_is_not_made(detector, key, value):
-    with pytest.raises(DetectionError, match=f'{detector}: {key} is a number up to .* and not'):
+    with pytest.raises(DetectionError, match=f'{detector}: {key} must be a whole number from . to .*, got '):
         BUILDERS[detector]('resnet18', **dict(SMALL, **{key: value}))
 
 
@@ -481,6 +482,60 @@ def test_bad_checkpoints(tmp_path):
     (tmp_path / 'model.safetensors').unlink()
     with pytest.raises(CheckpointError, match='has no model.safetensors'):
         load_detector(tmp_path)
+
+
+# JSON values of every type; a field accepts those that are listed with it
+VALUES = {
+    'text': 'abc', 'empty': '', 'list': [], 'numbers': [1], 'texts': ['a'], 'null': None, 'zero': 0, 'one': 1, 'two': 2,
+    'negative': -1, 'fraction': 0.5, 'nan': math.nan, 'inf': math.inf, 'true': True, 'false': False, 'dict': {},
+    'nested': {'a': {'b': [1]}}, 'huge': 10 ** 400, 'zeros': [0, 0, 0], 'nulls': [None] * 3, 'colour': [0.5, 0.5, 0.5]}
+SHARES = {'zero', 'one', 'fraction'}
+FIELDS = {
+    'detector': set(), 'backbone': set(), 'categories': set(), 'num_classes': set(), 'min_size': {'one', 'two'},
+    'max_size': {'one', 'two'}, 'trainable_layers': {'zero', 'one', 'two'}, 'backbone_kwargs': set(),
+    'detections_per_img': {'one', 'two'}, 'score_thresh': SHARES, 'nms_thresh': SHARES,
+    'image_mean': {'null', 'zeros', 'colour'}, 'image_std': {'null', 'colour'}, 'strides': set(), 'in_channels': set(),
+    'anchor_generator': set(), 'proposal_matcher': set(), 'head': set(), 'fixed_size': set()}
+OF_ONE = {
+    'retinanet': {
+        'topk_candidates': {'one', 'two'}, 'fg_iou_thresh': {'one', 'fraction'}, 'bg_iou_thresh': {'zero', 'fraction'},
+        'positive_fraction': set(), 'batch_size_per_image': set()},
+    'cascade_rcnn': {
+        'topk_candidates': set(), 'fg_iou_thresh': set(), 'bg_iou_thresh': set(), 'positive_fraction': SHARES,
+        'batch_size_per_image': {'one', 'two'}}}
+
+
+@pytest.mark.parametrize('detector', BUILDERS)
+def test_every_field_of_a_config_with_values_of_every_type(tmp_path, monkeypatch, detector):
+    """Each goes as far as the weights of the backbone, or gives an error of one line."""
+    class Accepted(Exception):
+        pass
+
+    def create(name, *args, **kwargs):
+        raise create_body(name, *args, **kwargs) if (name, kwargs) != ('resnet18', {}) else Accepted()
+
+    monkeypatch.setattr('timm_spa.detection.models.create_body', create)
+    config = dict(
+        detector=detector, backbone='resnet18', num_classes=3, min_size=64, max_size=96, backbone_kwargs={},
+        categories=[dict(id=i, name=str(i)) for i in range(3)])
+    for field, accepted in {**FIELDS, **OF_ONE[detector]}.items():
+        for kind, value in VALUES.items():
+            (tmp_path / 'config.json').write_text(json.dumps(dict(config, **{field: value})))
+            if kind in accepted or field == 'backbone_kwargs' and kind in ('null', 'dict'):
+                with pytest.raises(Accepted):
+                    load_detector(tmp_path)
+                continue
+            with pytest.raises(DetectionError) as e:
+                load_detector(tmp_path)
+            assert '\n' not in str(e.value)
+            assert field.removesuffix('_kwargs') in str(e.value) or repr(value) in str(e.value), (field, kind)
+    for category in (
+            dict(id=1), dict(name='a'), dict(id=1, name=1), dict(id=1, name=['a']), dict(id=1, name='0'), 'abc', None,
+            1):
+        (tmp_path / 'config.json').write_text(json.dumps(dict(
+            config, categories=[dict(id=0, name='0'), category, dict(id=2, name='2')])))
+        with pytest.raises(DetectionError, match='categories must be a list of classes with an id and a name of their'):
+            load_detector(tmp_path)
 
 
 @pytest.mark.slow

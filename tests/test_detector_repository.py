@@ -122,10 +122,10 @@ NORM = 'backbone.body.bn1.running_var'
     (lambda f: (f / 'weights.bin').write_bytes(b'\x80\x04'), 'weights.bin is a pickle'),
     (lambda f: edit(f, backbone='spa_resnet51'), 'spa_resnet51'),
     (lambda f: edit(f, backbone_kwargs=dict(checkpoint_path='x.pth')), 'checkpoint_path, which a checkpoint cannot'),
-    (lambda f: edit(f, min_size='a'), 'min_size is a number up to 4096'),
-    (lambda f: edit(f, max_size=100_000), 'max_size is a number up to 8192'),
+    (lambda f: edit(f, min_size='a'), 'min_size must be a whole number from 1 to 4096'),
+    (lambda f: edit(f, max_size=100_000), 'max_size must be a whole number from 1 to 8192'),
     (lambda f: edit(f, num_classes=5), '2 categories for 5 classes'),
-    (lambda f: edit(f, image_mean=['a', 'b', 'c']), 'cannot be used'),
+    (lambda f: edit(f, image_mean=['a', 'b', 'c']), 'image_mean must be three numbers'),
 ])
 def test_verify_reports_and_never_raises(run, tmp_path, change, problem):
     write_detector_repository(tmp_path / 'out', run / 'best', REPO)

@@ -49,7 +49,7 @@ def create_body(
     except TimmSpaError:
         raise
     except Exception as e:  # timm, torch and the Hub each raise their own
-        raise DetectionError(f'{name} cannot be the backbone of a detector: {e}') from e
+        raise DetectionError(f'{name} cannot be the backbone of a detector: {" ".join(str(e).split())}') from e
 
 
 class Backbone(nn.Module):

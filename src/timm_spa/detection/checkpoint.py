@@ -1,7 +1,7 @@
 """Checkpoints of detectors: a folder with model.safetensors and a config.json that rebuilds the detector."""
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Union
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
 import torch
 from huggingface_hub import snapshot_download
@@ -11,8 +11,9 @@ from .._files import ReadError, read_text, replacing
 from ..hub.checkpoint import CheckpointError, check_weights, read_checkpoint, write_tensors
 from ..hub.config_file import NOT_OF_A_MODEL
 from ..models._hub_file import endpoint, without_password
+from .arguments import check_config
 from .backbone import DetectionError
-from .models import check_limits, create_detector
+from .models import create_detector
 
 __all__ = ['CONFIG', 'WEIGHTS', 'is_detector', 'load_detector', 'save_detector']
 
@@ -68,32 +69,46 @@ def load_detector(source: Union[str, Path], device: Union[str, torch.device] = '
         CheckpointError: The weights cannot be read, or do not fit.
     """
     folder = _download(str(source)) if str(source).startswith(HUB) else Path(source)
-    try:
-        fields = json.loads(read_text(folder / CONFIG))
-        categories: List[Dict[str, Any]] = [dict(id=c['id'], name=c['name']) for c in fields.pop('categories')]
-        fields.pop('timm_spa', None)
-        named = {'detector', 'backbone', 'num_classes'} <= fields.keys()
-        # an untrusted file must not make us open or fetch anything else
-        foreign = {'pretrained_backbone', *NOT_OF_A_MODEL}
-        asked = foreign & {*fields, *(fields.get('backbone_kwargs') or {})}
-    except ReadError as e:
-        raise DetectionError(
-            f'{folder} is no checkpoint of a detector, a folder with {WEIGHTS} and {CONFIG}: {e}') from e
-    except (ValueError, TypeError, KeyError, AttributeError):
-        named = False
-    if named and asked:
-        raise DetectionError(f'{folder / CONFIG} has {", ".join(sorted(asked))}, which a checkpoint cannot ask for.')
-    if not named:
-        raise DetectionError(f'{folder / CONFIG} does not describe a detector of this package.')
-    check_limits(fields, folder / CONFIG)
-    if len(categories) != fields['num_classes']:
-        raise DetectionError(f'{folder / CONFIG} has {len(categories)} categories for {fields["num_classes"]} classes.')
+    fields, categories = _read_config(folder)
     model = create_detector(**fields, pretrained_backbone=False)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f'{folder} has no {WEIGHTS}.')
     check_weights(read_checkpoint(folder / WEIGHTS), model, folder / WEIGHTS)
     model.categories = categories
     return model.eval().to(device)
+
+
+def _read_config(folder: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
+    """Returns the arguments and the categories of a detector, which may come from an untrusted file."""
+    path = folder / CONFIG
+    try:
+        fields = json.loads(read_text(path))
+    except ReadError as e:
+        raise DetectionError(
+            f'{folder} is no checkpoint of a detector, a folder with {WEIGHTS} and {CONFIG}: {e}') from e
+    except (ValueError, RecursionError) as e:
+        raise DetectionError(f'{path} does not describe a detector of this package: it is not JSON ({e}).') from e
+    needed = ('detector', 'backbone', 'num_classes', 'categories')
+    missing = [key for key in needed if key not in fields] if isinstance(fields, dict) else list(needed)
+    if missing:
+        raise DetectionError(
+            f'{path} does not describe a detector of this package: {", ".join(missing)} missing. Give a folder written '
+            'by `timm-spa detect train` or save_detector.')
+    fields.pop('timm_spa', None)
+    categories = fields.pop('categories')
+    # an untrusted file must not make us open or fetch anything else
+    given = fields.get('backbone_kwargs')
+    foreign = {'pretrained_backbone', *NOT_OF_A_MODEL} & {*fields, *(given if isinstance(given, dict) else ())}
+    if foreign:
+        raise DetectionError(f'{path} has {", ".join(sorted(foreign))}, which a checkpoint cannot ask for.')
+    check_config(fields, path)
+    names = [c.get('name') if isinstance(c, dict) and 'id' in c else None for c in categories] if isinstance(
+        categories, list) else [None]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise DetectionError(f'{path}: categories must be a list of classes with an id and a name of their own.')
+    if len(categories) != fields['num_classes']:
+        raise DetectionError(f'{path} has {len(categories)} categories for {fields["num_classes"]} classes.')
+    return fields, [dict(id=c['id'], name=c['name']) for c in categories]
 
 
 def _download(source: str) -> Path:

@@ -10,7 +10,7 @@ background. Other labels are an error. (torchvision's Faster R-CNN counts from 1
 """
 import inspect
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
@@ -21,20 +21,19 @@ from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from .arguments import check_arguments
 from .backbone import Backbone, DetectionError, create_body, image_statistics
 from .cascade import CascadeRoIHeads
 from .targets import check_targets
 
 __all__ = [
-    'DETECTORS', 'DetectionError', 'cascade_rcnn', 'check_limits', 'check_picture_size', 'create_detector', 'retinanet']
+    'DETECTORS', 'DetectionError', 'cascade_rcnn', 'check_picture_size', 'create_detector', 'retinanet']
 
 RETINANET_STRIDES = (8, 16, 32)
 CASCADE_STRIDES = (4, 8, 16, 32)
 ANCHORS_PER_PLACE = 9  # three octaves by three ratios, torchvision's default for RetinaNet
 RPN_SIZES = (32, 64, 128, 256, 512)  # pixels, of the anchors of each level
 RATIOS = (0.5, 1., 2.)
-# limits on what an untrusted checkpoint may ask for, since more would fill the memory; and so on what is trained
-LARGEST = dict(num_classes=100_000, trainable_layers=5, min_size=4096, max_size=8192)
 
 
 class _RetinaNetHead(RetinaNetHead):
@@ -97,15 +96,13 @@ def retinanet(
         The detector, in training mode.
 
     Raises:
-        DetectionError: The backbone does not exist or lacks a map, or RetinaNet has no such argument.
+        DetectionError: The backbone does not exist or lacks a map, or an argument is unknown or out of range.
         CheckpointError: The file of weights cannot be read, or does not fit.
     """
-    unknown = kwargs.keys() - inspect.signature(RetinaNet).parameters.keys()
-    if unknown:  # torchvision ignores them
-        raise DetectionError(f'retinanet has no argument {", ".join(sorted(unknown))}.')
+    _check_names('retinanet', kwargs, RetinaNet, ('backbone', 'num_classes', 'head', 'kwargs'))  # it ignores others
     config = dict(
         detector='retinanet', backbone=backbone, num_classes=num_classes, trainable_layers=trainable_layers,
-        min_size=min_size, max_size=max_size, backbone_kwargs=dict(backbone_kwargs or {}), **kwargs)
+        min_size=min_size, max_size=max_size, backbone_kwargs=backbone_kwargs, **kwargs)
     net, mean, std = _backbone(config, pretrained_backbone, RETINANET_STRIDES, p6p7=True)
     head = _RetinaNetHead(net.out_channels, ANCHORS_PER_PLACE, num_classes)
     fields = dict(dict(image_mean=mean, image_std=std, detections_per_img=100), **kwargs)
@@ -142,12 +139,14 @@ def cascade_rcnn(
         The detector, in training mode.
 
     Raises:
-        DetectionError: The backbone does not exist, or lacks a map.
+        DetectionError: The backbone does not exist or lacks a map, or an argument is unknown or out of range.
         CheckpointError: The file of weights cannot be read, or does not fit.
     """
+    _check_names('cascade_rcnn', kwargs, CascadeRoIHeads, ('in_channels', 'num_classes', 'strides'))
     config = dict(
         detector='cascade_rcnn', backbone=backbone, num_classes=num_classes, trainable_layers=trainable_layers,
-        min_size=min_size, max_size=max_size, backbone_kwargs=dict(backbone_kwargs or {}), **kwargs)
+        min_size=min_size, max_size=max_size, backbone_kwargs=backbone_kwargs, **kwargs)
+    check_arguments(dict(image_mean=image_mean, image_std=image_std), 'cascade_rcnn')
     net, mean, std = _backbone(config, pretrained_backbone, CASCADE_STRIDES)
     anchors = AnchorGenerator(tuple((size,) for size in RPN_SIZES), (RATIOS,) * len(RPN_SIZES))
     rpn = RegionProposalNetwork(
@@ -164,20 +163,12 @@ DETECTORS = {'retinanet': retinanet, 'cascade_rcnn': cascade_rcnn}
 
 def create_detector(detector: str, **kwargs: Any) -> Any:
     """Creates a detector by its key in `DETECTORS`, with the arguments of its function."""
-    if detector not in DETECTORS:
+    if not isinstance(detector, str) or detector not in DETECTORS:
         raise DetectionError(f'The detector must be one of {", ".join(DETECTORS)}, got {detector!r}.')
     try:
         return DETECTORS[detector](**kwargs)
     except TypeError as e:  # an argument that it does not have
         raise DetectionError(f'{detector} cannot be made of these arguments: {e}') from e
-
-
-def check_limits(config: Dict[str, Any], of: Union[str, Path]) -> None:
-    """Raises a DetectionError, with `of` in front, if an argument of a detector is no number up to its limit."""
-    for key, largest in LARGEST.items():
-        value = config.get(key, 1)
-        if not isinstance(value, int) or not 0 <= value <= largest:
-            raise DetectionError(f'{of}: {key} is a number up to {largest}, and not {value!r}.')
 
 
 def check_picture_size(model: Any, width: int, height: int, of: Union[str, Path]) -> None:
@@ -190,14 +181,24 @@ def check_picture_size(model: Any, width: int, height: int, of: Union[str, Path]
             f'{largest} pixels, which leaves nothing of the shorter one.')
 
 
+def _check_names(detector: str, kwargs: Dict[str, Any], cls: Type[nn.Module], ours: Sequence[str]) -> None:
+    """Raises a DetectionError for arguments that a class does not take, or that its detector sets itself."""
+    known = inspect.signature(cls).parameters.keys() - set(ours)
+    unknown = sorted(kwargs.keys() - known)
+    if unknown:
+        raise DetectionError(
+            f'{detector} has no argument {", ".join(unknown)}. Its further arguments are {", ".join(sorted(known))}.')
+
+
 def _backbone(
         config: Dict[str, Any],
         pretrained: Union[bool, str, Path],
         strides: Tuple[int, ...],
         p6p7: bool = False,
 ) -> Tuple[Backbone, List[float], List[float]]:
-    """Creates the backbone that a detector's arguments name; returns it with mean and deviation of its images."""
-    check_limits(config, config['detector'])
+    """Checks a detector's arguments and creates its backbone; returns it with mean and deviation of its images."""
+    check_arguments(config, config['detector'])
+    config['backbone_kwargs'] = dict(config['backbone_kwargs'] or {})
     channels = config['backbone_kwargs'].get('in_chans', 3)
     if channels != 3:
         raise DetectionError(f'Detectors take pictures of 3 channels, and in_chans is {channels!r}.')
