@@ -27,8 +27,8 @@ from .training_log import read_classes
 
 __all__ = [
     'ModelError', 'PictureError', 'Prediction', 'class_names', 'data_config', 'find_class', 'for_inference',
-    'in_eight_bits', 'labelled_batches', 'likeliest_classes', 'load_model', 'on_device', 'picture_reader',
-    'picture_seen', 'predict']
+    'image_files', 'in_eight_bits', 'labelled_batches', 'likeliest_classes', 'load_model', 'on_device',
+    'picture_reader', 'picture_seen', 'predict']
 
 SPLITS = frozenset(('train', 'training', 'val', 'valid', 'validation', 'test', 'testing', 'eval', 'evaluation'))
 
@@ -196,7 +196,7 @@ def find_class(model: nn.Module, label: str) -> int:
     raise ModelError(f'The model has no class {label!r}.{hint} Its {len(names)} classes have numbers too, from 0.')
 
 
-def _pictures(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
+def image_files(paths: Iterable[Union[str, Path]]) -> Iterator[Path]:
     """Yields files, and for a folder the pictures in it, in the order of their names."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     for path in map(Path, paths):
@@ -349,7 +349,7 @@ def predict(model: nn.Module, paths: Iterable[Union[str, Path]], top_k: int = 5)
         A prediction for each picture, in order; one that can't be read carries the error.
     """
     read, names = picture_reader(model), class_names(model)
-    for path in _pictures(paths):
+    for path in image_files(paths):
         try:
             pixels = read(path)
         except PictureError as e:

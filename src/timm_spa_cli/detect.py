@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate.add_argument('--results', metavar='FILE', help="write the detections in COCO's results format there")
     evaluate.add_argument('--batch-size', type=positive, default=8, help='pictures at a time (default: %(default)s)')
     predict = add('predict', 'draw what detectors find in pictures, side by side')
-    predict.add_argument('images', nargs='+', metavar='IMAGE', help='picture')
+    predict.add_argument('images', nargs='+', metavar='IMAGE', help='image, or folder of images')
     predict.add_argument(
         '--checkpoint', nargs='+', required=True, metavar='DIR', help='folders of checkpoints, or hf-hub:ORG/NAME')
     predict.add_argument('--out', required=True, metavar='DIR', help="for pictures, and JSON in COCO's results format")
@@ -183,6 +183,7 @@ def _predict(args: argparse.Namespace) -> int:
     from timm_spa.detection.draw import draw_detections, side_by_side
     from timm_spa.detection.evaluate import coco_results
     from timm_spa.detection.models import check_picture_size
+    from timm_spa.predict import image_files
 
     device = _device(args)
     # by their folders: the run's for 'best' and 'last', with a number if it is there twice
@@ -192,14 +193,19 @@ def _predict(args: argparse.Namespace) -> int:
     models = {title: load_detector(folder, device) for title, folder in zip(titles, args.checkpoint, strict=True)}
     results: Dict[str, List[Dict[str, Any]]] = {title: [] for title in models}
     out, code = Path(args.out), 0
-    targets = [out / f'{stem}-boxes.png' for stem in distinct([Path(path).stem for path in args.images])]
+    # of a folder, all images but those that this command has written before
+    images = [str(path) for path in image_files(args.images) if str(path) in args.images or not (
+        path.name.endswith('-boxes.png') and path.parent.resolve() == out.resolve())]
+    if not images:
+        raise DetectionError(f'{args.images[0]} has only images that this command wrote. Name another folder.')
+    targets = [out / f'{stem}-boxes.png' for stem in distinct([Path(path).stem for path in images])]
     written = {os.path.realpath(target) for target in targets}
-    taken = [path for path in args.images if os.path.realpath(path) in written]
+    taken = [path for path in images if os.path.realpath(path) in written]
     if taken:
         raise DetectionError(f'{taken[0]} would be replaced by a picture with boxes. Name another folder by --out.')
     out.mkdir(parents=True, exist_ok=True)
-    names = [Path(path).name for path in args.images]
-    for path, name, target in zip(args.images, names, targets, strict=True):
+    names = [Path(path).name for path in images]
+    for path, name, target in zip(images, names, targets, strict=True):
         try:
             image = read_image(path)
             for model in models.values():

@@ -66,8 +66,10 @@ def read_image(path: Union[str, Path], size: Optional[Tuple[int, int]] = None) -
             return pil_to_tensor(in_eight_bits(image).convert('RGB'))
     except DetectionError:
         raise
+    except IsADirectoryError as e:
+        raise DetectionError(f'{path} cannot be read as an image: it is a folder without images.') from e
     except Exception as e:  # decoders raise all kinds of exceptions for a broken file
-        raise DetectionError(f'{path} cannot be read as a picture: {e}') from e
+        raise DetectionError(f'{path} cannot be read as an image: {getattr(e, "strerror", None) or e}.') from e
 
 
 class CocoDataset(Dataset):
