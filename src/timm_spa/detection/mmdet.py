@@ -16,20 +16,22 @@ from .backbone import DetectionError, create_body, freeze_stages, freeze_statist
 __all__ = ['PluginError', 'TimmBackbone']
 
 
-class PluginError(SystemExit, DetectionError):
-    """The plug-in lacks what it needs. Of a SystemExit, mmdet's scripts print the message, and no traceback."""
+class PluginError(ImportError, DetectionError):
+    """A package that the plug-in needs is missing."""
 
 
 try:
     from mmdet.registry import MODELS
 except ImportError as e:
-    raise PluginError(f'The backbone for mmdet needs mmdet: pip install "timm_spa[mmdet]" ({e}).') from e
+    raise PluginError(
+        f'timm_spa.detection.mmdet cannot be imported: it needs mmdet ({e}). Install it: pip install "timm_spa[mmdet]".'
+    ) from e
 try:
     import mmcv.ops  # noqa: F401  mmdet imports it when it builds a model, and then says less
 except ImportError as e:
     raise PluginError(
-        f'The compiled operators of mmcv cannot be loaded ({e}): build onedl-mmcv for torch {torch.__version__} as in '
-        'docs/detection.md, "In mmdet".') from e
+        f'timm_spa.detection.mmdet cannot be imported: the compiled operators of mmcv cannot be loaded ({e}). Build '
+        f'onedl-mmcv for torch {torch.__version__} as in docs/detection.md, "In mmdet".') from e
 
 
 @MODELS.register_module()
