@@ -99,7 +99,7 @@ def test_train_evaluate_predict(tmp_path, data, capsys):
         'predict', *pictures, tmp_path / 'none.png', '--checkpoint', run / 'best', run / 'last', '--out', out,
         '--score', 0.01, '--device', 'cpu') == 1
     captured = capsys.readouterr()
-    assert 'none.png cannot be read as a picture' in captured.err
+    assert 'none.png cannot be read as an image: No such file' in captured.err
     assert captured.out.count('objects by run-') == 4
     assert sorted(p.name for p in out.iterdir()) == ['0-boxes.png', '1-boxes.png', 'run-best.json', 'run-last.json']
     with Image.open(out / '0-boxes.png') as picture:
@@ -224,7 +224,7 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path, data, monkeypatch
 
 
 @pytest.mark.parametrize(('what', 'message'), [
-    (b'no picture', 'val/3.png cannot be read as a picture'),
+    (b'no picture', 'val/3.png cannot be read as an image'),
     ((65, 64), 'val/3.png has 65 x 64 pixels, and the annotations say 64 x 64')])
 def test_pictures_are_looked_at_before_the_first_epoch(what, message, tmp_path, monkeypatch):
     data = write_rectangles(tmp_path / 'data', count=4, size=64)
@@ -246,7 +246,7 @@ def test_a_broken_picture_of_a_worker_is_one_line(tmp_path):
     for workers in (0, 1):
         with pytest.raises(DetectionError) as e:
             run_detector(small(), open_sets(data)[1], 2, workers)
-        assert str(e.value).startswith(f'{data}/val/2.png cannot be read as a picture: ')
+        assert str(e.value).startswith(f'{data}/val/2.png cannot be read as an image: ')
         assert '\n' not in str(e.value)
 
 
@@ -270,6 +270,45 @@ def test_another_precision_in_the_same_process(tmp_path, data):
         settings = Settings(epochs=1, batch_size=8, mixed_precision=precision)
         train(small(size=128), *open_sets(data), tmp_path / precision, settings, cpu=True)
         assert load_detector(tmp_path / precision / 'last')
+
+
+@pytest.fixture
+def accelerate_state():
+    """accelerate as in a new process."""
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_programs_own_accelerator_is_kept(accelerate_state, tmp_path, data):
+    from accelerate import Accelerator
+    program = Accelerator(cpu=True, mixed_precision='bf16')
+    before = dict(accelerate_state._shared_state)
+    with pytest.raises(DetectionError, match=r"precision='no' and cpu=True cannot start: .*uses accelerate itself"):
+        train(small(), *open_sets(data), tmp_path, Settings(epochs=1), cpu=True)
+    assert accelerate_state._shared_state == before
+    assert program.mixed_precision == 'bf16'
+    assert training._create_accelerator('bf16', True).state.__dict__ is program.state.__dict__
+    assert accelerate_state._shared_state == before
+
+
+def test_a_second_training_with_other_settings(accelerate_state):
+    from accelerate.state import PartialState
+    for precision in ('no', 'bf16', 'bf16', 'no'):
+        assert training._create_accelerator(precision, True).mixed_precision == precision
+    with pytest.raises(DetectionError, match="precision='fp9' and cpu=True cannot start: .* Choose another mixed_prec"):
+        training._create_accelerator('fp9', True)
+    assert not accelerate_state._shared_state
+    with pytest.raises(DetectionError, match="'fp16' needs a GPU"):
+        training._create_accelerator('fp16', True)
+    assert training._create_accelerator('no', True).mixed_precision == 'no'
+    accelerate_state._reset_state(reset_partial_state=True)
+    program = PartialState(cpu=True)  # a program that uses this part only
+    for precision in ('no', 'bf16'):
+        training._create_accelerator(precision, True)
+    assert PartialState._shared_state is program.__dict__
+    assert program.num_processes == 1
 
 
 @pytest.mark.parametrize(('names', 'expected'), [
@@ -301,6 +340,29 @@ def test_predict_keeps_its_pictures(tmp_path, monkeypatch, capsys):
     assert detect('predict', *pictures, 'street-1-boxes.png', *command[4:], '--out', '.') == 1
     assert 'street-1-boxes.png would be replaced by a picture with boxes' in capsys.readouterr().err
     assert (tmp_path / 'street-1-boxes.png').read_bytes() == before
+
+
+def test_predict_folders(tmp_path, monkeypatch, capsys):
+    """Subfolders too, in order of names; the command works again where its results are in the folder."""
+    monkeypatch.chdir(tmp_path)
+    save_detector(small(), tmp_path / 'a', [dict(id=i, name=name) for i, name in enumerate('xyz')])
+    for name in ('images/b.png', 'images/sub/a.jpg', 'images/sub/b.png', 'single.png'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (64, 64)).save(name)
+    (tmp_path / 'images' / 'notes.txt').write_text('x')
+    (tmp_path / 'empty').mkdir()
+    command = ['--checkpoint', 'a', '--device', 'cpu', '--out', 'images']
+    for _ in range(2):
+        assert detect('predict', 'images', 'single.png', *command) == 0
+        assert [line.partition(':')[0] for line in capsys.readouterr().out.splitlines()] == [
+            'images/b.png', 'images/sub/a.jpg', 'images/sub/b.png', 'single.png']
+    assert sorted(p.name for p in (tmp_path / 'images').glob('*-boxes.png')) == [
+        'a-boxes.png', 'b-1-boxes.png', 'b-3-boxes.png', 'single-boxes.png']
+    assert detect('predict', 'empty', *command) == 1
+    assert capsys.readouterr().err == 'timm-spa: empty cannot be read as an image: it is a folder without images.\n'
+    (tmp_path / 'empty' / 'x-boxes.png').write_bytes((tmp_path / 'single.png').read_bytes())
+    assert detect('predict', 'empty', '--checkpoint', 'a', '--out', 'empty') == 1
+    assert 'empty has only images that this command wrote' in capsys.readouterr().err
 
 
 def test_curves_of_a_detector_and_a_classifier(tmp_path, capsys):

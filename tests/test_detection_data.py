@@ -231,7 +231,7 @@ def test_rotated_pictures(tmp_path):
 
 def test_broken_pictures(tmp_path):
     (tmp_path / 'x.jpg').write_bytes(b'no picture')
-    with pytest.raises(DetectionError, match='x.jpg cannot be read as a picture'):
+    with pytest.raises(DetectionError, match='x.jpg cannot be read as an image'):
         read_image(tmp_path / 'x.jpg')
 
 

@@ -39,6 +39,7 @@ WARMUP_STEPS = 500
 WARMUP_START = 0.001  # part of the learning rate
 STATE = 'training_state.safetensors'
 SUMMARY = 'summary.csv'
+OWNER = 'timm_spa_training'  # attribute of accelerate's state, if a training here made it
 METRICS = {'eval_map': 'AP', 'eval_ap50': 'AP50', 'eval_ap75': 'AP75'}
 
 Row = Dict[str, float]
@@ -143,17 +144,11 @@ def train(
         WriteError: A file cannot be written.
     """
     try:
-        from accelerate.accelerator import Accelerator
-        from accelerate.state import AcceleratorState
         from accelerate.utils import gather_object, set_seed
     except ImportError as e:
         raise DetectionError('Training needs accelerate: pip install "timm_spa[detection]".') from e
     settings, output = settings or Settings(), Path(output)
-    try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision=settings.mixed_precision)
-    except ValueError:  # a notebook that has trained otherwise before: there is no public way to begin anew
-        AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = Accelerator(cpu=cpu, mixed_precision=settings.mixed_precision)
+    accelerator = _create_accelerator(settings.mixed_precision, cpu)
     world, rank = accelerator.num_processes, accelerator.process_index
     settings = settings.completed(model.detector_config['detector'], len(train_set), world)
     _check_fit(model, train_set, val_set, rank, world)
@@ -241,6 +236,34 @@ def train(
         accelerator.wait_for_everyone()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     return rows
+
+
+def _create_accelerator(mixed_precision: str, cpu: bool) -> Any:
+    """Creates an Accelerator. The global state of accelerate is reset only where an earlier training here made it."""
+    from accelerate.accelerator import Accelerator
+    from accelerate.state import AcceleratorState, PartialState, is_initialized
+
+    earlier = getattr(AcceleratorState(), OWNER, None) if is_initialized() else None
+    if earlier and (earlier['mixed_precision'], earlier['cpu']) != (mixed_precision, cpu):
+        # there is no public way to train otherwise in the same process, e.g. in a notebook
+        AcceleratorState._reset_state(reset_partial_state=earlier['made_partial'] and earlier['cpu'] != cpu)
+    of_program = is_initialized()
+    made_partial = not PartialState._shared_state or bool(earlier and earlier['made_partial'])
+    try:
+        accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision)
+    except ValueError as e:
+        if not of_program:  # what has been begun here
+            AcceleratorState._reset_state(reset_partial_state=made_partial)
+        cause = ' '.join(str(e).split())
+        raise DetectionError(
+            f'Training with mixed_precision={mixed_precision!r} and cpu={cpu} cannot start: {cause} '
+            + ('This program uses accelerate itself: train with its settings, or in another process.' if of_program
+               else "Choose another mixed_precision, e.g. 'no'.")) from e
+    if not of_program:
+        setattr(accelerator.state, OWNER, dict(mixed_precision=mixed_precision, cpu=cpu, made_partial=made_partial))
+    if mixed_precision == 'fp16' and accelerator.device.type == 'cpu':  # accelerate would train in float32
+        raise DetectionError("mixed_precision='fp16' needs a GPU. Choose 'bf16' or 'no' on a CPU.")
+    return accelerator
 
 
 def _check_fit(model: Any, train_set: CocoDataset, val_set: CocoDataset, rank: int, world: int) -> None:
