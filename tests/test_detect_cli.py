@@ -3,6 +3,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -258,8 +259,20 @@ def test_a_seed_of_any_size(tmp_path, data):
 
 @pytest.mark.parametrize('seed', [-1, 2 ** 32])
 def test_seeds_that_are_none(seed):
-    with pytest.raises(DetectionError, match=f'The seed is a number from 0 to 4294967295, got {seed}'):
+    with pytest.raises(DetectionError, match=f'seed must be a whole number from 0 to 4294967295, got {seed}'):
         Settings(seed=seed).completed('retinanet', 8, 1)
+
+
+@pytest.mark.parametrize('changes', [
+    dict(seed=1.5), dict(epochs='3'), dict(epochs=True), dict(batch_size=2.5), dict(batch_size=0),
+    dict(warmup_steps=-3),
+    dict(lr=0), dict(lr=-1.), dict(lr='0.1'), dict(lr=math.nan), dict(clip_grad=-1.), dict(momentum=1.),
+    dict(momentum=None), dict(weight_decay=-1e-4), dict(weight_decay='a'), dict(flip='no'), dict(decay_epochs=3),
+    dict(decay_epochs=(1.5,))])
+def test_settings_that_are_none(changes):
+    ((name, value),) = changes.items()
+    with pytest.raises(DetectionError, match=f'^{name} must be .*, got {re.escape(repr(value))}.$'):
+        Settings(**changes).completed('retinanet', 8, 1)
 
 
 @pytest.mark.slow
@@ -380,7 +393,7 @@ def test_datasets_that_do_not_fit(tmp_path, data):
     other = CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=[0, 0, 9, 9])]))
     with pytest.raises(DetectionError, match='x.json has other categories than .*train.json'):
         train(small(), train_set, other, tmp_path, cpu=True)
-    with pytest.raises(DetectionError, match='start at 1, got 0'):
+    with pytest.raises(DetectionError, match='epochs must be a whole number from 1, got 0'):
         train(small(), train_set, val_set, tmp_path, Settings(epochs=0), cpu=True)
 
 

@@ -238,6 +238,10 @@ def test_training_without_targets(detectors):
     for model in detectors.values():
         with pytest.raises(DetectionError, match='there are 1 images and no targets'):
             model([torch.rand(3, 64, 64)])
+        for mode in (True, False):
+            with pytest.raises(DetectionError, match='at least one image'):
+                model.train(mode)([], [])
+        model.train()
 
 
 @pytest.fixture(scope='module')
@@ -455,6 +459,21 @@ def test_a_checkpoint_rebuilds_the_detector(tmp_path, detector, backbone, kwargs
     assert len(expected['boxes']) > 0
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     save_detector(again, tmp_path / 'a', again.categories)
+
+
+def test_what_cannot_be_rebuilt_is_not_written(tmp_path):
+    model = retinanet('resnet18', **SMALL)
+    named = [dict(id=i, name=str(i)) for i in range(3)]
+    for categories, message in (
+            ([named[0], named[0], named[1]], 'a name of their own'),
+            ([dict(c, name=3) for c in named], 'a name of their own'),
+            ([1, 2, 3], 'a list of classes'), ([dict(c, id=torch.zeros(1)) for c in named], 'Ids must be texts or')):
+        with pytest.raises(DetectionError, match=message):
+            save_detector(model, tmp_path / 'a', categories)
+    model.detector_config['anchor_generator'] = model.anchor_generator
+    with pytest.raises(DetectionError, match='arguments that a checkpoint cannot have: anchor_generator'):
+        save_detector(model, tmp_path / 'a', named)
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_checkpoints(tmp_path):

@@ -99,7 +99,8 @@ def test_crowds_are_ignored_in_evaluation(tmp_path):
     ('image id 4', [4, 4], [], None),
     ('annotation id 9', [1], [dict(bbox=[1, 1, 5, 5], id=9)] * 2, None),
     ('category id 1', [1], [], [dict(id=1, name='a'), dict(id=1, name='b')]),
-    ("category name 'a'", [1], [], [dict(id=1, name='a'), dict(id=2, name='a')])])
+    ("category name 'a'", [1], [], [dict(id=1, name='a'), dict(id=2, name='a')]),
+    ("category name '7'", [1], [], [dict(id=1, name=7), dict(id=2, name='7')])])
 def test_ids_that_are_there_twice(tmp_path, what, images, annotations, categories):
     with pytest.raises(DetectionError, match=f'has the {what} twice'):
         CocoDataset(*write_coco(tmp_path, images, annotations, categories))
@@ -126,6 +127,14 @@ def test_categories_of_a_checkpoint(tmp_path):
     assert [c['id'] for c in dataset.categories] == [2, None, 1]
     with pytest.raises(DetectionError, match='that the detector was not trained on: dog. It knows bird, cat'):
         CocoDataset(*source, categories=known[1:])
+    with pytest.raises(DetectionError, match='must have different names, got dog, dog, cat'):
+        CocoDataset(*source, categories=[known[0], known[0], known[2]])
+
+
+@pytest.mark.parametrize('name', [None, ['a'], True, 1.5])
+def test_names_of_categories_that_are_none(tmp_path, name):
+    with pytest.raises(DetectionError, match='has a category with the name .*Give each category a text'):
+        CocoDataset(*write_coco(tmp_path, [1], [], [dict(id=1, name=name)]))
 
 
 @pytest.mark.parametrize(('text', 'message'), [
@@ -144,7 +153,8 @@ def test_files_that_are_not_of_coco(tmp_path, text, message):
         CocoDataset(tmp_path, tmp_path / 'none.json')
 
 
-@pytest.mark.parametrize('box', [[1, 2, 3], [1, 2, math.nan, 4], ['1', '2', '3', '4'], None, 7, [10 ** 400, 1, 2, 3]])
+@pytest.mark.parametrize('box', [
+    [1, 2, 3], [1, 2, math.nan, 4], [1, 2, True, 4], ['1', '2', '3', '4'], None, 7, [10 ** 400, 1, 2, 3]])
 def test_boxes_of_no_four_numbers(tmp_path, box):
     with pytest.raises(DetectionError, match='annotation 1 has a bbox that is not four numbers'):
         CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=box)]))
@@ -309,6 +319,21 @@ def test_an_annotation_with_id_0_counts(tmp_path):
     dataset = two_objects(tmp_path, id=0)
     both = {0: found([[0, 0, 50, 50], [50, 0, 100, 50]], [0.9, 0.8])}
     assert coco_figures(dataset, both)['AP'] == pytest.approx(100), 'pycocotools alone would say 50.5'
+
+
+@pytest.mark.parametrize('places', [(), (1,), (0, 1)])
+def test_detections_of_other_images(tmp_path, places):
+    with pytest.raises(DetectionError, match='must be those of the 1 images of .*x.json.* missing or unknown'):
+        coco_figures(two_objects(tmp_path), {place: found([], []) for place in places})
+
+
+def test_detections_that_are_not_finite(tmp_path):
+    """pycocotools alone counts a box of NaN as right."""
+    for key in ('boxes', 'scores'):
+        one = found([[0, 0, 50, 50]], [0.9])
+        one[key].view(-1)[-1] = math.nan
+        with pytest.raises(DetectionError, match=f'Detections of image 0 have {key} that are not finite'):
+            coco_figures(two_objects(tmp_path), {0: one})
 
 
 def test_nothing_found_and_nothing_to_find(tmp_path):

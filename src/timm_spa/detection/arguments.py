@@ -64,7 +64,8 @@ def check_config(config: Mapping[str, Any], source: Union[str, Path]) -> None:
     unknown = sorted(config.keys() - known)
     if unknown:
         raise DetectionError(
-            f'{source} has unknown arguments: {", ".join(unknown)}. A checkpoint may have {", ".join(sorted(known))}.')
+            f'{source} has arguments that a checkpoint cannot have: {", ".join(unknown)}. It may have '
+            f'{", ".join(sorted(known))}.')
     check_arguments(config, source)
 
 

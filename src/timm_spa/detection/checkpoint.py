@@ -31,14 +31,19 @@ def save_detector(model: Any, folder: Union[str, Path], categories: Sequence[Dic
         categories: 'id' and 'name' of each class, in the order of the labels.
 
     Raises:
-        DetectionError: The number of categories is not that of the classes.
+        DetectionError: The number of categories is not that of the classes, two have the same name, or an argument of
+            the detector cannot be written.
         WriteError: A file cannot be written; what was there before is left then.
     """
     config = model.detector_config
     if len(categories) != config['num_classes']:
         raise DetectionError(f'{len(categories)} categories for a detector of {config["num_classes"]} classes.')
-    named = [dict(id=c['id'], name=c['name']) for c in categories]
-    text = json.dumps(dict(config, categories=named, timm_spa=__version__), indent=2)
+    check_config(config, 'The detector')
+    named = _named_categories(list(categories), 'The detector')
+    try:
+        text = json.dumps(dict(config, categories=named, timm_spa=__version__), indent=2)
+    except (TypeError, ValueError) as e:
+        raise DetectionError(f'The detector cannot be described in {CONFIG}: {e}. Ids must be texts or numbers.') from e
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
         write_tensors(partial / WEIGHTS, model.state_dict(), dict(format='pt'))
@@ -102,13 +107,18 @@ def _read_config(folder: Path) -> Tuple[Dict[str, Any], List[Dict[str, Any]]]:
     if foreign:
         raise DetectionError(f'{path} has {", ".join(sorted(foreign))}, which a checkpoint cannot ask for.')
     check_config(fields, path)
-    names = [c.get('name') if isinstance(c, dict) and 'id' in c else None for c in categories] if isinstance(
-        categories, list) else [None]
-    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        raise DetectionError(f'{path}: categories must be a list of classes with an id and a name of their own.')
+    categories = _named_categories(categories, path)
     if len(categories) != fields['num_classes']:
         raise DetectionError(f'{path} has {len(categories)} categories for {fields["num_classes"]} classes.')
-    return fields, [dict(id=c['id'], name=c['name']) for c in categories]
+    return fields, categories
+
+
+def _named_categories(categories: Any, source: Union[str, Path]) -> List[Dict[str, Any]]:
+    listed = isinstance(categories, list) and all(isinstance(c, dict) and 'id' in c for c in categories)
+    names = [c.get('name') for c in categories] if listed else [None]
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise DetectionError(f'{source}: categories must be a list of classes with an id and a name of their own.')
+    return [dict(id=c['id'], name=c['name']) for c in categories]
 
 
 def _download(source: str) -> Path:

@@ -119,11 +119,14 @@ class CocoDataset(Dataset):
     def _read(self, content: Dict[str, Any], wanted: Optional[Sequence[Dict[str, Any]]]) -> None:
         own = sorted(content['categories'], key=lambda category: category['id'])
         self._refuse_twice([c['id'] for c in own], 'category id')
-        self._refuse_twice([c['name'] for c in own], 'category name')
+        self._refuse_twice([_class_name(c['name'], self.source) for c in own], 'category name')
         if wanted is None:
             self.categories = [dict(id=c['id'], name=str(c['name'])) for c in own]
         else:
             by_name = {str(c['name']): c['id'] for c in own}
+            names = [c['name'] for c in wanted]
+            if len(set(names)) < len(names):  # boxes would get the last label of a name
+                raise DetectionError(f'Categories of {self.source} must have different names, got {first_few(names)}.')
             unknown = sorted(by_name.keys() - {c['name'] for c in wanted})
             if unknown:
                 raise DetectionError(
@@ -176,7 +179,7 @@ class CocoDataset(Dataset):
     def _clipped(self, box: Any, size: Tuple[int, int], named: str) -> Optional[List[float]]:
         """Returns a box inside the picture, None if nothing is left of it."""
         if not isinstance(box, list) or len(box) != 4 or not all(
-                isinstance(value, (int, float)) and abs(value) <= sys.float_info.max for value in box):
+                type(value) in (int, float) and abs(value) <= sys.float_info.max for value in box):
             raise DetectionError(f'{named} has a bbox that is not four numbers: {box!r}.')
         left, top, width, height = map(float, box)
         x0, x1 = (min(max(x, 0.), size[0]) for x in (left, left + width))
@@ -273,6 +276,12 @@ def read_batches(loader: Any) -> Iterator[Any]:
         yield from loader
     except DetectionError as e:
         raise DetectionError(str(e).rpartition('DetectionError: ')[2].strip()) from e
+
+
+def _class_name(name: Any, source: Path) -> str:
+    if not isinstance(name, (str, int)) or isinstance(name, bool):
+        raise DetectionError(f'{source} has a category with the name {name!r}. Give each category a text as its name.')
+    return str(name)
 
 
 def _number(value: Any, said: str) -> float:

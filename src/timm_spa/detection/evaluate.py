@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from ..models.tensors import first_few
 from .backbone import DetectionError
 from .data import CocoDataset, collate, read_batches
 
@@ -67,7 +68,7 @@ def coco_results(
         A list of 'image_id', 'category_id', 'bbox' (left, top, width, height) and 'score'.
 
     Raises:
-        DetectionError: A label is not an integer from 0 to the number of classes - 1.
+        DetectionError: A label is not an integer from 0 to the number of classes - 1, or a value is not finite.
     """
     results = []
     for image_id, found in zip(image_ids, detections, strict=True):
@@ -76,6 +77,11 @@ def coco_results(
             raise DetectionError(
                 f'Detections of image {image_id!r} have the labels {sorted(set(labels.tolist()))} ({labels.dtype}). '
                 f'Labels of {len(category_ids)} classes are 0 to {len(category_ids) - 1} as torch.int64.')
+        bad = [key for key in ('boxes', 'scores') if not found[key].isfinite().all()]
+        if bad:  # pycocotools would count a box of NaN as right
+            raise DetectionError(
+                f'Detections of image {image_id!r} have {" and ".join(bad)} that are not finite. Check the weights of '
+                'the detector, or run it without mixed precision.')
         for box, label, score in zip(*(found[key].tolist() for key in ('boxes', 'labels', 'scores')), strict=True):
             if category_ids[label] is not None:
                 left, top, right, bottom = box
@@ -96,7 +102,8 @@ def coco_figures(dataset: CocoDataset, detections: Mapping[int, Detection]) -> D
         The figures in percent, by the names in `FIGURES`; NaN for a size of which there is no box.
 
     Raises:
-        DetectionError: pycocotools is missing, or there is no box to find.
+        DetectionError: pycocotools is missing, there is no box to find, or an image has no detections (which may be
+            empty), or detections that are not finite.
     """
     try:
         from pycocotools.coco import COCO
@@ -104,6 +111,11 @@ def coco_figures(dataset: CocoDataset, detections: Mapping[int, Detection]) -> D
     except ImportError as e:
         raise DetectionError('Evaluation needs pycocotools: pip install "timm_spa[detection]".') from e
     check_evaluable(dataset)
+    unmatched = sorted(detections.keys() ^ set(range(len(dataset))))
+    if unmatched:
+        raise DetectionError(
+            f'Detections must be those of the {len(dataset)} images of {dataset.source}, one entry for each place: '
+            f'{first_few(list(map(str, unmatched)))} missing or unknown. Give empty tensors where nothing is found.')
     # labels and places in place of ids, which may be of any kind
     truth = [
         dict(image_id=place, category_id=a['label'], bbox=a['bbox'], area=a['area'], iscrowd=a['iscrowd'])

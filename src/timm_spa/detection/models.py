@@ -45,8 +45,11 @@ class _RetinaNetHead(RetinaNetHead):
 
 class _CheckedTargets(nn.Module):
     """Checks what a detector learns from, before torchvision's forward."""
+    detector_config: Dict[str, Any]
 
     def forward(self, images: List[torch.Tensor], targets: Optional[List[Dict[str, torch.Tensor]]] = None) -> Any:
+        if len(images) == 0:
+            raise DetectionError('A detector needs at least one image, got an empty list.')
         if self.training:
             check_targets(images, targets, self.detector_config['num_classes'])
         return super().forward(images, targets)

@@ -25,6 +25,7 @@ from .._files import replacing
 from ..hub.checkpoint import check_weights
 from ..train_guard import TrainingError
 from ..training_log import write_summary
+from .arguments import check_config
 from .backbone import DetectionError
 from .checkpoint import save_detector
 from .data import CocoDataset, Mirrored, collate, read_batches
@@ -76,10 +77,27 @@ class Settings:
 
     def completed(self, detector: str, pictures: int, processes: int) -> 'Settings':
         """Fills in what depends on detector, dataset and number of processes."""
-        if not 0 <= self.seed < 2 ** 32:
-            raise DetectionError(f'The seed is a number from 0 to {2 ** 32 - 1}, got {self.seed}.')
-        if self.epochs < 1 or self.batch_size < 1:
-            raise DetectionError(f'epochs and batch_size start at 1, got {self.epochs} and {self.batch_size}.')
+        def expect(right: bool, name: str, expected: str) -> None:
+            if not right:
+                raise DetectionError(f'{name} must be {expected}, got {getattr(self, name)!r}.')
+
+        for name, smallest, largest in (
+                ('seed', 0, 2 ** 32 - 1), ('epochs', 1, math.inf), ('batch_size', 1, math.inf),
+                ('warmup_steps', 0, math.inf)):
+            value = getattr(self, name)
+            right = type(value) is int and smallest <= value <= largest
+            limit = f' to {largest}' if largest < math.inf else ''
+            expect(right or (name == 'warmup_steps' and value is None), name, f'a whole number from {smallest}{limit}')
+        for name in ('lr', 'clip_grad'):
+            value = getattr(self, name)
+            expect(value is None or (_is_number(value) and value > 0), name, 'a number above 0')
+        expect(_is_number(self.momentum) and 0 <= self.momentum < 1, 'momentum', 'a number from 0 to below 1')
+        expect(_is_number(self.weight_decay) and self.weight_decay >= 0, 'weight_decay', 'a number from 0')
+        expect(isinstance(self.flip, bool), 'flip', 'True or False')
+        decays = self.decay_epochs
+        expect(
+            decays is None or isinstance(decays, (list, tuple)) and all(type(epoch) is int for epoch in decays),
+            'decay_epochs', 'a sequence of whole numbers')
         rate = BASE_RATES[detector] * self.batch_size * processes / BASE_BATCH
         decay = (round(self.epochs * 18 / 24), round(self.epochs * 22 / 24))
         steps = math.ceil(math.ceil(pictures / processes) / self.batch_size)
@@ -89,6 +107,10 @@ class Settings:
             decay_epochs=decay if self.decay_epochs is None else tuple(self.decay_epochs),
             warmup_steps=min(WARMUP_STEPS, steps) if self.warmup_steps is None else self.warmup_steps,
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def learning_rate(settings: Settings, epoch: int, step: int) -> float:
@@ -267,6 +289,7 @@ def _create_accelerator(mixed_precision: str, cpu: bool) -> Any:
 
 
 def _check_fit(model: Any, train_set: CocoDataset, val_set: CocoDataset, rank: int, world: int) -> None:
+    check_config(model.detector_config, 'The detector')
     classes = model.detector_config['num_classes']
     names = [[c['name'] for c in dataset.categories] for dataset in (train_set, val_set)]
     if len(names[0]) != classes:
