@@ -62,7 +62,7 @@ def test_train_evaluate_predict(tmp_path, data, capsys):
         'train', '--data', data, *SMALL, '--epochs', 2, '--output', run, '--lr', 0.005, '--pretrained-path',
         tmp_path / 'plain.safetensors', '--clip-grad', 10) == 0
     said = capsys.readouterr().err
-    assert 'train.json: 8 pictures, 0 without a box; 24 boxes of 3 categories' in said
+    assert 'train.json: 8 images, 0 without a box; 24 boxes of 3 categories' in said
     assert said.count('epoch 1: loss') == 1
     assert sorted(p.name for p in run.iterdir()) == [
         'args.yaml', 'best', 'last', 'summary.csv', 'training_state.safetensors']
@@ -351,7 +351,7 @@ def test_predict_keeps_its_pictures(tmp_path, monkeypatch, capsys):
         'pixels, which leaves nothing of the shorter one.\n')
     (tmp_path / 'street-1-boxes.png').write_bytes(before)
     assert detect('predict', *pictures, 'street-1-boxes.png', *command[4:], '--out', '.') == 1
-    assert 'street-1-boxes.png would be replaced by a picture with boxes' in capsys.readouterr().err
+    assert 'street-1-boxes.png would be replaced by an image with boxes' in capsys.readouterr().err
     assert (tmp_path / 'street-1-boxes.png').read_bytes() == before
 
 
@@ -453,7 +453,7 @@ def test_bad_arguments(tmp_path, data, capsys):
     assert 'cascade_rcnn has no argument no_such. Its further arguments are batch_size_per_image, detections_' in (
         capsys.readouterr().err)
     assert detect('train', '--data', data, '--output', tmp_path, *SMALL, '--model-kwargs', '{"in_chans": 1}') == 1
-    assert 'Detectors take pictures of 3 channels, and in_chans is 1.' in capsys.readouterr().err
+    assert 'Detectors take images of 3 channels, and in_chans is 1.' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

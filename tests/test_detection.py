@@ -17,7 +17,7 @@ from timm_spa.detection import DetectionError, cascade_rcnn, load_detector, reti
 from timm_spa.detection.backbone import Backbone, create_body
 from timm_spa.detection.cascade import DEVIATIONS, CascadeRoIHeads, decode_boxes, encode_boxes, pyramid_levels
 from timm_spa.detection.data import CocoDataset, find_dataset
-from timm_spa.detection.models import check_picture_size
+from timm_spa.detection.models import check_image_size
 from timm_spa.detection.train import Settings, train
 from timm_spa.hub import CheckpointError
 
@@ -159,9 +159,9 @@ def test_pictures_that_are_too_narrow(detector):
     model = BUILDERS[detector]('resnet18', **SMALL).eval()
     with torch.no_grad():
         model([torch.rand(3, 288, 3)])  # one pixel is left at 96
-    check_picture_size(model, 3, 288, 'a.png')
+    check_image_size(model, 3, 288, 'a.png')
     with pytest.raises(DetectionError, match='a.png: 2 x 288 pixels are too narrow'):
-        check_picture_size(model, 2, 288, 'a.png')
+        check_image_size(model, 2, 288, 'a.png')
 
 
 def test_pixels_are_normalized_as_the_backbone_was_trained():

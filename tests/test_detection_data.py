@@ -40,7 +40,7 @@ def test_boxes_outside_the_picture_are_clipped_and_counted(tmp_path):
     dataset = CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=list(b)) for b in boxes]))
     assert boxes_of(dataset) == [[0, 0, 20, 30], [90, 70, 100, 80], [0, 0, 100, 80]]
     assert dataset.counts['clipped'] == 2
-    assert '3 boxes of 1 categories; 2 clipped to the picture' in dataset.describe()
+    assert '3 boxes of 1 categories; 2 clipped to the image' in dataset.describe()
 
 
 def test_boxes_without_area_are_left_out_and_counted(tmp_path):
@@ -56,13 +56,13 @@ def test_pictures_without_a_box_are_kept(tmp_path):
     assert len(dataset) == 3
     assert dataset[0][1]['boxes'].shape == (0, 4)
     assert dataset[0][1]['labels'].dtype == torch.long
-    assert '3 pictures, 2 without a box' in dataset.describe()
+    assert '3 images, 2 without a box' in dataset.describe()
 
 
 def test_missing_pictures_are_named(tmp_path):
     folder, file = write_coco(tmp_path, [1, 2, 3], [dict(bbox=[1, 1, 5, 5])])
     (folder / '2.png').unlink()
-    with pytest.raises(DetectionError, match='1 of 3 pictures of .*x.json are not in .*pictures: 2.png'):
+    with pytest.raises(DetectionError, match='1 of 3 images of .*x.json are not in .*pictures: 2.png'):
         CocoDataset(folder, file)
 
 
@@ -200,11 +200,11 @@ def test_sizes_by_the_heads_of_the_files(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.new('RGB', (80, 100)).save(folder / '1.png', exif=exif)
-    dataset.check_pictures([0, 1])
+    dataset.check_images([0, 1])
     Image.new('RGB', (80, 100)).save(folder / '2.png')
-    dataset.check_pictures([0])
+    dataset.check_images([0])
     with pytest.raises(DetectionError, match='2.png has 80 x 100 pixels, and the annotations say 100 x 80'):
-        dataset.check_pictures([0, 1])
+        dataset.check_images([0, 1])
 
 
 def test_pictures_of_16_bits(tmp_path):

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train = add('train', 'train a detector; start it by `accelerate launch --module timm_spa` for several GPUs')
     train.add_argument('--data', metavar='DIR', help='dataset: train2017, val2017 and annotations, or train and val')
     for part in ('train', 'val'):
-        train.add_argument(f'--{part}-images', metavar='DIR', help='or: folder of the pictures,')
+        train.add_argument(f'--{part}-images', metavar='DIR', help='or: folder of the images,')
         train.add_argument(f'--{part}-json', metavar='FILE', help="and their annotations in COCO's format")
     train.add_argument(
         '--detector', default='retinanet', choices=('retinanet', 'cascade_rcnn'), help='default: %(default)s')
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument('--trainable-layers', type=_count, default=3, help='stages trained, from the end (default: 3)')
     train.add_argument('--epochs', type=positive, default=24, help='default: %(default)s')
     train.add_argument('--decay-epochs', type=_count, nargs='+', metavar='N', help='default: 18 22 of 24')
-    train.add_argument('--batch-size', type=positive, default=2, help='pictures a step and process (default: 2)')
+    train.add_argument('--batch-size', type=positive, default=2, help='images a step and process (default: 2)')
     train.add_argument('--lr', type=_above_zero, help="default: the paper's, scaled to the batch")
     train.add_argument('--warmup-steps', type=_count, help='default: 500, but no more than an epoch')
     train.add_argument('--clip-grad', type=_above_zero, metavar='NORM', help='largest norm of the gradient')
@@ -68,19 +68,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument('--seed', type=_count, default=42, help='default: %(default)s')
     evaluate = add('eval', "COCO's twelve figures of a detector")
     evaluate.add_argument('checkpoint', help='folder of the checkpoint, or hf-hub:ORG/NAME')
-    evaluate.add_argument('--images', required=True, metavar='DIR', help='folder of the pictures')
+    evaluate.add_argument('--images', required=True, metavar='DIR', help='folder of the images')
     evaluate.add_argument('--annotations', '--json', required=True, metavar='FILE', help="in COCO's format")
     evaluate.add_argument('--results', metavar='FILE', help="write the detections in COCO's results format there")
-    evaluate.add_argument('--batch-size', type=positive, default=8, help='pictures at a time (default: %(default)s)')
-    predict = add('predict', 'draw what detectors find in pictures, side by side')
+    evaluate.add_argument('--batch-size', type=positive, default=8, help='images at a time (default: %(default)s)')
+    predict = add('predict', 'draw what detectors find in images, side by side')
     predict.add_argument('images', nargs='+', metavar='IMAGE', help='image, or folder of images')
     predict.add_argument(
         '--checkpoint', nargs='+', required=True, metavar='DIR', help='folders of checkpoints, or hf-hub:ORG/NAME')
-    predict.add_argument('--out', required=True, metavar='DIR', help="for pictures, and JSON in COCO's results format")
+    predict.add_argument('--out', required=True, metavar='DIR', help="for images, and JSON in COCO's results format")
     predict.add_argument('--score', type=float, default=0.3, help='least score to draw (default: %(default)s)')
     for kind in (train, evaluate):
         kind.add_argument(
-            '--workers', type=_count, default=2, help='processes that read pictures (default: %(default)s)')
+            '--workers', type=_count, default=2, help='processes that read images (default: %(default)s)')
     for kind in (train, evaluate, predict):
         kind.add_argument(
             '--device', default='auto', choices=('auto', 'cpu', 'cuda'), help='default: a GPU if there is one')
@@ -182,7 +182,7 @@ def _predict(args: argparse.Namespace) -> int:
     from timm_spa.detection.data import read_image
     from timm_spa.detection.draw import draw_detections, side_by_side
     from timm_spa.detection.evaluate import coco_results
-    from timm_spa.detection.models import check_picture_size
+    from timm_spa.detection.models import check_image_size
     from timm_spa.predict import image_files
 
     device = _device(args)
@@ -202,14 +202,14 @@ def _predict(args: argparse.Namespace) -> int:
     written = {os.path.realpath(target) for target in targets}
     taken = [path for path in images if os.path.realpath(path) in written]
     if taken:
-        raise DetectionError(f'{taken[0]} would be replaced by a picture with boxes. Name another folder by --out.')
+        raise DetectionError(f'{taken[0]} would be replaced by an image with boxes. Name another folder by --out.')
     out.mkdir(parents=True, exist_ok=True)
     names = [Path(path).name for path in images]
     for path, name, target in zip(images, names, targets, strict=True):
         try:
             image = read_image(path)
             for model in models.values():
-                check_picture_size(model, image.shape[-1], image.shape[-2], path)
+                check_image_size(model, image.shape[-1], image.shape[-2], path)
         except DetectionError as e:
             print(f'timm-spa: {e}', file=sys.stderr)
             code = 1

@@ -1,20 +1,20 @@
-"""Pictures and boxes of a dataset in COCO's format.
+"""Images and boxes of a dataset in COCO's format.
 
 What is odd in a file is dealt with as follows, and counted; `CocoDataset.describe` says the counts.
 
-- A box that reaches beyond the picture is clipped to it.
-- A box without area inside the picture is left out, of training and of evaluation.
-- A picture without a box is kept: there is nothing in it to find.
+- A box that reaches beyond the image is clipped to it.
+- A box without area inside the image is left out, of training and of evaluation.
+- An image without a box is kept: there is nothing in it to find.
 - A crowd (iscrowd of 1, with a mask as run lengths or without) is not trained on; in evaluation a detection in it
   counts neither for nor against, as COCO does. Masks are not read: one in run lengths alone makes no crowd.
 - Ids of categories may have gaps and may start from 0: labels are 0 .. n - 1 in the order of the ids.
-- A picture of 16 bits is brought to 8 by its full range. Others become RGB as Pillow does it, but for those of
+- An image of 16 bits is brought to 8 by its full range. Others become RGB as Pillow does it, but for those of
   floating-point numbers, which are an error.
-- A picture that its EXIF data rotate is rotated if the file's width and height are those of the rotated picture, and
+- An image that its EXIF data rotate is rotated if the file's width and height are those of the rotated image, and
   read as it is stored if they are those of the stored one. If both are the same, it is read as it is stored.
 
 Everything else that does not add up is an error: a file that is missing, an id that is there twice, an annotation of a
-picture or category that the file does not have, a picture of another size than the file says.
+image or category that the file does not have, an image of another size than the file says.
 """
 import json
 import math
@@ -41,7 +41,7 @@ Example = Tuple[torch.Tensor, Dict[str, torch.Tensor]]
 
 
 def read_image(path: Union[str, Path], size: Optional[Tuple[int, int]] = None) -> torch.Tensor:
-    """Reads a picture as RGB.
+    """Reads an image as RGB.
 
     Args:
         path: The file.
@@ -49,7 +49,7 @@ def read_image(path: Union[str, Path], size: Optional[Tuple[int, int]] = None) -
             rotated as these say.
 
     Returns:
-        The picture (3, H, W), uint8.
+        The image (3, H, W), uint8.
 
     Raises:
         DetectionError: It cannot be read, or has another size.
@@ -62,7 +62,7 @@ def read_image(path: Union[str, Path], size: Optional[Tuple[int, int]] = None) -
                 if size not in (None, image.size):
                     raise DetectionError(
                         f'{path} has {stored[0]} x {stored[1]} pixels, and the annotations say {size[0]} x {size[1]}. '
-                        'They are of another copy of the picture.')
+                        'They are of another copy of the image.')
             return pil_to_tensor(in_eight_bits(image).convert('RGB'))
     except DetectionError:
         raise
@@ -73,13 +73,13 @@ def read_image(path: Union[str, Path], size: Optional[Tuple[int, int]] = None) -
 
 
 class CocoDataset(Dataset):
-    """Pictures and boxes of a folder and a JSON file in COCO's format; see the head of this module for odd ones.
+    """Images and boxes of a folder and a JSON file in COCO's format; see the head of this module for odd ones.
 
     Attributes:
         categories: 'id' and 'name' of each class, in the order of the labels. The id is None where a category was
             asked for that the file does not have.
-        image_ids: Id of each picture.
-        annotations: Of each picture 'bbox' (left, top, width, height in pixels), 'label', 'area' and 'iscrowd'.
+        image_ids: Id of each image.
+        annotations: Of each image 'bbox' (left, top, width, height in pixels), 'label', 'area' and 'iscrowd'.
         counts: How many boxes were clipped or left out, and the like.
     """
 
@@ -91,13 +91,13 @@ class CocoDataset(Dataset):
     ):
         """
         Args:
-            images: Folder of the pictures.
+            images: Folder of the images.
             annotations: The JSON file.
             categories: Classes of a detector, 'id' and 'name' of each; labels follow their order, by their names. The
                 file's own if None.
 
         Raises:
-            DetectionError: The file is none of COCO's format or contradicts itself, a picture is missing, or a
+            DetectionError: The file is none of COCO's format or contradicts itself, an image is missing, or a
                 category of the file is none of `categories`.
         """
         self.folder, self.source = Path(images), Path(annotations)
@@ -113,7 +113,7 @@ class CocoDataset(Dataset):
         missing = [name for name in self.file_names if not (self.folder / name).is_file()]
         if missing:
             raise DetectionError(
-                f'{len(missing)} of {len(self.file_names)} pictures of {self.source} are not in {self.folder}: '
+                f'{len(missing)} of {len(self.file_names)} images of {self.source} are not in {self.folder}: '
                 f'{first_few(missing)}.')
 
     def _read(self, content: Dict[str, Any], wanted: Optional[Sequence[Dict[str, Any]]]) -> None:
@@ -177,7 +177,7 @@ class CocoDataset(Dataset):
         return int(value)
 
     def _clipped(self, box: Any, size: Tuple[int, int], named: str) -> Optional[List[float]]:
-        """Returns a box inside the picture, None if nothing is left of it."""
+        """Returns a box inside the image, None if nothing is left of it."""
         if not isinstance(box, list) or len(box) != 4 or not all(
                 type(value) in (int, float) and abs(value) <= sys.float_info.max for value in box):
             raise DetectionError(f'{named} has a bbox that is not four numbers: {box!r}.')
@@ -196,21 +196,21 @@ class CocoDataset(Dataset):
         """Says in one line what the dataset has, and what was left out of it."""
         boxes = sum(map(len, self.annotations))
         names = dict(
-            clipped='clipped to the picture', without_area='without area left out',
+            clipped='clipped to the image', without_area='without area left out',
             crowds='crowds, which are not trained on')
         odd = [f'{self.counts[key]} {name}' for key, name in names.items() if self.counts[key]]
         return (
-            f'{self.source}: {len(self)} pictures, {self.counts["empty"]} without a box; {boxes} boxes of '
+            f'{self.source}: {len(self)} images, {self.counts["empty"]} without a box; {boxes} boxes of '
             f'{len(self.categories)} categories{"; " if odd else ""}{", ".join(odd)}')
 
-    def check_pictures(self, places: Iterable[int]) -> None:
-        """Compares the sizes in the heads of picture files with those of the annotations; nothing is decoded.
+    def check_images(self, places: Iterable[int]) -> None:
+        """Compares the sizes in the heads of image files with those of the annotations; nothing is decoded.
 
         Args:
-            places: Places of the pictures in the dataset.
+            places: Places of the images in the dataset.
 
         Raises:
-            DetectionError: A picture cannot be opened, or has another size.
+            DetectionError: An image cannot be opened, or has another size.
         """
         for place in places:
             path = self.folder / self.file_names[place]
@@ -226,7 +226,7 @@ class CocoDataset(Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> Example:
-        """Returns a picture (3, H, W) from 0 to 1, and 'boxes' (T, 4: left, top, right, bottom) and 'labels' (T,)."""
+        """Returns an image (3, H, W) from 0 to 1, and 'boxes' (T, 4: left, top, right, bottom) and 'labels' (T,)."""
         image = read_image(self.folder / self.file_names[index], self.sizes[index]).float() / 255
         found = [a for a in self.annotations[index] if not a['iscrowd']]
         boxes = torch.tensor([a['bbox'] for a in found], dtype=torch.float32).reshape(-1, 4)
@@ -265,7 +265,7 @@ class Mirrored(Dataset):
 
 
 def collate(examples: Sequence[Example]) -> Tuple[List[torch.Tensor], List[Dict[str, torch.Tensor]]]:
-    """Makes a batch as detectors take it: a list of pictures, and a list of what is in them."""
+    """Makes a batch as detectors take it: a list of images, and a list of what is in them."""
     images, targets = zip(*examples, strict=True)
     return list(images), list(targets)
 
@@ -292,7 +292,7 @@ def _number(value: Any, said: str) -> float:
 
 
 def find_dataset(folder: Union[str, Path], split: str) -> Tuple[Path, Path]:
-    """Finds pictures and annotations of a part of a dataset.
+    """Finds images and annotations of a part of a dataset.
 
     Args:
         folder: The dataset: COCO's own layout (train2017, annotations/instances_train2017.json), or train and
@@ -300,7 +300,7 @@ def find_dataset(folder: Union[str, Path], split: str) -> Tuple[Path, Path]:
         split: 'train' or 'val'.
 
     Returns:
-        Folder of the pictures, and JSON file.
+        Folder of the images, and JSON file.
 
     Raises:
         DetectionError: There is none, or more than one.
@@ -318,7 +318,7 @@ def find_dataset(folder: Union[str, Path], split: str) -> Tuple[Path, Path]:
     if len(found) != 1:
         said = 'none' if not found else first_few([os.path.relpath(file, folder) for _, file in found])
         raise DetectionError(
-            f'{folder} should have one JSON file of the part {split!r}, and a folder of pictures that is named like '
+            f'{folder} should have one JSON file of the part {split!r}, and a folder of images that is named like '
             f'it, e.g. annotations/instances_{split}2017.json and {split}2017: found {said}. Or name both with '
             f'--{split}-images and --{split}-json.')
     return found[0]

@@ -1,4 +1,4 @@
-"""Detections drawn into pictures, for one detector or several side by side, as the paper's figure 7."""
+"""Detections drawn into images, for one detector or several side by side, as the paper's figure 7."""
 from typing import Dict, Mapping, Sequence
 
 import torch
@@ -10,7 +10,7 @@ from ..explain.figures import COLOURS
 
 __all__ = ['draw_detections', 'side_by_side']
 
-SHORTEST_SIDE = 512  # pixels: smaller pictures are enlarged, so that the names are read
+SHORTEST_SIDE = 512  # pixels: smaller images are enlarged, so that the names are read
 DARK = 110  # grey value below which the text on a colour is white
 
 
@@ -20,7 +20,7 @@ def draw_detections(
         names: Sequence[str],
         score: float = 0.3,
 ) -> Image.Image:
-    """Draws boxes with their names and scores into a picture (3, H, W), uint8, enlarged if it is small.
+    """Draws boxes with their names and scores into an image (3, H, W), uint8, enlarged if it is small.
 
     A class has one colour of six, which people tell apart who see no red or no green; its name stands at the box.
     """
@@ -47,7 +47,7 @@ def draw_detections(
 
 
 def side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
-    """Puts pictures of the same size beside each other, by their titles, which stand above."""
+    """Puts images of the same size beside each other, by their titles, which stand above."""
     width, height = next(iter(pictures.values())).size
     strip, gap = max(18, width // 24), 4
     whole = Image.new('RGB', ((width + gap) * len(pictures) - gap, height + strip), 'white')

@@ -1,4 +1,4 @@
-"""What a detector finds in the pictures of a dataset, and COCO's figures for it."""
+"""What a detector finds in the images of a dataset, and COCO's figures for it."""
 import contextlib
 import io
 import math
@@ -30,13 +30,13 @@ def detect(
 
     Args:
         model: Detector; it is in eval mode afterwards.
-        dataset: The pictures.
-        batch_size: Pictures at a time.
-        workers: Processes that read pictures.
-        places: Places of the pictures in the dataset; all if None.
+        dataset: The images.
+        batch_size: Images at a time.
+        workers: Processes that read images.
+        places: Places of the images in the dataset; all if None.
 
     Returns:
-        For each place 'boxes' (R, 4: left, top, right, bottom in pixels of the picture), 'labels' and 'scores', on the
+        For each place 'boxes' (R, 4: left, top, right, bottom in pixels of the image), 'labels' and 'scores', on the
         CPU.
     """
     model.eval()
@@ -60,8 +60,8 @@ def coco_results(
     """Writes detections in COCO's results format.
 
     Args:
-        detections: Detections of each picture.
-        image_ids: Id of each picture.
+        detections: Detections of each image.
+        image_ids: Id of each image.
         category_ids: Id of each class, by its label; what is found of a class without one (None) is left out.
 
     Returns:
@@ -95,8 +95,8 @@ def coco_figures(dataset: CocoDataset, detections: Mapping[int, Detection]) -> D
     """Computes COCO's twelve figures by pycocotools.
 
     Args:
-        dataset: Pictures and true boxes.
-        detections: Detections of every picture, by its place.
+        dataset: Images and true boxes.
+        detections: Detections of every image, by its place.
 
     Returns:
         The figures in percent, by the names in `FIGURES`; NaN for a size of which there is no box.

@@ -27,7 +27,7 @@ from .cascade import CascadeRoIHeads
 from .targets import check_targets
 
 __all__ = [
-    'DETECTORS', 'DetectionError', 'cascade_rcnn', 'check_picture_size', 'create_detector', 'retinanet']
+    'DETECTORS', 'DetectionError', 'cascade_rcnn', 'check_image_size', 'create_detector', 'retinanet']
 
 RETINANET_STRIDES = (8, 16, 32)
 CASCADE_STRIDES = (4, 8, 16, 32)
@@ -174,8 +174,8 @@ def create_detector(detector: str, **kwargs: Any) -> Any:
         raise DetectionError(f'{detector} cannot be made of these arguments: {e}') from e
 
 
-def check_picture_size(model: Any, width: int, height: int, of: Union[str, Path]) -> None:
-    """Raises a DetectionError, with `of` in front, if a picture would lose a whole side where it is resized."""
+def check_image_size(model: Any, width: int, height: int, of: Union[str, Path]) -> None:
+    """Raises a DetectionError, with `of` in front, if an image would lose a whole side where it is resized."""
     smallest, largest = model.transform.min_size[-1], model.transform.max_size
     scale = min(smallest / min(width, height), largest / max(width, height))
     if int(min(width, height) * scale) < 1:
@@ -204,7 +204,7 @@ def _backbone(
     config['backbone_kwargs'] = dict(config['backbone_kwargs'] or {})
     channels = config['backbone_kwargs'].get('in_chans', 3)
     if channels != 3:
-        raise DetectionError(f'Detectors take pictures of 3 channels, and in_chans is {channels!r}.')
+        raise DetectionError(f'Detectors take images of 3 channels, and in_chans is {channels!r}.')
     body = create_body(config['backbone'], pretrained, **config['backbone_kwargs'])
     mean, std = image_statistics(body, config['backbone'])
     return Backbone(body, strides, config['trainable_layers'], p6p7), mean, std

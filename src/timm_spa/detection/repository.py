@@ -171,7 +171,7 @@ def _make_card(model: Any, run: Run, row: Optional[Mapping[str, float]], repo_id
         template_str=TEMPLATE,
         title=title,
         about=paragraphs(
-            f'{title}. It finds objects of {config["num_classes"]} classes in pictures that it resizes to '
+            f'{title}. It finds objects of {config["num_classes"]} classes in images that it resizes to '
             f'{config["min_size"]} pixels on the shorter side, at most {config["max_size"]} on the longer.', reached,
             facts.get('about')),
         source=f'hf-hub:{repo_id}' if repo_id else '.',

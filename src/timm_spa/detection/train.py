@@ -30,11 +30,11 @@ from .backbone import DetectionError
 from .checkpoint import save_detector
 from .data import CocoDataset, Mirrored, collate, read_batches
 from .evaluate import check_evaluable, coco_figures, detect
-from .models import check_picture_size
+from .models import check_image_size
 
 __all__ = ['BASE_RATES', 'Settings', 'learning_rate', 'train']
 
-BASE_RATES = {'retinanet': 0.01, 'cascade_rcnn': 0.02}  # of the paper, for BASE_BATCH pictures a step
+BASE_RATES = {'retinanet': 0.01, 'cascade_rcnn': 0.02}  # of the paper, for BASE_BATCH images a step
 BASE_BATCH = 16
 WARMUP_STEPS = 500
 WARMUP_START = 0.001  # part of the learning rate
@@ -52,16 +52,16 @@ class Settings:
 
     Attributes:
         epochs: Number of epochs.
-        batch_size: Pictures a step of each process.
-        lr: Learning rate; if None the paper's, scaled linearly to the pictures a step of all processes.
+        batch_size: Images a step of each process.
+        lr: Learning rate; if None the paper's, scaled linearly to the images a step of all processes.
         decay_epochs: Epochs after which it is divided by 10; if None, 18 and 22 of 24, and in proportion.
         warmup_steps: Steps in which it grows from nothing; if None 500, but no more than the first epoch.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of every parameter.
         clip_grad: Largest norm of the gradient; unlimited if None.
         mixed_precision: 'no', 'bf16' or 'fp16'.
-        flip: Mirror half of the pictures.
-        seed: Seed of the order of the pictures, of what is mirrored and of the boxes drawn to learn from.
+        flip: Mirror half of the images.
+        seed: Seed of the order of the images, of what is mirrored and of the boxes drawn to learn from.
     """
     epochs: int = 24
     batch_size: int = 2
@@ -75,7 +75,7 @@ class Settings:
     flip: bool = True
     seed: int = 42
 
-    def completed(self, detector: str, pictures: int, processes: int) -> 'Settings':
+    def completed(self, detector: str, images: int, processes: int) -> 'Settings':
         """Fills in what depends on detector, dataset and number of processes."""
         def expect(right: bool, name: str, expected: str) -> None:
             if not right:
@@ -100,7 +100,7 @@ class Settings:
             'decay_epochs', 'a sequence of whole numbers')
         rate = BASE_RATES[detector] * self.batch_size * processes / BASE_BATCH
         decay = (round(self.epochs * 18 / 24), round(self.epochs * 22 / 24))
-        steps = math.ceil(math.ceil(pictures / processes) / self.batch_size)
+        steps = math.ceil(math.ceil(images / processes) / self.batch_size)
         return dataclasses.replace(
             self,
             lr=rate if self.lr is None else self.lr,
@@ -151,7 +151,7 @@ def train(
         settings: How to train.
         resume: Go on with the run in `output`, if there is one.
         cpu: Train on the CPU, even if there is a GPU.
-        workers: Processes that read pictures, for each process that trains.
+        workers: Processes that read images, for each process that trains.
         log: Called with lines to keep.
         progress: Called with a line on what is done at the moment.
 
@@ -160,7 +160,7 @@ def train(
         and the learning rate of the last step.
 
     Raises:
-        DetectionError: Model and datasets do not fit each other, a picture cannot be opened or has another size than
+        DetectionError: Model and datasets do not fit each other, an image cannot be opened or has another size than
             its dataset says, the run in `output` is another, or there is one and `resume` is not set.
         TrainingError: The loss or the weights are not finite any more.
         WriteError: A file cannot be written.
@@ -233,7 +233,7 @@ def train(
             optimizer.zero_grad()
             total += torch.tensor([value * len(images), len(images)], dtype=torch.float64)
             show(f'epoch {epoch}: step {number + 1} of {len(loader)}, loss {total[0] / total[1]:.4f}')
-        if world > 1:  # each process has counted its own pictures into the statistics of the gates
+        if world > 1:  # each process has counted its own images into the statistics of the gates
             distribute_bn(model, world, reduce=True)
         _check_finite(model, epoch, output)
         show(f'epoch {epoch}: evaluation')
@@ -302,8 +302,8 @@ def _check_fit(model: Any, train_set: CocoDataset, val_set: CocoDataset, rank: i
         check_evaluable(dataset)
         places = range(rank, len(dataset), world)
         for place in places:
-            check_picture_size(model, *dataset.sizes[place], dataset.folder / dataset.file_names[place])
-        dataset.check_pictures(places)
+            check_image_size(model, *dataset.sizes[place], dataset.folder / dataset.file_names[place])
+        dataset.check_images(places)
 
 
 def _check_finite(model: Any, epoch: int, output: Path) -> None:
@@ -317,7 +317,7 @@ def _check_finite(model: Any, epoch: int, output: Path) -> None:
 
 
 def _order(count: int, seed: int, epoch: int, world: int) -> List[int]:
-    """Returns the pictures of an epoch in the order of training, some twice so that all processes have as many."""
+    """Returns the images of an epoch in the order of training, some twice so that all processes have as many."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(count, generator=generator).tolist()
     return (order * world)[:math.ceil(count / world) * world]
