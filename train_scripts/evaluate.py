@@ -10,6 +10,7 @@ order of their paths, and for nets with SPA `pyramid_weights.csv`, the learned w
 import argparse
 import csv
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
 
@@ -21,6 +22,7 @@ from timm.data import create_dataset, create_loader, resolve_data_config
 import timm_spa
 from timm_spa._errors import TimmSpaError
 from timm_spa._files import replacing
+from timm_spa._own_files import refuse_replacing, starts_with
 from timm_spa.hub.checkpoint import read_checkpoint
 from timm_spa.hub.run_record import Run, RunError
 
@@ -43,7 +45,7 @@ def load(run: Run, runs: Path, device: str) -> nn.Module:
 
 def write(path: Path, rows: List[Tuple[Any, ...]]) -> None:
     """Writes a table, whole or not at all."""
-    with replacing(path) as partial, open(partial, 'w', newline='') as f:
+    with replacing(path) as unfinished, open(unfinished, 'w', newline='', encoding='utf-8') as f:
         csv.writer(f, lineterminator='\n').writerows(rows)
 
 
@@ -58,6 +60,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--class-map', default='')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--workers', type=int, default=2)
+    parser.add_argument('--overwrite', action='store_true', help='replace files that are not of an earlier call')
     args = parser.parse_args(argv)
 
     torch.backends.cudnn.allow_tf32 = False
@@ -65,6 +68,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     if not runs:
         parser.error(f'{args.results} holds no run.')
     try:
+        for name, header in ((f'{args.split}.csv', 'target,predicted'), ('pyramid_weights.csv', 'gate,')):
+            refuse_replacing(
+                (run.folder / name for run in runs), args.overwrite, partial(starts_with, text=header))
         nets = [load(run, args.runs, args.device) for run in runs]
     except (OSError, TimmSpaError) as e:
         print(f'evaluate: {e}', file=sys.stderr)

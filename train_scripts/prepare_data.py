@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from timm_spa._errors import TimmSpaError
 from timm_spa._files import replacing
+from timm_spa._own_files import refuse_replacing
 
 IMAGE_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
 
@@ -149,7 +150,7 @@ def unpack_cifar100(source: Path, target: Path, download: bool) -> None:
                 save(image, path)
 
 
-def write_class_names(source: Path, target: Path) -> int:
+def write_class_names(source: Path, target: Path, overwrite: bool = False) -> int:
     """Writes the classes of an image folder, one a line: a `--class-map` for timm's scripts.
 
     Returns:
@@ -157,7 +158,9 @@ def write_class_names(source: Path, target: Path) -> int:
 
     Raises:
         PreparationError: The folder holds no class folder.
+        WriteError: The file exists, and `overwrite` is False.
     """
+    refuse_replacing([target], overwrite)
     from timm.data.readers.reader_image_folder import find_images_and_targets
 
     _, class_to_index = find_images_and_targets(str(source))
@@ -198,6 +201,7 @@ def _parse(argv: Optional[List[str]]) -> Tuple[argparse.ArgumentParser, argparse
     verb = verbs.add_parser('classes')
     verb.add_argument('source', type=Path, help='folder of class folders')
     verb.add_argument('target', type=Path, help='text file to write')
+    verb.add_argument('--overwrite', action='store_true', help='replace the file if it is there')
     return parser, parser.parse_args(argv)
 
 
@@ -210,7 +214,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         if args.verb == 'cifar100':
             unpack_cifar100(args.source, args.target, args.download)
         elif args.verb == 'classes':
-            print(f'{write_class_names(args.source, args.target)} classes')
+            print(f'{write_class_names(args.source, args.target, args.overwrite)} classes')
         else:
             operation: Operation = (
                 partial(pad, border=args.pixels) if args.verb == 'pad' else partial(downsample, size=args.pixels))

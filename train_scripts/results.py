@@ -12,6 +12,7 @@ equation (1).
 A run of `timm-spa detect train` is a folder with `summary.csv` and `args.yaml`. `table.md` has COCO's figures on the
 validation pictures after the last epoch that all runs of a detector have.
 `--check` writes nothing and fails if the table that is there is not the one of its runs.
+Files of these names that it did not write stay, unless `--overwrite` is given.
 """
 import argparse
 import csv
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from timm_spa._errors import TimmSpaError
-from timm_spa._files import read_text
+from timm_spa._files import read_text, replacing
+from timm_spa._own_files import refuse_replacing
 from timm_spa.detection.repository import TITLES
 from timm_spa.detection.train import METRICS
 from timm_spa.explain import ScaleWeights, figures
@@ -232,12 +234,19 @@ def _of_detectors(folder: Path) -> Tuple[str, Callable[[], Dict[str, Any]]]:
     return make_detector_table(detectors), lambda: dict(curves=figures.draw_curves(curves))
 
 
+def _is_own_table(path: Path) -> bool:
+    """Tells whether a table has the header of one that this script wrote."""
+    text = read_text(path) if path.is_file() else ''
+    return '| attention | parameters (M) | runs |' in text or text.startswith('| detector | backbone | seeds |')
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs the command line, and returns its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('folder', type=Path, help='folder of runs')
     parser.add_argument('--check', action='store_true', help='compare table.md with the runs, and write nothing')
+    parser.add_argument('--overwrite', action='store_true', help='replace files that are not of an earlier call')
     args = parser.parse_args(argv)
     try:
         table, draw = _of_detectors(args.folder) if _has_detectors(args.folder) else _of_classifiers(args.folder)
@@ -250,9 +259,17 @@ def main(argv: Optional[List[str]] = None) -> int:
             print(f'results: {path} is not the table of its runs. Rebuild it without --check.', file=sys.stderr)
             return 1
         return 0
-    path.write_text(table, encoding='utf-8')
-    for name, figure in draw().items():
-        figures.save(figure, args.folder / name)
+    drawn = draw()
+    files = [path, *(args.folder / f'{name}.{suffix}' for name in drawn for suffix in ('png', 'svg'))]
+    try:
+        refuse_replacing(files, args.overwrite or _is_own_table(path))
+        with replacing(path) as partial:
+            partial.write_text(table, encoding='utf-8')
+        for name, figure in drawn.items():
+            figures.save(figure, args.folder / name)
+    except TimmSpaError as e:
+        print(f'results: {e}', file=sys.stderr)
+        return 1
     print(table)
     return 0
 

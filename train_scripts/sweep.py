@@ -24,6 +24,7 @@ from typing import Any, Dict, List, Optional
 from timm_spa._files import replacing
 
 PACKAGES = ('timm_spa', 'timm', 'torch', 'torchvision', 'accelerate')
+KEPT = ('summary.csv', 'args.yaml', 'run.json')
 OWN_OPTIONS = ('--model', '--seed', '--output', '--experiment', '--resume')
 
 
@@ -39,6 +40,9 @@ def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]
     if (kept / 'run.json').exists():
         print(f'{name}: done before', flush=True)
         return None
+    taken = [kept / file for file in KEPT if (kept / file).exists()]
+    if taken:  # what is kept is complete, or not there
+        return f'{name}: {taken[0]} is not of a run that ended; move it away'
     run = args.runs / name
     run.mkdir(parents=True, exist_ok=True)
     command = [
@@ -62,10 +66,11 @@ def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]
         model=model, seed=seed, command=shlex.join(command), resumed=resumed, seconds=round(time.time() - started),
         **about)
     # for the card too: `timm-spa publish` reads what lies beside the checkpoint
-    (run / 'run.json').write_text(json.dumps(record, indent=2) + '\n')
+    with replacing(run / 'run.json') as partial:
+        partial.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
     with replacing(kept) as partial:
         partial.mkdir(parents=True)
-        for file in ('summary.csv', 'args.yaml', 'run.json'):
+        for file in KEPT:
             shutil.copy(run / file, partial)
     print(f'{name}: done in {record["seconds"]} s', flush=True)
     return None

@@ -1,18 +1,25 @@
-"""Files that are written as a whole or not at all, and read only if they are what they should be."""
+"""Atomic writes of files and folders, and size-limited reads."""
 import contextlib
 import os
 import secrets
 import shutil
 from pathlib import Path
-from typing import Iterator, Union
+from typing import Iterator, List, Union
 
 from safetensors import SafetensorError
 
 from ._errors import TimmSpaError
 
-__all__ = ['ReadError', 'WriteError', 'read_text', 'replacing']
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ['ReadError', 'WriteError', 'finish_interrupted', 'interrupted', 'read_text', 'replacing']
 
 LARGEST_TEXT = 2_000_000  # bytes; files of a run have some thousand
+STAGING = '.timm_spa-'  # begins the name of a folder that files wait in before they are moved
+OLD, NEW = '.old', '.new'
 
 
 class WriteError(TimmSpaError, OSError):
@@ -40,25 +47,41 @@ def read_text(path: Union[str, Path]) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Union[str, Path]) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, a file or a folder, and renames what is written there once it is whole.
+    """Yields a temporary path to write a file or a folder to, and moves it to `path` once it is complete.
 
-    Files are added to a folder that is there. After an error nothing is left; that of the file system, or of
-    safetensors on one that is full, becomes a WriteError.
+    A file replaces the earlier file in one step. A new folder appears in one step. The files of a folder are moved into
+    an existing folder, which keeps its other files:
+
+    - After an error, also Ctrl-C or a full disk, the folder has all of its earlier files and none of the new ones.
+    - If the process is killed, the folder may lack files, but never mixes earlier and new files of these names. The
+      missing files lie in a hidden subfolder. The next call for the folder restores the earlier files, or moves in the
+      rest of the new ones if all of the earlier ones were out of the way.
+    - Of several processes that write at the same time, the last one to finish wins with all of its files, where the
+      file system has locks.
+
+    Files are not flushed to the disk, so that none of this holds if the machine loses power.
+
+    Args:
+        path: File or folder to write.
+
+    Yields:
+        A path in the same folder or in the folder itself, which does not exist yet.
+
+    Raises:
+        WriteError: The file system, or safetensors on a full disk, cannot write. Errors of other kinds are passed on.
     """
     path = Path(os.path.realpath(path))
-    partial = path.with_name(f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}')
     if path.exists() and not path.is_file() and not path.is_dir():
         raise WriteError(f'{path} cannot be written: it is no regular file.')
+    token = f'{os.getpid()}-{secrets.token_hex(4)}'
+    # in an existing folder, which may be on another device than its parent, or in a parent that cannot be written
+    partial = path / f'{STAGING}{token}' if path.is_dir() else path.with_name(f'.{path.name}.{token}')
     try:
         yield partial
-        if partial.is_dir() and path.is_dir():
-            for file in partial.iterdir():
-                if (path / file.name).is_dir():  # before any other is replaced
-                    raise WriteError(f'{path / file.name} cannot be written: it is a folder.')
-            for file in partial.iterdir():
-                file.replace(path / file.name)
-        else:
+        if not partial.is_dir():
             partial.replace(path)
+        elif path.is_dir() or not _became(partial, path):
+            _move_in(partial, path, token)
     except (OSError, SafetensorError) as e:
         if isinstance(e, TimmSpaError):
             raise
@@ -67,3 +90,115 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def _became(partial: Path, folder: Path) -> bool:
+    """Renames a folder; returns False if another process has made the folder in the meantime."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
+
+
+def _move_in(partial: Path, folder: Path, token: str) -> None:
+    """Moves all files of a folder into another one, or none.
+
+    The earlier files are moved to a folder `.old` first, then the new ones wait in a folder `.new`, whose existence
+    tells `finish_interrupted` that the earlier ones are not wanted any more.
+    """
+    names = sorted(os.listdir(partial))
+    old, new = (folder / f'{STAGING}{token}{end}' for end in (OLD, NEW))
+    with _locked(folder):
+        _finish(folder)
+        for name in names:
+            if (folder / name).exists() and not (folder / name).is_file():
+                kind = 'a folder' if (folder / name).is_dir() else 'no regular file'
+                raise WriteError(f'{folder / name} cannot be written: it is {kind}.')
+        try:
+            old.mkdir()
+            for name in names:
+                if os.path.lexists(folder / name):
+                    os.rename(folder / name, old / name)
+            os.rename(partial, new)
+            for name in names:
+                os.rename(new / name, folder / name)
+        except BaseException:
+            _undo(names, folder, partial, old, new)
+            raise
+        _discard(old, new)
+
+
+def _undo(names: List[str], folder: Path, partial: Path, old: Path, new: Path) -> None:
+    try:
+        if new.is_dir():
+            for name in set(names) - set(os.listdir(new)):
+                os.rename(folder / name, new / name)
+            os.rename(new, partial)
+        if old.is_dir():
+            _empty(old, folder)
+    except OSError as e:
+        raise WriteError(
+            f'{folder} could not be restored ({e.strerror or e}): its earlier files are in {old}. Run the same command '
+            'again to restore them.') from e
+
+
+def _empty(source: Path, folder: Path) -> None:
+    for name in os.listdir(source):
+        os.replace(source / name, folder / name)
+    source.rmdir()
+
+
+def _discard(old: Path, new: Path) -> None:
+    """Removes the earlier files, and then the folder that says that they are not wanted."""
+    shutil.rmtree(old, ignore_errors=True)
+    if not old.exists():
+        with contextlib.suppress(OSError):
+            new.rmdir()
+
+
+def interrupted(folder: Union[str, Path]) -> List[Path]:
+    """Finds what a process left in a folder that was killed while it replaced the folder's files."""
+    return sorted(path for end in (OLD, NEW) for path in Path(folder).glob(f'{STAGING}*{end}'))
+
+
+def finish_interrupted(folder: Union[str, Path]) -> None:
+    """Completes or undoes the replacement of a folder's files by a process that was killed.
+
+    Args:
+        folder: The folder, which need not exist.
+
+    Raises:
+        WriteError: A file cannot be moved.
+    """
+    folder = Path(os.path.realpath(folder))
+    try:
+        if interrupted(folder):
+            with _locked(folder):
+                _finish(folder)
+    except OSError as e:
+        raise WriteError(f'{folder} cannot be restored: {e.strerror or e}.') from e
+
+
+def _finish(folder: Path) -> None:
+    for new in folder.glob(f'{STAGING}*{NEW}'):
+        for name in os.listdir(new):
+            os.replace(new / name, folder / name)
+        _discard(new.with_suffix(OLD), new)
+    for old in folder.glob(f'{STAGING}*{OLD}'):
+        if not old.with_suffix(NEW).exists():
+            _empty(old, folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lets one process or thread at a time replace the files of a folder, where the file system has locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            if fcntl is not None:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

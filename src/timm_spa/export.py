@@ -1,10 +1,8 @@
 """Files of a model for other runtimes: ONNX, torch.export, AOTInductor, OpenVINO; each is run and compared."""
-import contextlib
 import copy
 import dataclasses
 import importlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
@@ -113,14 +111,13 @@ def export(
     # picture readers take the size from pretrained_cfg
     net.pretrained_cfg = dict(net.pretrained_cfg, input_size=size)
     about = _describe(net, to, dtype, dynamic, fuse, batch_size)
-    with contextlib.ExitStack() as stack, torch.no_grad():
-        partials = {name: stack.enter_context(replacing(path.with_name(name))) for name in names}
-        # exporters derive the names of further files from the first one's, which has its final name in this folder
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix='.export-')))
+    # exporters derive the names of further files from the first one's, which has its final name in this folder
+    with replacing(path.absolute().parent) as folder, torch.no_grad():
+        folder.mkdir()
         report = _write_and_check(net, folder / path.name, to, dtype, about, dynamic, fuse, images, split, batch_size)
         (folder / described).write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
-        for name, partial in partials.items():
-            (folder / name).replace(partial)
+        for other in {p.name for p in folder.iterdir()} - set(names):
+            (folder / other).unlink()
     return dataclasses.replace(report, path=path)
 
 

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--import', dest='imports', action='append', default=[], metavar='MODULE',
         help='a module that registers further models with timm; can be given again')
     parser.add_argument('--json', metavar='FILE', help='write all that was measured to a file, every round included')
+    parser.add_argument('--overwrite', action='store_true', help='replace the file of --json if it is there')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,9 +49,12 @@ def run(args: argparse.Namespace) -> int:
     from timm_spa import benchmark
     from timm_spa._errors import UsageError
     from timm_spa._files import replacing
+    from timm_spa._own_files import refuse_replacing
 
     if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or '.', os.W_OK)):
         raise OSError(f'--json: {args.json} is no file that can be written.')  # now, not after the measurement
+    if args.json:
+        refuse_replacing([args.json], args.overwrite)
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(benchmark.Settings)}
     fields['dtype'] = args.dtype or ('bfloat16' if args.amp else 'float32')
     try:
@@ -64,5 +68,5 @@ def run(args: argparse.Namespace) -> int:
     print('\n' + '\n'.join(benchmark.notes(record)))
     if args.json:
         with replacing(args.json) as partial:
-            partial.write_text(json.dumps(record, indent=2) + '\n')
+            partial.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
     return 0

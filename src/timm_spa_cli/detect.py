@@ -65,18 +65,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument('--max-size', type=positive, default=1333, help='and at most of the longer (default: 1333)')
     train.add_argument('--output', required=True, metavar='DIR', help='folder of the run')
     train.add_argument('--resume', action='store_true', help='go on with the run in it, if there is one')
+    train.add_argument(
+        '--overwrite', action='store_true', help='replace files in DIR that are not of a run of a detector')
     train.add_argument('--seed', type=_count, default=42, help='default: %(default)s')
     evaluate = add('eval', "COCO's twelve figures of a detector")
     evaluate.add_argument('checkpoint', help='folder of the checkpoint, or hf-hub:ORG/NAME')
     evaluate.add_argument('--images', required=True, metavar='DIR', help='folder of the images')
     evaluate.add_argument('--annotations', '--json', required=True, metavar='FILE', help="in COCO's format")
     evaluate.add_argument('--results', metavar='FILE', help="write the detections in COCO's results format there")
+    evaluate.add_argument('--overwrite', action='store_true', help='replace the file of --results if it is there')
     evaluate.add_argument('--batch-size', type=positive, default=8, help='images at a time (default: %(default)s)')
     predict = add('predict', 'draw what detectors find in images, side by side')
     predict.add_argument('images', nargs='+', metavar='IMAGE', help='image, or folder of images')
     predict.add_argument(
         '--checkpoint', nargs='+', required=True, metavar='DIR', help='folders of checkpoints, or hf-hub:ORG/NAME')
     predict.add_argument('--out', required=True, metavar='DIR', help="for images, and JSON in COCO's results format")
+    predict.add_argument(
+        '--overwrite', action='store_true', help='replace files in DIR also if they are not of an earlier call')
     predict.add_argument('--score', type=float, default=0.3, help='least score to draw (default: %(default)s)')
     for kind in (train, evaluate):
         kind.add_argument(
@@ -129,10 +134,12 @@ def _train(args: argparse.Namespace) -> int:
     model_kwargs, detector_kwargs = _mapping(args, 'model_kwargs'), _mapping(args, 'detector_kwargs')
     images, file, val_images, val_file = (
         [*find_dataset(args.data, 'train'), *find_dataset(args.data, 'val')] if args.data else named)
+    goes_on = args.resume and (Path(args.output) / STATE).exists()  # with the weights of its own then
+    if not goes_on and not args.overwrite:
+        _refuse_output(Path(args.output))
     train_set = CocoDataset(images, file)
     val_set = CocoDataset(val_images, val_file, categories=train_set.categories)
     _report(train_set.describe(), val_set.describe())
-    goes_on = args.resume and (Path(args.output) / STATE).exists()  # with the weights of its own then
     own: Dict[str, Any] = dict(
         detector=args.detector, backbone=args.model, num_classes=len(train_set.categories),
         pretrained_backbone=False if goes_on else args.pretrained_path or args.pretrained,
@@ -154,12 +161,33 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_output(folder: Path) -> None:
+    """Refuses to train into a folder where files of something else would be replaced."""
+    from timm_spa._own_files import refuse_replacing
+    from timm_spa.detection.checkpoint import CONFIG, WEIGHTS, is_own
+    from timm_spa.detection.train import SUMMARY
+    from timm_spa.hub.run_record import RunError, read_arguments
+
+    def of_a_run(path: Path) -> bool:
+        try:
+            return {'detector', 'settings'} <= read_arguments(folder).keys()
+        except RunError:
+            return False
+
+    refuse_replacing((folder / name for name in ('args.yaml', SUMMARY)), is_own=of_a_run)
+    for checkpoint in (folder / 'best', folder / 'last'):
+        refuse_replacing((checkpoint / name for name in (WEIGHTS, CONFIG)), is_own(checkpoint))
+
+
 def _eval(args: argparse.Namespace) -> int:
     from timm_spa._files import replacing
+    from timm_spa._own_files import refuse_replacing
     from timm_spa.detection import load_detector
     from timm_spa.detection.data import CocoDataset
     from timm_spa.detection.evaluate import coco_figures, coco_results, detect
 
+    if args.results:
+        refuse_replacing([args.results], args.overwrite)
     model = load_detector(args.checkpoint, _device(args))
     dataset = CocoDataset(args.images, args.annotations, categories=model.categories)
     _report(dataset.describe())
@@ -167,7 +195,8 @@ def _eval(args: argparse.Namespace) -> int:
     if args.results:
         category_ids = [category['id'] for category in dataset.categories]
         with replacing(args.results) as partial:
-            partial.write_text(json.dumps(coco_results(found.values(), dataset.image_ids, category_ids)))
+            results = coco_results(found.values(), dataset.image_ids, category_ids)
+            partial.write_text(json.dumps(results), encoding='utf-8')
     figures = coco_figures(dataset, found)
     cells = [(name, '-' if math.isnan(value) else f'{value:.1f}') for name, value in figures.items()]
     print_table([('figure', '%'), *cells], right_aligned=(1,))
@@ -178,6 +207,7 @@ def _predict(args: argparse.Namespace) -> int:
     import torch
 
     from timm_spa._files import replacing
+    from timm_spa._own_files import is_own_figure, png_mark, refuse_replacing
     from timm_spa.detection import DetectionError, load_detector
     from timm_spa.detection.data import read_image
     from timm_spa.detection.draw import draw_detections, side_by_side
@@ -203,6 +233,8 @@ def _predict(args: argparse.Namespace) -> int:
     taken = [path for path in images if os.path.realpath(path) in written]
     if taken:
         raise DetectionError(f'{taken[0]} would be replaced by an image with boxes. Name another folder by --out.')
+    refuse_replacing(targets, args.overwrite, is_own_figure)
+    refuse_replacing((out / f'{title}.json' for title in models), args.overwrite, _is_own_result)
     out.mkdir(parents=True, exist_ok=True)
     names = [Path(path).name for path in images]
     for path, name, target in zip(images, names, targets, strict=True):
@@ -225,11 +257,18 @@ def _predict(args: argparse.Namespace) -> int:
             print(f'{path}: {shown} objects{f" by {title}" if len(models) > 1 else ""}')
         picture = side_by_side(panels) if len(panels) > 1 else next(iter(panels.values()))
         with replacing(target) as partial:
-            picture.save(partial, format='png')
+            picture.save(partial, format='png', pnginfo=png_mark())
     for title, found_by in results.items():
         with replacing(out / f'{title}.json') as partial:
-            partial.write_text(json.dumps(found_by, indent=1))
+            partial.write_text(json.dumps(found_by, indent=1), encoding='utf-8')
     return code
+
+
+def _is_own_result(path: Path) -> bool:
+    """Tells whether a file begins like the detections that `_predict` writes: images are named by their files."""
+    from timm_spa._own_files import starts_with
+
+    return any(starts_with(path, text) for text in ('[]', '[\n {\n  "image_id": "'))
 
 
 def _report(*lines: str) -> None:

@@ -18,6 +18,10 @@ LIMITS = (
     'and a mean over them hides what single ones do. That a gate differs from 1/2 does not say that it helps: `ablate` '
     'does.')
 Rows = List[Tuple[Any, ...]]
+# how the first line of the CSV file begins
+HEADERS = {
+    'cam': 'picture,model,class,probability,row,column', 'gates': 'block,channels,cells,mean',
+    'scales': 'model,block,size,weight', 'ablate': 'gates set to 1/2,right', 'curves': 'trained,run,epoch'}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         kind.add_argument('--num-classes', type=positive, help='classes of the checkpoint, if they differ')
     for kind in (cam, gates, scales, ablate, curves):
         kind.add_argument('--out', metavar='DIR', help='write figures and CSV files there')
+        kind.add_argument(
+            '--overwrite', action='store_true', help='replace files in DIR also if they are not of an earlier call')
         kind.add_argument('--json', action='store_true', help='print JSON')
         if kind is not ablate:
             kind.add_argument('--dark', action='store_true', help='draw on a dark background')
@@ -68,7 +74,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
+    if args.out:
+        _refuse_output(args)
     return {'cam': _cam, 'gates': _gates, 'scales': _scales, 'ablate': _ablate, 'curves': _curves}[args.kind](args)
+
+
+def _refuse_output(args: argparse.Namespace) -> None:
+    """Refuses to replace files of something else, before anything is computed."""
+    from timm_spa._own_files import is_own_figure, refuse_replacing, starts_with
+
+    stems = distinct([Path(path).stem for path in args.images]) if args.kind == 'gates' else []
+    names = [f'{stem}-gates' for stem in stems] or [args.kind]
+    tables = [Path(args.out) / f'{name}.csv' for name in names]
+    refuse_replacing(tables, args.overwrite, lambda path: starts_with(path, HEADERS[args.kind]))
+    numbered = Path(args.out).glob('cam-*.*') if args.kind == 'cam' else ()
+    figures = [table.with_suffix(suffix) for table in tables for suffix in ('.png', '.svg')]
+    refuse_replacing([*figures, *numbered], args.overwrite, is_own_figure)
 
 
 def _read(reader: Any, path: str) -> Any:

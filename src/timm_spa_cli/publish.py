@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--results', metavar='DIR', help='results of a sweep with the controls for the card')
     parser.add_argument('--replace-card', action='store_true', help='replace the README.md of the repository or folder')
     parser.add_argument('--dry-run', metavar='DIR', help='write the files to a folder, and upload nothing')
+    parser.add_argument(
+        '--overwrite', action='store_true', help='replace files also in a folder that this verb did not write')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,13 +37,16 @@ def run(args: argparse.Namespace) -> int:
     from timm_spa.detection.repository import publish_detector, write_detector_repository
     from timm_spa.hub.publish import publish, write_repository
 
+    if args.overwrite and not args.dry_run:
+        args.error('--overwrite goes with --dry-run; --replace-card replaces the card of a repository')
     upload: Any = dict(private=args.private, create_pr=args.pr, tag=args.tag, replace_card=args.replace_card)
     if is_detector(args.checkpoint):
         if args.model is not None or args.num_classes or args.results:
             args.error(f'{args.checkpoint} is a detector, which takes no --model, --num-classes or --results')
         if not args.repo and not args.dry_run:
             args.error('a detector needs --repo ORG/NAME')
-        write: Any = partial(write_detector_repository, args.dry_run, args.checkpoint, args.repo, args.replace_card)
+        write: Any = partial(
+            write_detector_repository, args.dry_run, args.checkpoint, args.repo, args.replace_card, args.overwrite)
         send: Any = partial(publish_detector, args.checkpoint, args.repo, **upload)
     else:
         if args.model is None:
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         options: Any = dict(num_classes=args.num_classes, results=args.results)
         write = partial(
             write_repository, args.dry_run, args.checkpoint, args.model, args.repo, replace_card=args.replace_card,
-            **options)
+            overwrite=args.overwrite, **options)
         send = partial(publish, args.checkpoint, args.model, args.repo, **upload, **options)
     if args.dry_run:
         notes = write()

@@ -1,6 +1,5 @@
 """`timm-spa recipes`: the recipes for timm's train.py, and the configurations for accelerate."""
 import argparse
-import os
 import shutil
 
 from timm_spa_cli._table import print_table
@@ -13,11 +12,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument('name', nargs='?', metavar='NAME', help='show this one (default: list all)')
     parser.add_argument('--to', metavar='FILE', help='copy it to a new file, to change it')
+    parser.add_argument('--overwrite', action='store_true', help='replace FILE if it is there')
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
     from timm_spa._files import replacing
+    from timm_spa._own_files import refuse_replacing
     from timm_spa._shipped import find_recipe, shipped_files
 
     if args.name is None:
@@ -33,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     path = find_recipe(args.name)
     if args.to:
-        if os.path.lexists(args.to):
-            raise FileExistsError(f'{args.to} is there already, perhaps with changes of yours: name another file.')
+        refuse_replacing([args.to], args.overwrite)
         with replacing(args.to) as partial:
             shutil.copyfile(path, partial)
         print(f'Wrote {args.to}.')

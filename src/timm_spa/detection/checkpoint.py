@@ -7,7 +7,8 @@ import torch
 from huggingface_hub import snapshot_download
 
 from .. import __version__
-from .._files import ReadError, read_text, replacing
+from .._files import ReadError, finish_interrupted, read_text, replacing
+from .._own_files import has_mark, refuse_replacing
 from ..hub.checkpoint import CheckpointError, check_weights, read_checkpoint, write_tensors
 from ..hub.config_file import NOT_OF_A_MODEL
 from ..models._hub_file import endpoint, without_password
@@ -15,26 +16,34 @@ from .arguments import check_config
 from .backbone import DetectionError
 from .models import create_detector
 
-__all__ = ['CONFIG', 'WEIGHTS', 'is_detector', 'load_detector', 'save_detector']
+__all__ = ['CONFIG', 'WEIGHTS', 'is_detector', 'is_own', 'load_detector', 'save_detector']
 
 CONFIG = 'config.json'
 WEIGHTS = 'model.safetensors'
 HUB = 'hf-hub:'
 
 
-def save_detector(model: Any, folder: Union[str, Path], categories: Sequence[Dict[str, Any]]) -> None:
-    """Writes a checkpoint: weights, and what rebuilds the detector.
+def save_detector(
+        model: Any,
+        folder: Union[str, Path],
+        categories: Sequence[Dict[str, Any]],
+        overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint: weights, and what rebuilds the detector. Both files are written or none.
 
     Args:
         model: Detector of `retinanet` or `cascade_rcnn`.
-        folder: Folder to write, or to replace the files in.
+        folder: Folder to write to. The checkpoint of a detector in it is replaced.
         categories: 'id' and 'name' of each class, in the order of the labels.
+        overwrite: Replace the weights and configuration of anything else, too.
 
     Raises:
         DetectionError: The number of categories is not that of the classes, two have the same name, or an argument of
             the detector cannot be written.
-        WriteError: A file cannot be written; what was there before is left then.
+        WriteError: A file cannot be written, or is not of a detector; the earlier files are left then.
     """
+    finish_interrupted(folder)
+    refuse_replacing((Path(folder, name) for name in (WEIGHTS, CONFIG)), overwrite or is_own(folder))
     config = model.detector_config
     if len(categories) != config['num_classes']:
         raise DetectionError(f'{len(categories)} categories for a detector of {config["num_classes"]} classes.')
@@ -57,6 +66,11 @@ def is_detector(folder: Union[str, Path]) -> bool:
     except (ReadError, ValueError, RecursionError):
         return False
     return isinstance(fields, dict) and 'detector' in fields
+
+
+def is_own(folder: Union[str, Path]) -> bool:
+    """Tells whether a folder has a detector that this package wrote, which a newer one may replace."""
+    return has_mark(folder) and is_detector(folder)
 
 
 def load_detector(source: Union[str, Path], device: Union[str, torch.device] = 'cpu') -> Any:

@@ -10,10 +10,10 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .._errors import TimmSpaError
-from .._files import replacing
+from .._files import finish_interrupted, replacing
 from ..hub.card import CardError, check_repository_name
 from ..hub.markdown import paragraphs, plain, wrapped
-from ..hub.publish import refuse_secrets, without_private_paths
+from ..hub.publish import keep_card_yaml, refuse_foreign, refuse_secrets, without_private_paths
 from ..hub.run_record import Run
 from ..hub.upload import CARD, Published, upload
 from .checkpoint import CONFIG, WEIGHTS, load_detector
@@ -66,14 +66,17 @@ def write_detector_repository(
         checkpoint: Union[str, Path],
         repo_id: Optional[str] = None,
         replace_card: bool = False,
+        overwrite: bool = False,
 ) -> List[str]:
     """Writes the files of a Hub repository, after a check that the detector can be rebuilt from them; returns remarks.
 
     These are model.safetensors, config.json and README.md, and args.yaml, summary.csv and card.yaml of the training
     run, which lie in the checkpoint's folder or, for `best` and `last`, in the one above. Other files in `folder` are
-    left alone, and its README.md without `replace_card`.
+    left alone, its card.yaml too, and its README.md without `replace_card`. A folder that this package did not write
+    is refused without `overwrite` if it has files of these names.
     """
     folder, checkpoint = Path(folder), Path(checkpoint)
+    finish_interrupted(folder)
     check_repository_name(repo_id)
     model = load_detector(checkpoint)
     beside = Run.read(checkpoint)
@@ -83,14 +86,17 @@ def write_detector_repository(
     run, notes = without_private_paths(run)
     notes.insert(0, f'Weights: {WEIGHTS} of {checkpoint}.')
     row = _row_of(run, checkpoint.resolve().name)
+    if row and run.facts:
+        run = dataclasses.replace(run, facts=dict(run.facts, epoch=int(row['epoch'])))
+    own = refuse_foreign(folder, run, (), overwrite)
     card = _make_card(model, run, row, repo_id)
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(checkpoint / name, partial / name)
-        facts = dict(run.facts, epoch=int(row['epoch'])) if row and run.facts else run.facts
-        dataclasses.replace(run, facts=facts).write(partial)
-        if (folder / CARD).exists() and not replace_card:
+        run.write(partial)
+        keep_card_yaml(folder, partial)
+        if own and (folder / CARD).exists() and not replace_card:
             notes.append(f'The card is {folder / CARD}, as it is.')
             shutil.copyfile(folder / CARD, partial / CARD)
         else:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from .._errors import TimmSpaError
 from .._files import replacing
+from .._own_files import MARK, png_mark
 from .attention import NEUTRAL, ScaleWeights
 
 __all__ = ['FigureError', 'curves_of', 'draw_cams', 'draw_curves', 'draw_gates', 'draw_scales', 'save']
@@ -228,9 +229,9 @@ def save(figure: Any, path: Union[str, Path]) -> List[Path]:
     png, svg = Path(f'{path}.png'), Path(f'{path}.svg')
     with replacing(png) as partial:
         # 256 colours look the same, in a third of the bytes
-        as_image(figure).quantize(256).save(partial, format='png', optimize=True)
+        as_image(figure).quantize(256).save(partial, format='png', optimize=True, pnginfo=png_mark())
     with replacing(svg) as partial, _style():
-        figure.savefig(partial, format='svg', metadata={'Date': None})
+        figure.savefig(partial, format='svg', metadata={'Date': None, 'Title': MARK['written_by']})
     return [png, svg]
 
 

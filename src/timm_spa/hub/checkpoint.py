@@ -176,10 +176,10 @@ def stored_epoch(facts: Mapping[str, str]) -> Optional[int]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file: the same tensors are the same bytes.
+    """Writes a safetensors file: the same tensors and metadata give the same bytes.
 
     Args:
-        path: The file.
+        path: File to write, not atomically: `replacing` gives a path for that.
         tensors: Tensors by name.
         metadata: Texts by name.
     """
@@ -190,13 +190,21 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
               for name, tensor in tensors.items()}
     safetensors.torch.save_file(copies, path, metadata=dict(metadata))
     path.chmod(mode)
+    del copies
     # safetensors writes metadata in an order that changes from run to run
     with open(path, 'r+b') as f:
         size = int.from_bytes(f.read(8), 'little')
         header = json.loads(f.read(size))
-        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-        f.seek(8)
-        f.write(json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size))
+        header['__metadata__'] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+        if len(text) > size:  # would replace the beginning of the first tensor
+            values = f.read()
+            size = -(-len(text) // 8) * 8  # tensors are aligned
+            f.seek(0)
+            f.write(size.to_bytes(8, 'little') + text.ljust(size) + values)
+        else:
+            f.seek(8)
+            f.write(text.ljust(size))
 
 
 def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 from huggingface_hub import get_token
@@ -14,18 +14,20 @@ from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 
 from .. import __version__
-from .._files import replacing
+from .._files import WriteError, finish_interrupted, replacing
+from .._own_files import MARK, has_mark
 from ..models._pretrained import WEIGHTS_FILENAME
 from .card import check_repository_name, make_card
 from .card_sections import figure_file
 from .checkpoint import check_shapes, check_weights, read_weights, write_tensors
 from .config_file import class_labels, config_problems
-from .run_record import Run
+from .run_record import Run, card_facts
 from .trained import as_json, preprocessing, trained_with
 from .upload import CARD, Published, PublishError, upload
 
 __all__ = [
-    'HUB_ORG', 'Published', 'PublishError', 'publish', 'refuse_secrets', 'without_private_paths', 'write_repository']
+    'HUB_ORG', 'Published', 'PublishError', 'keep_card_yaml', 'publish', 'refuse_foreign', 'refuse_secrets',
+    'without_private_paths', 'write_repository']
 
 HUB_ORG = os.environ.get('TIMM_SPA_HUB_ORG', 'timm-spa')
 # tokens of the Hub, of GitHub and of clouds; a password in an address
@@ -42,20 +44,22 @@ def write_repository(
         num_classes: Optional[int] = None,
         replace_card: bool = False,
         results: Optional[Union[str, Path]] = None,
+        overwrite: bool = False,
 ) -> List[str]:
     """Writes the files of a Hub repository, after a check that the weights fit the model.
 
     These are model.safetensors, config.json and README.md, and args.yaml, summary.csv, run.json and card.yaml of the
-    training run if they lie beside the checkpoint. Nothing is left half-written.
+    training run if they are next to the checkpoint. All of them are written or none, as `replacing` describes.
 
     Args:
-        folder: Folder to write to; other files in it are left alone.
+        folder: Folder to write to. Other files in it are left alone, and its card.yaml is never replaced.
         checkpoint: A training checkpoint of timm, a file of a state dict, or a safetensors file.
         model_name: Architecture and tag, e.g. 'spa_resnet50.tmm_in1k'.
         repo_id: Repository that the card names.
         num_classes: Number of classes, if neither the training's arguments nor the model have it right.
         replace_card: Write README.md also if there is one, in the folder or beside a model.safetensors.
         results: Results of a sweep with the controls that the card compares with.
+        overwrite: Replace files of these names also in a folder that this package did not write.
 
     Returns:
         Remarks for the reader, a line each.
@@ -66,8 +70,10 @@ def write_repository(
         CardError: A card cannot be made of what is known.
         RunError: A file beside the checkpoint does not hold what it should.
         SummaryError: The metrics beside the checkpoint are no table.
+        WriteError: The folder has files that this package did not write, or cannot be written.
     """
     folder, checkpoint = Path(folder), Path(checkpoint)
+    finish_interrupted(folder)
     architecture, _, tag = model_name.partition('.')
     if not timm.is_model(architecture) or not re.fullmatch(r'[\w.-]+', tag, re.ASCII):
         raise PublishError(
@@ -85,6 +91,8 @@ def write_repository(
                 'one. Name another folder.')
     refuse_secrets(run)
     run, notes = without_private_paths(run)
+    figures = [file for figure in run.facts.get('figures') or () if (file := figure_file(run, figure))]
+    own = refuse_foreign(folder, run, figures, overwrite)
     # without memory first: what a file says of the number of classes may be anything
     check_shapes(weights.state_dict, _named_model(model_name, run, num_classes, model_args, device='meta'), checkpoint)
     model = _named_model(model_name, run, num_classes, model_args)
@@ -110,12 +118,13 @@ def write_repository(
                 f'The classes have numbers and no names{taken}. classes.txt beside the checkpoint names them, one a '
                 'line.')
         run.write(partial)
-        for figure in run.facts.get('figures') or ():
-            file = figure_file(run, figure)
-            if file is not None:  # the card says what is missing
-                shutil.copyfile(run.folder / file, partial / file)
+        keep_card_yaml(folder, partial)
+        for file in figures:  # the card says what is missing
+            shutil.copyfile(run.folder / file, partial / file)
         # what an earlier call wrote may have been edited since
-        cards = [folder / CARD, *([checkpoint.parent / CARD] if checkpoint.name == WEIGHTS_FILENAME else [])]
+        cards = [folder / CARD] if own else []
+        if checkpoint.name == WEIGHTS_FILENAME:
+            cards.append(checkpoint.parent / CARD)
         written = next((card for card in cards if card.exists()), None)
         if written and not replace_card:
             notes.append(f'The card is {written}, as it is.')
@@ -125,6 +134,44 @@ def write_repository(
                 model_name, repo_id, run, config=config, weights=partial / WEIGHTS_FILENAME, epoch=weights.epoch,
                 results=results).save(partial / CARD)
     return notes
+
+
+def refuse_foreign(folder: Path, run: Run, figures: Sequence[str], overwrite: bool) -> bool:
+    """Refuses to replace files in a folder that this package did not write.
+
+    Args:
+        folder: Folder of a repository, which need not exist.
+        run: What is next to a checkpoint.
+        figures: Names of the figures of its card.
+        overwrite: Allow it.
+
+    Returns:
+        Whether this package wrote the folder: its config.json has the mark.
+
+    Raises:
+        WriteError: A file would be lost; the message names all of them.
+        PublishError: card.yaml has other facts than the one next to the checkpoint.
+    """
+    own = has_mark(folder)
+    contents = {'args.yaml': run.args, 'summary.csv': run.summary, 'run.json': run.record}
+    names = (WEIGHTS_FILENAME, 'config.json', CARD, *(name for name, content in contents.items() if content), *figures)
+    foreign = [name for name in names if os.path.lexists(folder / name)]
+    if foreign and not own and not overwrite:
+        raise WriteError(
+            f'{folder} is not a folder that `timm-spa publish` wrote, and has {", ".join(foreign)}, which would be '
+            'replaced. Name another folder, or replace them with --overwrite.')
+    card_yaml = folder / 'card.yaml'
+    if run.facts and os.path.lexists(card_yaml) and card_facts(folder) != run.facts:
+        raise PublishError(
+            f'{card_yaml} says something else than the card.yaml of the checkpoint, and is never replaced. Make them '
+            'the same, or remove the first.')
+    return own
+
+
+def keep_card_yaml(folder: Path, partial: Path) -> None:
+    """Leaves the card.yaml of a folder as it is, which its owner may have edited, comments included."""
+    if os.path.lexists(folder / 'card.yaml'):
+        (partial / 'card.yaml').unlink(missing_ok=True)
 
 
 def publish(
@@ -225,6 +272,7 @@ def _write_config(path: Path, model: Any) -> Dict[str, Any]:
         config['pretrained_cfg'].pop(key, None)
     if descriptions:
         config['pretrained_cfg'].update(label_names=names, label_descriptions=descriptions)
+    config.update(MARK)
     text = json.dumps(config, indent=2, ensure_ascii=False)
     path.write_text(f'{text}\n', encoding='utf-8')
     return json.loads(text)

@@ -12,7 +12,7 @@ from .._errors import TimmSpaError
 from .._files import ReadError, read_text
 from ..training_log import read_classes, read_summary, write_summary
 
-__all__ = ['ARGUMENTS', 'FACTS', 'Run', 'RunError', 'checked', 'load_yaml', 'read_arguments']
+__all__ = ['ARGUMENTS', 'FACTS', 'Run', 'RunError', 'card_facts', 'checked', 'load_yaml', 'read_arguments']
 
 LARGEST_DOCUMENT = 100_000  # values
 
@@ -80,7 +80,7 @@ class Run:
             args=read_arguments(folder),
             summary=read_summary(summary) if summary.exists() else [],
             record=checked(_read_mapping(folder / 'run.json'), RECORD, folder / 'run.json'),
-            facts=_checked_facts(folder / 'card.yaml'),
+            facts=card_facts(folder),
             classes=read_classes(folder),
             folder=folder,
         )
@@ -154,7 +154,9 @@ def _count(value: Any, counted: Dict[int, Optional[int]]) -> int:
     return size
 
 
-def _checked_facts(path: Path) -> Dict[str, Any]:
+def card_facts(folder: Path) -> Dict[str, Any]:
+    """Reads card.yaml of a folder, if it has one; raises a RunError for what it should not hold."""
+    path = folder / 'card.yaml'
     facts = _read_mapping(path)
     for key, value in facts.items():
         if key not in FACTS:

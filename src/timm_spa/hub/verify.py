@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, snapshot_download
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
-from .._files import ReadError, read_text
+from .._files import ReadError, interrupted, read_text
 from ..models._hub_file import endpoint, without_password
 from ..models._pretrained import WEIGHTS_FILENAME
 from ..models.tensors import compare_tensors
@@ -128,6 +128,9 @@ def _download(repo_id: str, revision: Optional[str], report: Report) -> Optional
 
 
 def _check_files(folder: Path, report: Report) -> None:
+    for left in interrupted(folder):
+        report.problems.append(
+            f'{left.name} is there: a command was killed while it replaced files of {folder}. Run it again')
     files = sorted(
         p for p in folder.rglob('*')
         if p.is_file() and not {'.git', '.cache'} & set(p.relative_to(folder).parts))
