@@ -132,11 +132,11 @@ def _train(args: argparse.Namespace) -> int:
     if args.data and any(named) or not args.data and not all(named):
         args.error('name a dataset by --data, or all of --train-images, --train-json, --val-images and --val-json')
     model_kwargs, detector_kwargs = _mapping(args, 'model_kwargs'), _mapping(args, 'detector_kwargs')
-    images, file, val_images, val_file = (
-        [*find_dataset(args.data, 'train'), *find_dataset(args.data, 'val')] if args.data else named)
     goes_on = args.resume and (Path(args.output) / STATE).exists()  # with the weights of its own then
     if not goes_on and not args.overwrite:
         _refuse_output(Path(args.output))
+    images, file, val_images, val_file = (
+        [*find_dataset(args.data, 'train'), *find_dataset(args.data, 'val')] if args.data else named)
     train_set = CocoDataset(images, file)
     val_set = CocoDataset(val_images, val_file, categories=train_set.categories)
     _report(train_set.describe(), val_set.describe())
