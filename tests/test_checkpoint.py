@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from timm_spa.hub import checkpoint as module
-from timm_spa.hub.checkpoint import write_tensors
+from timm_spa.hub.checkpoint import CheckpointError, check_shapes, read_weights, value_problems, write_tensors
 
 TENSORS = {'a': torch.arange(5.), 'b': torch.full((3, 2), 7.), 'ä"\n': torch.ones(1, dtype=torch.int64)}
 
@@ -35,3 +35,43 @@ def test_a_header_of_any_length(tmp_path, monkeypatch, escaped):
         assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
     assert len(set(written)) == 1
     assert int.from_bytes(written[0][:8], 'little') % 8 == 0, 'tensors are aligned'
+
+
+def test_an_empty_entry_is_not_the_weights(tmp_path):
+    torch.save(dict(state_dict_ema={}, state_dict=dict(a=torch.ones(1))), tmp_path / 'w.pth')
+    assert read_weights(tmp_path / 'w.pth').used == 'state_dict'
+    torch.save({}, tmp_path / 'none.pth')
+    with pytest.raises(CheckpointError, match=r'none.pth holds no weights: it is readable, and has no entry'):
+        read_weights(tmp_path / 'none.pth')
+
+
+def test_arguments_of_a_model_are_those_of_a_published_file_only(tmp_path):
+    """A training checkpoint may have anything under the same name."""
+    torch.save(dict(state_dict=dict(a=torch.ones(1)), model_args='anything'), tmp_path / 'w.pth')
+    assert read_weights(tmp_path / 'w.pth').model_args is None
+    write_tensors(tmp_path / 'w.safetensors', dict(a=torch.ones(1)), dict(model='a', model_args='{"x": 1}', epoch='7'))
+    assert read_weights(tmp_path / 'w.safetensors').model_args == dict(x=1)
+    assert read_weights(tmp_path / 'w.safetensors').epoch == 7
+    for metadata in (dict(model='a', model_args='[1]'), dict(model_args='{"x": 1}'), dict(model='a', epoch='1' * 10)):
+        write_tensors(tmp_path / 'w.safetensors', dict(a=torch.ones(1)), metadata)
+        weights = read_weights(tmp_path / 'w.safetensors')
+        assert (weights.model_args, weights.epoch) == (None, None)
+
+
+@pytest.mark.parametrize('value', [float('inf'), float('-inf'), float('nan')])
+def test_values_that_no_weights_have(value):
+    bad = torch.tensor([0., value])
+    (problem,) = value_problems({'a': torch.ones(2), 'b': bad})
+    assert problem.startswith('1 tensors with values that are not finite: b')
+    (problem,) = value_problems({'a.running_var': torch.tensor([0., -1e-9]), 'a.running_mean': torch.tensor([-1.])})
+    assert problem.startswith('1 variances below zero: a.running_var')
+    assert value_problems({'a.running_var': torch.zeros(2), 'n': torch.tensor(-1)}) == []
+
+
+@pytest.mark.parametrize('classes', [2, 4])
+def test_fewer_and_more_classes_are_named(classes):
+    model = torch.nn.Sequential()
+    model.head = torch.nn.Linear(5, 3)
+    model.pretrained_cfg = dict(classifier='head')
+    with pytest.raises(CheckpointError, match=rf'w.pth has {classes} classes \(head.weight\), and the model has 3'):
+        check_shapes(torch.nn.Linear(5, classes).state_dict(prefix='head.'), model, 'w.pth')

@@ -3,6 +3,7 @@ import copy
 import hashlib
 import json
 import os
+import pickle
 import socket
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 import timm_spa  # noqa: F401
 import timm_spa_cli
 from timm_spa.hub.publish import publish
-from timm_spa.hub.verify import verify
+from timm_spa.hub.verify import Report, _check_use, verify
 
 NAME = 'spa_mobilenetv2_cifar'
 METADATA = dict(format='pt', model=f'{NAME}.test')
@@ -78,6 +79,38 @@ def test_a_sound_folder(folder, capsys):
     assert all(line.startswith('checked: ') for line in out[:-1])
 
 
+def test_a_file_that_names_the_architecture_alone(folder):
+    change_weights(folder, metadata=dict(METADATA, model=NAME))
+    assert verify(folder).problems == []
+
+
+@pytest.mark.parametrize(('logits', 'shown'), [
+    (torch.zeros(2, 4), 'gave (2, 4), 0 values'), (torch.tensor([[0., float('inf'), 0.]] * 2), 'gave (2, 3), 2 values')])
+def test_a_forward_pass_that_goes_wrong(folder, logits, shown):
+    class Model:
+        num_classes = 3
+        pretrained_cfg = dict(input_size=(3, 32, 32))
+
+        def __call__(self, images):
+            return logits
+
+    report = Report()
+    _check_use(folder, Model(), report)
+    (problem,) = report.problems
+    assert shown in problem
+
+
+def test_a_file_in_place_of_its_folder(folder):
+    (problem,) = verify(folder / 'model.safetensors').problems
+    assert 'is a file: name the folder that it is in' in problem
+
+
+def test_a_folder_whose_files_were_being_replaced(folder):
+    (folder / '.timm_spa-1-a.old').mkdir()
+    (problem,) = verify(folder).problems
+    assert problem.startswith('.timm_spa-1-a.old is there: a command was killed')
+
+
 def test_a_size_that_looks_like_a_pickle(folder):
     """A safetensors file begins with the size of its header, here the bytes of a pickle of protocol 4."""
     header = json.dumps({'x': dict(dtype='U8', shape=[1], data_offsets=[0, 1])}).encode().ljust(0x0480)
@@ -118,6 +151,10 @@ def truncated(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def newest_pickle(folder):
+    (folder / 'notes').write_bytes(pickle.dumps({'a': 1}, protocol=5))
+
+
 def pickle_by_name(folder):
     (folder / 'pytorch_model.bin').write_bytes(b'anything')
 
@@ -130,7 +167,14 @@ def old_pickle_by_content(folder):
     torch.save(torch.zeros(1), folder / 'notes.txt', _use_new_zipfile_serialization=False)
 
 
+def damaged_zip(folder):
+    torch.save(torch.zeros(1), folder / 'notes')
+    content = (folder / 'notes').read_bytes()
+    (folder / 'notes').write_bytes(content.replace(b'PK\x01\x02', b'PK\x01\x03'))
+
+
 FAULTS = [
+    (damaged_zip, 'notes cannot be read: Bad magic number for central directory'),
     (nan_tensor, '1 tensors with values that are not finite: conv_stem.weight'),
     (infinite_variance, 'not finite: bn1.running_var'),
     (negative_variance, 'variances below zero: bn1.running_var'),
@@ -145,10 +189,12 @@ FAULTS = [
     (pickle_by_name, 'pytorch_model.bin is a pickle'),
     (pickle_by_content, 'notes is a pickle'),
     (old_pickle_by_content, 'notes.txt is a pickle'),
+    (newest_pickle, 'notes is a pickle'),
     (lambda folder: change_config(folder, architecture='spa_resnet7'), "'spa_resnet7', which is none"),
     (lambda folder: change_config(folder, num_classes=4), 'config.json has 4 classes, and 3'),
     (lambda folder: change_config(folder, num_features=7), 'num_features 7, and spa_mobilenetv2_cifar has 1280'),
     (lambda folder: change_config(folder, label_names=['a', 'b']), '2 label_names for 3 classes'),
+    (lambda folder: change_config(folder, label_names=['a', 'b', 'a']), '2 label_names for 3 classes'),
     (lambda folder: change_config(folder, id2label={'0': 'a', '1': 'b'}), 'id2label for the classes 0 to 2'),
     (lambda folder: change_config(folder, model_args=dict(num_classes=3)), 'num_classes in model_args'),
     (lambda folder: change_config(folder, model_args=dict(pyramid_sizes=[0])), 'cannot be created'),
@@ -161,7 +207,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(('fault', 'line'), FAULTS, ids=[line for _, line in FAULTS])
+@pytest.mark.parametrize(('fault', 'line'), FAULTS, ids=[f'{i} {line}' for i, (_, line) in enumerate(FAULTS)])
 def test_a_fault_is_named(folder, fault, line, capsys):
     fault(folder)
     assert timm_spa_cli.main(['verify', str(folder)]) == 1
@@ -228,6 +274,20 @@ def test_files_that_are_pipes(folder):
     problems = '\n'.join(verify(folder).problems)
     assert 'config.json' in problems
     assert 'README.md' in problems
+
+
+def test_a_name_that_would_break_the_report(folder, capsys):
+    (folder / 'a\nNo problem found.\x1b[2J.pkl').write_bytes(b'')
+    assert timm_spa_cli.main(['verify', str(folder)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert r'problem: a\nNo problem found.\x1b[2J.pkl is a pickle, which can run code when it is opened' in out
+    assert out[-1] == '1 problems.'
+
+
+def test_a_file_that_cannot_be_read_stops_no_other_check(folder):
+    damaged_zip(folder)
+    (folder / 'README.md').unlink()
+    assert len(verify(folder).problems) == 2
 
 
 def test_several_faults_are_several_lines(folder):

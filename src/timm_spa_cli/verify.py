@@ -1,6 +1,7 @@
 """`timm-spa verify`: checks of a repository of the Hub, or of a folder that will be one."""
 import argparse
 
+from timm_spa_cli._table import printable
 from timm_spa_cli.predict import positive
 
 HELP = 'check a repository of the Hub, or a folder that will be one'
@@ -26,9 +27,8 @@ def run(args: argparse.Namespace) -> int:
 
     on_device(torch.nn.Identity(), args.device)  # before a download, and no fault of the repository
     report = verify(args.source, args.revision, args.images, args.split, args.batch_size, args.device)
-    for line in report.checked:
-        print(f'checked: {line}')
-    for line in report.problems:
-        print(f'problem: {line}')
+    for kind, lines in (('checked', report.checked), ('problem', report.problems)):
+        for line in lines:  # with names of files that may come from anywhere
+            print(printable(f'{kind}: {line}').replace('\n', '\\n'))
     print(f'{len(report.problems)} problems.' if report.problems else 'No problem found.')
     return 1 if report.problems else 0

@@ -135,8 +135,12 @@ def _check_files(folder: Path, report: Report) -> None:
         p for p in folder.rglob('*')
         if p.is_file() and not {'.git', '.cache'} & set(p.relative_to(folder).parts))
     for path in files:
-        if PICKLE_NAMES.search(path.name) or _is_pickle(path):
-            report.problems.append(f'{path.relative_to(folder)} is a pickle, which can run code when it is opened')
+        name = path.relative_to(folder)
+        try:
+            if PICKLE_NAMES.search(path.name) or _is_pickle(path):
+                report.problems.append(f'{name} is a pickle, which can run code when it is opened')
+        except (OSError, zipfile.BadZipFile) as e:
+            report.problems.append(f'{name} cannot be read: {e}. It may be a pickle')
     report.checked.append(f'{len(files)} files: none a pickle by its name or its content')
     card = folder / 'README.md'
     if not card.is_file():
