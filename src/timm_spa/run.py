@@ -16,13 +16,14 @@ import runpy
 import sys
 import urllib.error
 import urllib.request
-from contextlib import nullcontext
 from pathlib import Path
 from typing import List, Optional, Tuple
 
 from ._errors import TimmSpaError
 from ._files import replacing
 from ._shipped import find_recipe
+from .models._hub_file import HubWeightsError
+from .script_guard import ScriptError, guarded_script
 
 __all__ = ['ScriptError', 'find_script', 'main']
 
@@ -47,10 +48,6 @@ SCRIPT is one of {', '.join(SHA256)}.
                      the environment variable TIMM_SCRIPTS, else {SCRIPTS_TAG}, downloaded once and checked)
 --config recipe:NAME a recipe that comes with timm_spa; `timm-spa recipes` lists them
 """
-
-
-class ScriptError(TimmSpaError, RuntimeError):
-    """One of timm's scripts could not be had; the message says why and how to provide it."""
 
 
 def cache_dir(tag: str = SCRIPTS_TAG) -> Path:
@@ -87,7 +84,7 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
         return script
     script = cache_dir(given) / f'{name}.py'
     record = script.with_suffix('.sha256')
-    expected = SHA256[name] if given == SCRIPTS_TAG else record.read_text().strip() if record.exists() else None
+    expected = SHA256[name] if given == SCRIPTS_TAG else _recorded(record)
     if script.is_file() and _sha256(script.read_bytes()) == expected:
         return script
     data = _download(name, given, expected)
@@ -104,6 +101,12 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
             partial.write_text(f'{_sha256(data)}\n')
         print(f'{script}: SHA-256 {_sha256(data)}, recorded, and compared from now on.', file=sys.stderr)
     return script
+
+
+def _recorded(record: Path) -> Optional[str]:
+    """Returns the digest in a file; an empty or damaged file counts as none."""
+    text = record.read_text(errors='replace').strip() if record.is_file() else ''
+    return text if re.fullmatch('[0-9a-f]{64}', text) else None
 
 
 def _sha256(data: bytes) -> str:
@@ -148,8 +151,8 @@ def _split_args(args: List[str]) -> Tuple[Optional[str], List[str]]:
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs one of timm's scripts in this process.
 
-    Returns 2 if the script could not be had, 1 if it could not go on (see `train_guard`). What it raises otherwise,
-    `SystemExit` included, passes through.
+    Returns 2 if the script cannot be found or downloaded, 1 if it cannot continue (see `script_guard`). What it raises
+    otherwise, `SystemExit` included, passes through.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h', '--help'):
@@ -161,18 +164,19 @@ def main(argv: Optional[List[str]] = None) -> int:
     except TimmSpaError as e:
         print(f'timm_spa.run: {e}', file=sys.stderr)
         return 2
-    import timm_spa  # noqa: F401  registers the models before the script asks for one
-
-    from .models._hub_file import HubWeightsError
-    from .train_guard import guarded_training
     sys.argv = [str(script), *rest]
     try:
-        with guarded_training() if argv[0] == 'train' else nullcontext():
+        with guarded_script(argv[0]):
             runpy.run_path(str(script), run_name='__main__')
     except TimmSpaError as e:
         file = dict(train='--pretrained-path', validate='--checkpoint', inference='--checkpoint').get(argv[0])
         here = f' Here that is {file} FILE.' if file and isinstance(e, HubWeightsError) else ''
         print(f'timm_spa.run: {e}{here}', file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as e:
+        print(
+            f'timm_spa.run: {script.name} needs the package {e.name!r}, which is not installed. Install it with pip.',
+            file=sys.stderr)
         return 1
     return 0
 

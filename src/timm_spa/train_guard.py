@@ -1,8 +1,8 @@
-"""Checks that `timm_spa.run train` adds to timm's train.py, which runs unchanged.
+"""Checks during training that `timm_spa.run train` adds to timm's train.py, which runs unchanged.
 
-timm's script goes on when the loss is no number any more, and saves such weights; a full disk ends in an error of the
-file format; a resumed run writes a second header into its metrics; the names of the classes are lost. Everything here
-sits in functions of the timm package that the script calls, and only for as long as it runs.
+timm's script continues when the loss is not finite, and saves such weights. A full disk ends in an error of the file
+format. A resumed run writes a second header into its metrics. The names of the classes are lost. Everything here
+replaces functions of the timm package that the script calls, while it runs.
 """
 import logging
 import math
@@ -10,18 +10,18 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, List
+from typing import Any, Iterator, Sequence, Tuple
 
 import timm.data
-import torch
 from PIL import Image
 from timm import utils
 
 from ._errors import TimmSpaError
 from ._files import replacing
-from .training_log import CLASSES_FILE, SummaryError, read_summary, write_summary
+from .models.tensors import first_few
+from .training_log import CLASSES_FILE, SummaryError, read_classes, read_summary, write_summary
 
-__all__ = ['TrainingError', 'guarded_training']
+__all__ = ['TrainingError', 'guarded_training', 'replaced']
 
 MAX_BAD_LOSSES = 5  # in a row; a loss scaler may skip single steps of float16
 
@@ -49,16 +49,25 @@ class _AverageMeter(utils.AverageMeter):
 class _CheckpointSaver(utils.CheckpointSaver):
     """timm's saver, which never replaces a good checkpoint with a bad one."""
 
+    class_names: Sequence[str] = ()  # of the training data, in the order of the model's outputs
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if _class_names:
-            with replacing(Path(self.checkpoint_dir) / CLASSES_FILE) as partial:
-                partial.write_text(''.join(f'{name}\n' for name in _class_names), encoding='utf-8')
+        if self.class_names:
+            self._write_classes(Path(self.checkpoint_dir) / CLASSES_FILE)
         # timm's script forgets the best epoch when it resumes, and would call the next one the best
         resume = getattr(self.args, 'resume', None)
         in_place = resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(self.checkpoint_dir)
         if in_place:
             self.load_state_dict_from_checkpoint(resume)
+
+    def _write_classes(self, path: Path) -> None:
+        if path.exists() and read_classes(path.parent) != [*self.class_names]:
+            raise TrainingError(
+                f'{path} names other classes than the training data ({first_few([*self.class_names])}), or in another '
+                'order. Train into another folder, or continue with the data that the file is of.')
+        with replacing(path) as partial:
+            partial.write_text(''.join(f'{name}\n' for name in self.class_names), encoding='utf-8')
 
     def _save(self, save_path: str, epoch: int, metric: Any = None) -> None:
         bad = [
@@ -86,12 +95,12 @@ def _update_summary(epoch: int, train_metrics: Any, eval_metrics: Any, filename:
         rows = [row for row in read_summary(path) if row['epoch'] < epoch] if path.exists() else []
         if rows:
             write_summary(path, rows)
-        else:
-            path.unlink(missing_ok=True)
+        elif path.exists():
+            kept = _set_aside(path, 'before')
+            _logger.warning(f'{path} is of an earlier training. It is kept as {kept.name}.')
     except SummaryError as e:
         # the file was cut off or edited: keep it, and begin a new one for the rows from here on
-        kept = path.with_suffix('.csv.unreadable')
-        path.replace(kept)
+        kept = _set_aside(path, 'unreadable')
         rows = []
         _logger.warning(f'{e} It is kept as {kept.name}, and {path.name} starts anew.')
     size = path.stat().st_size if rows else 0
@@ -103,16 +112,13 @@ def _update_summary(epoch: int, train_metrics: Any, eval_metrics: Any, filename:
         raise TrainingError(f'{path} could not be written: {e}. The checkpoints are as they were.') from e
 
 
-def _create_dataset(name: str, root: Any = None, split: str = 'validation', **kwargs: Any) -> Any:
-    try:
-        dataset = _timm_create_dataset(name, root=root, split=split, **kwargs)
-    except (AssertionError, OSError, RuntimeError) as e:
-        cause = str(e) or ('it does not exist' if root and not os.path.exists(root) else type(e).__name__)
-        raise TrainingError(f'The data of split {split!r} cannot be read from {root}: {cause}.') from e
-    if kwargs.get('is_training'):  # the other split may lack classes
-        class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
-        _class_names[:] = [str(name) for name in sorted(class_to_idx, key=lambda name: class_to_idx[name])]
-    return dataset
+def _set_aside(path: Path, why: str) -> Path:
+    """Renames a file to a name that no file has."""
+    kept, number = path.with_name(f'{path.name}.{why}'), 1
+    while os.path.lexists(kept):
+        kept, number = path.with_name(f'{path.name}.{why}.{number}'), number + 1
+    path.rename(kept)
+    return kept
 
 
 def _create_loader(dataset: Any, input_size: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
@@ -148,32 +154,32 @@ def _check_padding(dataset: Any, input_size: Any, scale: Any, ratio: Any) -> Non
             'first (train_scripts/prepare_data.py pad).')
 
 
-def _init_distributed_device(args: Any) -> Any:
-    if str(args.device).startswith('cuda') and not torch.cuda.is_available():
-        raise TrainingError(
-            f'--device {args.device}: torch {torch.__version__} finds no CUDA device. Try --device cpu.')
-    return _timm_init_distributed_device(args)
-
-
-_timm_create_dataset = timm.data.create_dataset
 _timm_create_loader = timm.data.create_loader
-_timm_init_distributed_device = utils.init_distributed_device
-_class_names: List[str] = []  # of the data set to train on, in the order of the model's outputs
 
 
 @contextmanager
-def guarded_training() -> Iterator[None]:
-    """Installs the checks of this module in timm's train.py within the context."""
-    replaced = [
-        (utils, 'AverageMeter', _AverageMeter), (utils, 'CheckpointSaver', _CheckpointSaver),
-        (utils, 'update_summary', _update_summary), (utils, 'init_distributed_device', _init_distributed_device),
-        (timm.data, 'create_dataset', _create_dataset), (timm.data, 'create_loader', _create_loader)]
-    originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    for module, name, ours in replaced:
-        setattr(module, name, ours)
+def replaced(*replacements: Tuple[Any, str, Any]) -> Iterator[None]:
+    """Replaces attributes of modules or classes within the context: each is an owner, a name and the new value."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    for owner, name, ours in replacements:
+        setattr(owner, name, ours)
     try:
         yield
     finally:
-        _class_names.clear()
-        for module, name, original in originals:
-            setattr(module, name, original)
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+@contextmanager
+def guarded_training(class_names: Sequence[str] = ()) -> Iterator[None]:
+    """Installs the checks of this module in timm's train.py within the context.
+
+    Args:
+        class_names: Classes of the training data, in the order of the model's outputs. They are read when the first
+            checkpoint is prepared.
+    """
+    saver = type('CheckpointSaver', (_CheckpointSaver,), dict(class_names=class_names))
+    with replaced(
+            (utils, 'AverageMeter', _AverageMeter), (utils, 'CheckpointSaver', saver),
+            (utils, 'update_summary', _update_summary), (timm.data, 'create_loader', _create_loader)):
+        yield

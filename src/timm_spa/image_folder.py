@@ -1,0 +1,129 @@
+"""Image folders: open them with timm, and refuse what timm would read without a message in a wrong way."""
+import logging
+import os
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Set
+
+from timm.data import create_dataset
+
+from ._errors import TimmSpaError, UsageError
+from .models.tensors import first_few
+
+__all__ = ['SPLITS', 'is_image_folder', 'number_of_classes', 'open_dataset', 'renumbered', 'split_folders']
+
+SPLITS = frozenset(('train', 'training', 'val', 'valid', 'validation', 'test', 'testing', 'eval', 'evaluation'))
+DATASET_TYPES = frozenset(('torch', 'hfds', 'hfids', 'tfds', 'wds'))  # prefixes of timm's dataset names
+
+_logger = logging.getLogger(__name__)
+
+
+def is_image_folder(name: str) -> bool:
+    """Returns whether timm reads a dataset name as an image folder or tar file, and not e.g. `hfds/NAME`."""
+    prefix, slash, _ = (name or '').partition('/')
+    return not (slash and prefix.lower() in DATASET_TYPES)
+
+
+def split_folders(root: Any, files: Iterable[str]) -> List[str]:
+    """Finds the folders of splits in a folder of images.
+
+    A folder of images directly is a class, whatever its name. A folder with class folders in it is a split if it has a
+    usual name, or if it shares most of its class names with another folder.
+
+    Args:
+        root: Folder to look into.
+        files: Images below it.
+
+    Returns:
+        Names of the split folders, sorted.
+    """
+    classes: Dict[str, Set[str]] = {}
+    for file in files:
+        top, *rest = os.path.relpath(file, root).split(os.sep)
+        if len(rest) > 1:
+            classes.setdefault(top, set()).add(rest[-2])
+    return sorted(
+        top for top, names in classes.items() if top.lower() in SPLITS or any(
+            2 * len(names & others) > min(len(names), len(others)) for o, others in classes.items() if o != top))
+
+
+def open_dataset(
+        name: str,
+        root: Any,
+        split: str,
+        option: str = '--split',
+        create: Callable[..., Any] = create_dataset,
+        **kwargs: Any,
+) -> Any:
+    """Opens a dataset with timm, but never all splits together in place of one that does not exist.
+
+    Args:
+        name: Name of the dataset; an empty one is an image folder or tar file.
+        root: Folder of the data.
+        split: Name of the split.
+        option: Option that names the split, for messages.
+        create: timm's `create_dataset`.
+        **kwargs: Further arguments of `create_dataset`.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        UsageError: The data cannot be read, or the folder has other splits only.
+    """
+    if is_image_folder(name) and not root:
+        raise UsageError(f'The data of split {split!r} cannot be read: no folder is given. Add --data-dir FOLDER.')
+    try:
+        dataset = create(name, root=root, split=split, **kwargs)
+    except TimmSpaError:
+        raise
+    except Exception as e:  # each of timm's readers raises its own
+        missing = bool(root) and not os.path.exists(root)
+        cause = 'it does not exist' if missing else ' '.join(str(e).split()).rstrip('.') or type(e).__name__
+        raise UsageError(f'The data of split {split!r} cannot be read from {root or name}: {cause}.') from e
+    source = getattr(dataset, 'reader', dataset)
+    # timm reads the whole folder if it has no folder of the split
+    if root and os.path.isdir(root) and os.path.realpath(getattr(source, 'root', '') or '') == os.path.realpath(root):
+        splits = split_folders(root, (file for file, _ in getattr(source, 'samples', ())))
+        if splits:
+            raise UsageError(
+                f'{root} has no folder {split!r}: timm would read all its folders together. Set {option} to one of '
+                f'{", ".join(splits)}.')
+    return dataset
+
+
+def number_of_classes(class_to_idx: Mapping[str, int]) -> int:
+    """Returns the number of outputs that a class map needs; an empty last line of its file does not count."""
+    return max((index for name, index in class_to_idx.items() if name), default=-1) + 1
+
+
+def renumbered(
+        dataset: Any,
+        expected: Mapping[str, int],
+        origin: str,
+        remedy: str,
+        reopen: Callable[..., Any],
+) -> Any:
+    """Gives the classes of an image folder the numbers that a model has for them.
+
+    Args:
+        dataset: Dataset of an image folder, numbered by timm.
+        expected: Numbers of the classes of the model.
+        origin: Source of these numbers, for messages.
+        remedy: End of the message about other classes.
+        reopen: Opens the dataset again with the argument `class_map`.
+
+    Returns:
+        The dataset, opened again if timm's numbers are others.
+
+    Raises:
+        UsageError: The folder has classes that the model lacks.
+    """
+    own = dataset.reader.class_to_idx
+    unknown = [name for name in own if name not in expected]
+    if unknown:
+        raise UsageError(
+            f'{dataset.reader.root} has {len(own)} class folders, and {first_few(unknown)} are not among the '
+            f'{len(expected)} classes of {origin}. {remedy}')
+    if all(expected[name] == index for name, index in own.items()):
+        return dataset
+    _logger.info(f'{dataset.reader.root} has {len(own)} of {len(expected)} classes; they are numbered as in {origin}.')
+    return reopen(class_map=dict(expected))

@@ -1,0 +1,387 @@
+"""Checks that `timm_spa.run` adds to timm's scripts, which run unchanged.
+
+A misspelt split makes timm read all images, a missing class folder shifts the numbers of all later classes, and most
+wrong arguments end in a long traceback. The checks replace functions that the scripts call, while a script runs. The
+arguments are checked and completed as soon as the script has parsed them.
+"""
+import argparse
+import glob
+import logging
+import os
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import timm.data
+import timm.models
+import timm.task
+import torch
+import yaml
+
+from ._errors import TimmSpaError, UsageError
+from ._files import ReadError, read_text
+from ._shipped import shipped_files
+from .hub.checkpoint import CheckpointError, check_shapes, read_weights
+from .image_folder import is_image_folder, number_of_classes, open_dataset, renumbered
+from .models.names import check_model_name, did_you_mean
+from .models.tensors import first_few
+from .train_guard import guarded_training, replaced
+from .training_log import CLASSES_FILE, read_classes
+
+__all__ = ['ScriptError', 'guarded_script']
+
+# options that name a file to read
+FILE_OPTIONS = ('checkpoint', 'resume', 'initial_checkpoint', 'pretrained_path', 'real_labels', 'valid_labels')
+
+_logger = logging.getLogger(__name__)
+
+
+class ScriptError(TimmSpaError, RuntimeError):
+    """One of timm's scripts cannot be run or cannot continue."""
+
+
+def _option(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
+
+
+def _cause(error: Exception) -> str:
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if len(text) < 400 else f'{text[:400]} ...'
+
+
+class _Guard:
+    """Arguments of one script, and what is known of its classes."""
+
+    def __init__(self, script: str) -> None:
+        self.script = script
+        self.args: Any = argparse.Namespace()
+        self.model: Any = None
+        self.class_to_idx: Dict[str, int] = {}  # of the training data
+        self.class_names: List[str] = []  # the same, in the order of the model's outputs
+        self.train_root = ''
+
+    # arguments
+
+    def parsed(self, parser: argparse.ArgumentParser, args: argparse.Namespace, unknown: List[str]) -> None:
+        """Checks what a parser of the script returns; train.py has a first one that knows only --config."""
+        if vars(args).keys() == {'config'}:
+            if args.config:
+                _check_config(args.config)
+        elif not (unknown or vars(self.args)):  # the script refuses unknown arguments itself
+            known = {action.dest for action in parser._actions}
+            for key in vars(args):
+                if key not in known:
+                    raise UsageError(
+                        f'The file of --config has the key {key!r}, which {self.script}.py would ignore: it has no '
+                        f'such option.{did_you_mean(key, known, 1)} Correct or remove the key.')
+            self.args = args
+            self.complete(args)
+
+    def complete(self, args: Any) -> None:
+        """Checks arguments before anything slow begins, and fills in those that follow from files."""
+        root = self.root()
+        if 'data_dir' in args and is_image_folder(getattr(args, 'dataset', '')):
+            split = getattr(args, 'train_split', getattr(args, 'split', ''))
+            if not root or not os.path.exists(root):
+                open_dataset('', root, split)  # raises
+        _check_device(args)
+        for option in FILE_OPTIONS:
+            if getattr(args, option, None):
+                _check_file(option, getattr(args, option), self.script)
+        if getattr(args, 'class_map', None):
+            _check_class_map(args.class_map, root or '')
+        if self.script == 'train':
+            self.complete_training(args)
+        elif getattr(args, 'checkpoint', None) and getattr(args, 'num_classes', 0) is None:
+            file = args.checkpoint
+            if os.path.isdir(file):
+                file = _checkpoints(file)[0]
+            args.num_classes = _outputs(file, args.model)
+        for option in ('results_file', 'results_dir'):
+            _check_writable(option, getattr(args, option, None))
+
+    def complete_training(self, args: Any) -> None:
+        """Checks and fills in the arguments of train.py."""
+        if args.pretrained_path and not args.pretrained:
+            _logger.info(f'--pretrained-path {args.pretrained_path} implies --pretrained.')
+            args.pretrained = True
+        _check_output(args)
+        if args.num_classes is None and args.resume and args.resume != 'auto':
+            args.num_classes = _outputs(args.resume, args.model)
+        if args.num_classes is None and is_image_folder(args.dataset):
+            dataset = self.open(
+                args.dataset, args.data_dir or args.data, args.train_split, is_training=True, class_map=args.class_map,
+                input_key=args.input_key)
+            args.num_classes = number_of_classes(dataset.reader.class_to_idx)
+            _logger.info(f'--num-classes {args.num_classes}, as {dataset.reader.root} has this number of classes.')
+        if args.num_classes is None:
+            _logger.warning(f'--num-classes is missing: {args.model} keeps the number of outputs that it has in timm.')
+
+    def root(self) -> Optional[str]:
+        return getattr(self.args, 'data_dir', None) or getattr(self.args, 'data', None)
+
+    # data
+
+    def open(self, name: str, root: Any, split: str, **kwargs: Any) -> Any:
+        """Opens a dataset; the images of an image folder must be in class folders if their classes matter."""
+        option = '--split'
+        if 'train_split' in self.args:
+            option = '--train-split' if kwargs.get('is_training') else '--val-split'
+        dataset = open_dataset(name, root, split, option, _timm_create_dataset, **kwargs)
+        classes = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
+        if self.script in ('train', 'validate') and '' in classes and not (
+                kwargs.get('class_map') or getattr(self.args, 'real_labels', '')):
+            raise UsageError(
+                f'{dataset.reader.root} has images outside of class folders: timm would make a class of them. Move '
+                'each image into the folder of its class.')
+        return dataset
+
+    def create_dataset(self, name: str, root: Any = None, split: str = 'validation', **kwargs: Any) -> Any:
+        """Opens a dataset, with classes numbered as the model has them."""
+        def reopen(**more: Any) -> Any:
+            return self.open(name, root, split, **{**kwargs, **more})
+
+        dataset = reopen()
+        reader: Any = getattr(dataset, 'reader', None)
+        classes = getattr(reader, 'class_to_idx', None)
+        if not classes or not hasattr(reader, 'root'):
+            return dataset
+        if kwargs.get('is_training'):
+            self.check_outputs(classes, reader.root)
+            self.train_root = reader.root
+            self.class_to_idx = classes
+            self.class_names[:] = [str(name) for name in sorted(classes, key=lambda name: classes[name])]
+        elif self.script == 'train':
+            if self.train_root and os.path.realpath(reader.root or '') == os.path.realpath(self.train_root):
+                _logger.warning(
+                    f'Training and validation read the same images, those of {reader.root}: the accuracy will say '
+                    'nothing about other images. Put images for validation into a folder of their own.')
+            if self.class_to_idx and is_image_folder(name) and not kwargs.get('class_map'):
+                return renumbered(
+                    dataset, self.class_to_idx, f'the training data in {self.train_root}',
+                    'Rename or remove them, or name the classes to use with --class-map FILE.', reopen)
+        elif self.script == 'validate' and is_image_folder(name):
+            return self.for_validation(dataset, reopen, bool(kwargs.get('class_map')))
+        return dataset
+
+    def check_outputs(self, classes: Dict[str, int], root: Any) -> None:
+        """Compares the number of classes of the training data with that of the model."""
+        count, outputs = number_of_classes(classes), getattr(self.args, 'num_classes', None)
+        if outputs and count > outputs:
+            raise UsageError(
+                f'--num-classes is {outputs}, and {root} has {count} classes ({first_few(list(classes))}). Set '
+                f'--num-classes {count}, or remove the folders that are no classes.')
+        if outputs and count < outputs:
+            _logger.warning(
+                f'The model has {outputs} outputs, and {root} has {count} classes: {outputs - count} outputs have no '
+                f'images. If that is not intended, set --num-classes {count}.')
+
+    def for_validation(self, dataset: Any, reopen: Callable[..., Any], mapped: bool) -> Any:
+        """Numbers the classes of validate.py's image folder as the trained model does."""
+        args, reader = self.args, dataset.reader
+        outputs, count = args.num_classes, number_of_classes(reader.class_to_idx)
+        if args.real_labels:
+            return dataset
+        if args.valid_labels:
+            outputs = len(read_text(args.valid_labels).split())
+        remedy = 'Name the folders with --class-map FILE, one a line, in the order of the outputs of the model.'
+        if mapped:
+            if count > outputs:
+                raise UsageError(
+                    f'--class-map {args.class_map} has {count} classes, and the model {outputs} outputs. Give the '
+                    'class map of this model.')
+            return dataset
+        if args.checkpoint:
+            source, names = str(Path(args.checkpoint).parent / CLASSES_FILE), read_classes(Path(args.checkpoint).parent)
+        else:
+            source = f'the weights of {args.model}'
+            names = list((getattr(self.model, 'pretrained_cfg', None) or {}).get('label_names') or ())
+        if args.checkpoint and len(names) > outputs:
+            raise UsageError(
+                f'{source} names {len(names)} classes, and {args.checkpoint} has {outputs} outputs: the files are of '
+                'two trainings. Move the checkpoint to a folder of its own.')
+        if names and len(names) <= outputs and not args.valid_labels:
+            return renumbered(dataset, {name: index for index, name in enumerate(names)}, source, remedy, reopen)
+        if count != outputs:
+            raise UsageError(
+                f'{reader.root} has {count} class folders ({first_few(list(reader.class_to_idx))}), and the model '
+                f'{outputs} outputs: timm would number the folders from 0 on. {remedy}')
+        return dataset
+
+    # weights
+
+    def create_model(self, model_name: str, *args: Any, checkpoint_path: Any = None, **kwargs: Any) -> Any:
+        """Creates a model and loads its checkpoint; whatever goes wrong is one message."""
+        check_model_name(model_name, ScriptError)
+        self.check_published(model_name, kwargs)
+        try:
+            self.model = _timm_create_model(model_name, *args, **kwargs)
+        except TimmSpaError:
+            raise
+        except Exception as e:  # timm, torch and the Hub each raise their own
+            raise ScriptError(f'The model {model_name!r} cannot be created: {_cause(e)}') from e
+        if checkpoint_path:
+            self.load_checkpoint(self.model, checkpoint_path)
+        return self.model
+
+    def check_published(self, model_name: str, kwargs: Dict[str, Any]) -> None:
+        """Refuses to evaluate published weights with a classifier that was never trained."""
+        wanted = kwargs.get('num_classes')
+        if self.script not in ('validate', 'inference') or not kwargs.get('pretrained') or not wanted or (
+                ':' in model_name):
+            return
+        published = getattr(timm.models.get_pretrained_cfg(model_name), 'num_classes', wanted)
+        if published != wanted:
+            raise ScriptError(
+                f'The published weights of {model_name} have {published} classes, and --num-classes is {wanted}: the '
+                'classifier would be random. Leave --num-classes out, or add --checkpoint FILE.')
+
+    def load_checkpoint(self, model: Any, checkpoint_path: str, *args: Any, **kwargs: Any) -> Any:
+        with _explained(model, checkpoint_path):
+            return _timm_load_checkpoint(model, checkpoint_path, *args, **kwargs)
+
+    def resume(self, task: Any, checkpoint_path: str, *args: Any, **kwargs: Any) -> Any:
+        with _explained(task.get_trainable_module(), checkpoint_path):
+            return _timm_resume(task, checkpoint_path, *args, **kwargs)
+
+
+@contextmanager
+def _explained(model: Any, path: str) -> Iterator[None]:
+    """Turns the errors of loading a checkpoint into one message that names the tensors."""
+    try:
+        yield
+    except TimmSpaError:
+        raise
+    except Exception as e:  # every reader has its own errors for a file that is not its own
+        try:
+            check_shapes(read_weights(path).state_dict, model, path)
+        except CheckpointError as explained:
+            raise ScriptError(str(explained)) from e
+        raise ScriptError(f'{path} cannot be loaded: {_cause(e)}') from e
+
+
+def _outputs(path: str, model_name: str) -> Optional[int]:
+    """Returns the number of outputs of the model of a checkpoint, None if the file does not say it."""
+    weights = read_weights(path)
+    classifier = getattr(timm.models.get_pretrained_cfg(model_name), 'classifier', None)
+    tensor = weights.state_dict.get(f'{classifier}.weight')
+    return len(tensor) if tensor is not None and tensor.ndim else weights.args.get('num_classes')
+
+
+def _checkpoints(folder: str) -> List[str]:
+    """Returns the checkpoints that validate.py takes of a folder."""
+    return sorted(glob.glob(f'{glob.escape(folder)}/*.pth.tar') + glob.glob(f'{glob.escape(folder)}/*.pth'))
+
+
+def _check_file(option: str, path: str, script: str) -> None:
+    if option == 'checkpoint' and script == 'validate' and os.path.isdir(path):
+        if not _checkpoints(path):
+            raise UsageError(f'--checkpoint {path} is a folder without a file *.pth.tar or *.pth. Name a checkpoint.')
+        return
+    if os.path.isfile(path) or (option, path) == ('resume', 'auto'):
+        return
+    cause = 'is a folder' if os.path.isdir(path) else 'does not exist'
+    folder = Path(path) if os.path.isdir(path) else Path(path).parent
+    names = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+    nearby = f'{folder} has the files {first_few(names)}.' if names else 'Check the path.'
+    raise UsageError(f'{_option(option)} {path} {cause}. {nearby}')
+
+
+def _check_class_map(path: str, root: str) -> None:
+    found = [p for p in (path, os.path.join(root, path)) if os.path.isfile(p)]
+    if not found:
+        raise UsageError(f'--class-map {path} does not exist, neither here nor in {root or "the folder of the data"}.')
+    if os.path.splitext(path)[1].lower() not in ('.txt', '.pkl'):
+        raise UsageError(
+            f'--class-map {path} has an unsupported suffix. timm reads NAME.txt with one class folder a line, and '
+            'NAME.pkl.')
+
+
+def _check_config(path: str) -> None:
+    if not os.path.isfile(path):
+        hint = f'recipe:{path}' if path in shipped_files() else 'recipe:NAME for a recipe of `timm-spa recipes`'
+        raise UsageError(f'--config {path} is no file. Give the path of a YAML file, or {hint}.')
+    try:
+        content = yaml.safe_load(read_text(path))
+    except (ReadError, yaml.YAMLError) as e:
+        raise UsageError(f'--config {path} cannot be read as YAML: {_cause(e)}') from e
+    if not isinstance(content, dict):
+        raise UsageError(f'--config {path} must hold lines "option: value", and holds a {type(content).__name__}.')
+
+
+def _check_device(args: Any) -> None:
+    device = getattr(args, 'device', None)
+    if not device or getattr(args, 'device_modules', None) and not device.startswith('cuda'):
+        return  # modules for other devices are not imported yet
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        raise UsageError(f'--device {device}: torch {torch.__version__} finds no CUDA device. Try --device cpu.')
+    try:
+        if device.startswith('cuda'):  # no tensor: each process of a launch would take memory of the first GPU
+            if (torch.device(device).index or 0) >= torch.cuda.device_count():
+                raise RuntimeError(f'there are {torch.cuda.device_count()} CUDA devices')
+        else:
+            torch.zeros(1, device=device).item()
+    except Exception as e:  # each kind of device raises its own
+        raise UsageError(f'--device {device} cannot be used ({_cause(e)}). Try --device cpu.') from e
+
+
+def _check_output(args: Any) -> None:
+    folder = Path(args.output or './output/train', args.experiment or '')
+    existing = folder
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        cause = 'cannot be written' if existing.is_dir() else 'is no folder'
+        raise UsageError(f'--output {folder} cannot be used: {existing} {cause}. Name another folder.')
+    resumed = args.resume == 'auto' or args.resume and Path(args.resume).resolve().parent == folder.resolve()
+    kept = sorted(
+        p.name for p in folder.glob('*.pth.tar') if not p.name.startswith(('tmp', 'recovery'))
+    ) if args.experiment and not resumed else []
+    if kept:
+        raise UsageError(
+            f'{folder} has the checkpoints of a training ({first_few(kept)}), which a new one would overwrite. Choose '
+            f'another --experiment, or continue with --resume {folder / "last.pth.tar"}.')
+
+
+def _check_writable(option: str, path: Optional[str]) -> None:
+    if not path:
+        return
+    folder = Path(path) if option == 'results_dir' else Path(path).parent
+    if folder.exists() and not folder.is_dir() or option == 'results_file' and (
+            os.path.isdir(path) or not folder.exists()):
+        cause = f'{folder} is no folder' if not os.path.isdir(path) else 'it is a folder'
+        raise UsageError(f'{_option(option)} {path} cannot be written: {cause}. Name another path.')
+
+
+_timm_create_dataset = timm.data.create_dataset
+_timm_create_model = timm.models.create_model
+_timm_load_checkpoint = timm.models.load_checkpoint
+_timm_resume = timm.task.resume_task_checkpoint
+_parse_known_args = argparse.ArgumentParser.parse_known_args
+
+
+@contextmanager
+def guarded_script(script: str) -> Iterator[None]:
+    """Installs the checks of one of timm's scripts within the context.
+
+    Args:
+        script: Name of the script without its suffix.
+    """
+    guard = _Guard(script)
+
+    def parse_known_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        parsed, unknown = _parse_known_args(parser, *args, **kwargs)
+        guard.parsed(parser, parsed, unknown)
+        return parsed, unknown
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(
+            (argparse.ArgumentParser, 'parse_known_args', parse_known_args),
+            (timm.models, 'create_model', guard.create_model),
+            (timm.models, 'load_checkpoint', guard.load_checkpoint),
+            (timm.data, 'create_dataset', guard.create_dataset),
+            (timm.task, 'resume_task_checkpoint', guard.resume),
+        ))
+        if script == 'train':
+            stack.enter_context(guarded_training(guard.class_names))
+        yield
