@@ -8,7 +8,9 @@ from timm.data import create_dataset
 from ._errors import TimmSpaError, UsageError
 from .models.tensors import first_few
 
-__all__ = ['SPLITS', 'is_image_folder', 'number_of_classes', 'open_dataset', 'renumbered', 'split_folders']
+__all__ = [
+    'SPLITS', 'class_names', 'class_numbers', 'is_image_folder', 'number_of_classes', 'open_dataset', 'renumbered',
+    'split_folders']
 
 SPLITS = frozenset(('train', 'training', 'val', 'valid', 'validation', 'test', 'testing', 'eval', 'evaluation'))
 DATASET_TYPES = frozenset(('torch', 'hfds', 'hfids', 'tfds', 'wds'))  # prefixes of timm's dataset names
@@ -18,8 +20,23 @@ _logger = logging.getLogger(__name__)
 
 def is_image_folder(name: str) -> bool:
     """Returns whether timm reads a dataset name as an image folder or tar file, and not e.g. `hfds/NAME`."""
-    prefix, slash, _ = (name or '').partition('/')
-    return not (slash and prefix.lower() in DATASET_TYPES)
+    prefix, slash, kind = (name or '').partition('/')
+    return not (slash and prefix.lower() in DATASET_TYPES) or (prefix.lower(), kind.lower()) in (
+        ('torch', 'folder'), ('torch', 'image_folder'))
+
+
+def class_numbers(dataset: Any) -> Dict[str, int]:
+    """Returns the numbers of the classes of a timm dataset by name, empty if they are not known."""
+    source = getattr(dataset, 'reader', dataset)
+    numbers = getattr(source, 'class_to_idx', None) or getattr(source, 'class_name_to_idx', None) or {}
+    return dict(numbers) if all(isinstance(number, int) for number in numbers.values()) else {}
+
+
+def class_names(numbers: Mapping[str, int]) -> List[str]:
+    """Returns names in the order of their numbers, empty if a number has no name or two."""
+    names = {number: str(name) for name, number in numbers.items() if name != ''}
+    unique = len(names) == len([name for name in numbers if name != ''])
+    return [names[number] for number in sorted(names)] if unique and sorted(names) == [*range(len(names))] else []
 
 
 def split_folders(root: Any, files: Iterable[str]) -> List[str]:
@@ -73,12 +90,15 @@ def open_dataset(
         raise UsageError(f'The data of split {split!r} cannot be read: no folder is given. Add --data-dir FOLDER.')
     try:
         dataset = create(name, root=root, split=split, **kwargs)
-    except TimmSpaError:
+    except (TimmSpaError, ModuleNotFoundError):
         raise
     except Exception as e:  # each of timm's readers raises its own
         missing = bool(root) and not os.path.exists(root)
         cause = 'it does not exist' if missing else ' '.join(str(e).split()).rstrip('.') or type(e).__name__
-        raise UsageError(f'The data of split {split!r} cannot be read from {root or name}: {cause}.') from e
+        mapped = ' and --class-map' if kwargs.get('class_map') else ''
+        raise UsageError(
+            f'The data of split {split!r} cannot be read from {root or name}: {cause}. Check --data-dir{mapped}.'
+        ) from e
     source = getattr(dataset, 'reader', dataset)
     # timm reads the whole folder if it has no folder of the split
     if root and os.path.isdir(root) and os.path.realpath(getattr(source, 'root', '') or '') == os.path.realpath(root):
@@ -117,13 +137,17 @@ def renumbered(
     Raises:
         UsageError: The folder has classes that the model lacks.
     """
-    own = dataset.reader.class_to_idx
+    root, own = getattr(dataset, 'reader', dataset).root, class_numbers(dataset)
     unknown = [name for name in own if name not in expected]
     if unknown:
         raise UsageError(
-            f'{dataset.reader.root} has {len(own)} class folders, and {first_few(unknown)} are not among the '
-            f'{len(expected)} classes of {origin}. {remedy}')
+            f'{root} has class folders that are not among the {len(expected)} classes of {origin}: '
+            f'{first_few(unknown)}. {remedy}')
     if all(expected[name] == index for name, index in own.items()):
         return dataset
-    _logger.info(f'{dataset.reader.root} has {len(own)} of {len(expected)} classes; they are numbered as in {origin}.')
+    if not hasattr(dataset, 'reader'):
+        raise UsageError(
+            f'{root} has {len(own)} of the {len(expected)} classes of {origin}, and torchvision would number them from '
+            '0 on. Leave --dataset out: timm reads the same folders.')
+    _logger.info(f'{root} has {len(own)} of {len(expected)} classes; they are numbered as in {origin}.')
     return reopen(class_map=dict(expected))

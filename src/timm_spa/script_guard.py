@@ -22,7 +22,14 @@ from ._errors import TimmSpaError, UsageError
 from ._files import ReadError, read_text
 from ._shipped import shipped_files
 from .hub.checkpoint import CheckpointError, check_shapes, read_weights
-from .image_folder import is_image_folder, number_of_classes, open_dataset, renumbered
+from .image_folder import (
+    class_names,
+    class_numbers,
+    is_image_folder,
+    number_of_classes,
+    open_dataset,
+    renumbered,
+)
 from .models.names import check_model_name, did_you_mean
 from .models.tensors import first_few
 from .train_guard import guarded_training, replaced
@@ -46,7 +53,7 @@ def _option(name: str) -> str:
 
 def _cause(error: Exception) -> str:
     text = ' '.join(str(error).split()) or type(error).__name__
-    return text if len(text) < 400 else f'{text[:400]} ...'
+    return text.rstrip('.') if len(text) < 400 else f'{text[:400]} ...'
 
 
 class _Guard:
@@ -72,8 +79,8 @@ class _Guard:
             for key in vars(args):
                 if key not in known:
                     raise UsageError(
-                        f'The file of --config has the key {key!r}, which {self.script}.py would ignore: it has no '
-                        f'such option.{did_you_mean(key, known, 1)} Correct or remove the key.')
+                        f'The file of --config has the key {key!r}, but {self.script}.py has no such option and would '
+                        f'ignore it.{did_you_mean(key, known, 1)} Correct or remove the key.')
             self.args = args
             self.complete(args)
 
@@ -88,6 +95,8 @@ class _Guard:
         for option in FILE_OPTIONS:
             if getattr(args, option, None):
                 _check_file(option, getattr(args, option), self.script)
+        if getattr(args, 'model', None):
+            _check_model(args.model, self.script)
         if getattr(args, 'class_map', None):
             _check_class_map(args.class_map, root or '')
         if self.script == 'train':
@@ -112,8 +121,8 @@ class _Guard:
             dataset = self.open(
                 args.dataset, args.data_dir or args.data, args.train_split, is_training=True, class_map=args.class_map,
                 input_key=args.input_key)
-            args.num_classes = number_of_classes(dataset.reader.class_to_idx)
-            _logger.info(f'--num-classes {args.num_classes}, as {dataset.reader.root} has this number of classes.')
+            args.num_classes = number_of_classes(class_numbers(dataset))
+            _logger.info(f'--num-classes {args.num_classes}, the number of classes in {_root(dataset)}.')
         if args.num_classes is None:
             _logger.warning(f'--num-classes is missing: {args.model} keeps the number of outputs that it has in timm.')
 
@@ -128,11 +137,10 @@ class _Guard:
         if 'train_split' in self.args:
             option = '--train-split' if kwargs.get('is_training') else '--val-split'
         dataset = open_dataset(name, root, split, option, _timm_create_dataset, **kwargs)
-        classes = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
-        if self.script in ('train', 'validate') and '' in classes and not (
+        if self.script in ('train', 'validate') and '' in class_numbers(dataset) and not (
                 kwargs.get('class_map') or getattr(self.args, 'real_labels', '')):
             raise UsageError(
-                f'{dataset.reader.root} has images outside of class folders: timm would make a class of them. Move '
+                f'{_root(dataset)} has images outside of class folders: timm would make a class of them. Move '
                 'each image into the folder of its class.')
         return dataset
 
@@ -142,26 +150,29 @@ class _Guard:
             return self.open(name, root, split, **{**kwargs, **more})
 
         dataset = reopen()
-        reader: Any = getattr(dataset, 'reader', None)
-        classes = getattr(reader, 'class_to_idx', None)
-        if not classes or not hasattr(reader, 'root'):
+        classes, folder = class_numbers(dataset), _root(dataset)
+        if not classes:
             return dataset
         if kwargs.get('is_training'):
-            self.check_outputs(classes, reader.root)
-            self.train_root = reader.root
+            self.check_outputs(classes, folder or name)
+            self.train_root = folder
             self.class_to_idx = classes
-            self.class_names[:] = [str(name) for name in sorted(classes, key=lambda name: classes[name])]
-        elif self.script == 'train':
-            if self.train_root and os.path.realpath(reader.root or '') == os.path.realpath(self.train_root):
+            self.class_names[:] = class_names(classes)
+        elif self.script == 'train' and is_image_folder(name):
+            if self.train_root and os.path.realpath(folder) == os.path.realpath(self.train_root):
                 _logger.warning(
-                    f'Training and validation read the same images, those of {reader.root}: the accuracy will say '
-                    'nothing about other images. Put images for validation into a folder of their own.')
-            if self.class_to_idx and is_image_folder(name) and not kwargs.get('class_map'):
+                    f'Training and validation read the same images, those of {folder}: the accuracy will say nothing '
+                    'about other images. Put images for validation into a folder of their own.')
+            if self.class_to_idx and not kwargs.get('class_map'):
                 return renumbered(
                     dataset, self.class_to_idx, f'the training data in {self.train_root}',
                     'Rename or remove them, or name the classes to use with --class-map FILE.', reopen)
         elif self.script == 'validate' and is_image_folder(name):
             return self.for_validation(dataset, reopen, bool(kwargs.get('class_map')))
+        elif self.script == 'inference' and not (self.args.fullname or self.args.no_console_results):
+            names = dataset.filenames(basename=True)
+            if len({*names}) < len(names):  # timm's table for the console needs one row a name
+                self.args.fullname = True
         return dataset
 
     def check_outputs(self, classes: Dict[str, int], root: Any) -> None:
@@ -178,34 +189,34 @@ class _Guard:
 
     def for_validation(self, dataset: Any, reopen: Callable[..., Any], mapped: bool) -> Any:
         """Numbers the classes of validate.py's image folder as the trained model does."""
-        args, reader = self.args, dataset.reader
-        outputs, count = args.num_classes, number_of_classes(reader.class_to_idx)
+        args, classes = self.args, class_numbers(dataset)
+        outputs, count = args.num_classes, number_of_classes(classes)
         if args.real_labels:
             return dataset
-        if args.valid_labels:
-            outputs = len(read_text(args.valid_labels).split())
-        remedy = 'Name the folders with --class-map FILE, one a line, in the order of the outputs of the model.'
+        valid = _valid_labels(args.valid_labels, outputs) if args.valid_labels else range(outputs)
         if mapped:
-            if count > outputs:
+            if count > len(valid):
                 raise UsageError(
-                    f'--class-map {args.class_map} has {count} classes, and the model {outputs} outputs. Give the '
+                    f'--class-map {args.class_map} has {count} classes, and the model {len(valid)} outputs. Give the '
                     'class map of this model.')
             return dataset
+        remedy = 'Name the folders with --class-map FILE, one a line, in the order of the outputs of the model.'
         if args.checkpoint:
             source, names = str(Path(args.checkpoint).parent / CLASSES_FILE), read_classes(Path(args.checkpoint).parent)
+            if len(names) > outputs:
+                raise UsageError(
+                    f'{source} names {len(names)} classes, and {args.checkpoint} has {outputs} outputs: the files are '
+                    'of two trainings. Move the checkpoint to a folder of its own.')
         else:
-            source = f'the weights of {args.model}'
-            names = list((getattr(self.model, 'pretrained_cfg', None) or {}).get('label_names') or ())
-        if args.checkpoint and len(names) > outputs:
+            source, names = f'the weights of {args.model}', _labels(self.model)
+            names = names if len(names) == outputs else []
+        if names:
+            expected = {names[output]: index for index, output in enumerate(valid) if output < len(names)}
+            return renumbered(dataset, expected, source, remedy, reopen)
+        if count != len(valid):
             raise UsageError(
-                f'{source} names {len(names)} classes, and {args.checkpoint} has {outputs} outputs: the files are of '
-                'two trainings. Move the checkpoint to a folder of its own.')
-        if names and len(names) <= outputs and not args.valid_labels:
-            return renumbered(dataset, {name: index for index, name in enumerate(names)}, source, remedy, reopen)
-        if count != outputs:
-            raise UsageError(
-                f'{reader.root} has {count} class folders ({first_few(list(reader.class_to_idx))}), and the model '
-                f'{outputs} outputs: timm would number the folders from 0 on. {remedy}')
+                f'{_root(dataset)} has {count} class folders ({first_few(list(classes))}), and the model '
+                f'{len(valid)} outputs: timm would number the folders from 0 on. {remedy}')
         return dataset
 
     # weights
@@ -219,9 +230,20 @@ class _Guard:
         except TimmSpaError:
             raise
         except Exception as e:  # timm, torch and the Hub each raise their own
-            raise ScriptError(f'The model {model_name!r} cannot be created: {_cause(e)}') from e
+            file = (kwargs.get('pretrained_cfg_overlay') or {}).get('file')
+            if file:
+                read_weights(file)  # raises what is wrong with an unreadable file
+            raise ScriptError(
+                f'The model {model_name!r} cannot be created: {_cause(e)}. Check --model and --model-kwargs.') from e
         if checkpoint_path:
-            self.load_checkpoint(self.model, checkpoint_path)
+            other = ' --pretrained-path takes weights of another number of classes.' if self.script == 'train' else ''
+            with _explained(self.model, checkpoint_path, other):
+                _timm_load_checkpoint(self.model, checkpoint_path)
+            # the names in the configuration are of the classes of other weights
+            names = read_classes(Path(checkpoint_path).parent)
+            self.model.pretrained_cfg = dict(
+                self.model.pretrained_cfg, label_names=names if 0 < len(names) <= self.model.num_classes else None,
+                label_descriptions=None)
         return self.model
 
     def check_published(self, model_name: str, kwargs: Dict[str, Any]) -> None:
@@ -246,7 +268,7 @@ class _Guard:
 
 
 @contextmanager
-def _explained(model: Any, path: str) -> Iterator[None]:
+def _explained(model: Any, path: str, remedy: str = '') -> Iterator[None]:
     """Turns the errors of loading a checkpoint into one message that names the tensors."""
     try:
         yield
@@ -256,8 +278,29 @@ def _explained(model: Any, path: str) -> Iterator[None]:
         try:
             check_shapes(read_weights(path).state_dict, model, path)
         except CheckpointError as explained:
-            raise ScriptError(str(explained)) from e
+            raise ScriptError(f'{explained}{remedy}') from e
         raise ScriptError(f'{path} cannot be loaded: {_cause(e)}') from e
+
+
+def _root(dataset: Any) -> str:
+    return str(getattr(getattr(dataset, 'reader', dataset), 'root', None) or '')
+
+
+def _labels(model: Any) -> List[str]:
+    return list((getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ())
+
+
+def _valid_labels(path: str, outputs: int) -> List[int]:
+    """Reads the outputs of a model that validate.py compares with the class folders."""
+    try:
+        labels = [int(line) for line in read_text(path).splitlines()]
+    except (ReadError, ValueError) as e:
+        raise UsageError(f'--valid-labels {path} must hold one number a line: {_cause(e)}.') from e
+    if not all(0 <= label < outputs for label in labels):
+        raise UsageError(
+            f'--valid-labels {path} has numbers up to {max(labels)}, and the outputs of the model are 0 to '
+            f'{outputs - 1}. Remove the others.')
+    return labels
 
 
 def _outputs(path: str, model_name: str) -> Optional[int]:
@@ -273,6 +316,13 @@ def _checkpoints(folder: str) -> List[str]:
     return sorted(glob.glob(f'{glob.escape(folder)}/*.pth.tar') + glob.glob(f'{glob.escape(folder)}/*.pth'))
 
 
+def _check_model(name: str, script: str) -> None:
+    if script in ('validate', 'benchmark') and (
+            name == 'all' or os.path.isfile(name) or timm.models.list_models(name)):  # lists and patterns of models
+        return
+    check_model_name(name, ScriptError)
+
+
 def _check_file(option: str, path: str, script: str) -> None:
     if option == 'checkpoint' and script == 'validate' and os.path.isdir(path):
         if not _checkpoints(path):
@@ -283,8 +333,8 @@ def _check_file(option: str, path: str, script: str) -> None:
     cause = 'is a folder' if os.path.isdir(path) else 'does not exist'
     folder = Path(path) if os.path.isdir(path) else Path(path).parent
     names = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
-    nearby = f'{folder} has the files {first_few(names)}.' if names else 'Check the path.'
-    raise UsageError(f'{_option(option)} {path} {cause}. {nearby}')
+    nearby = f' The files in {folder.resolve()} are {first_few(names)}.' if names else ''
+    raise UsageError(f'{_option(option)} {path} {cause}. Give the path of a file.{nearby}')
 
 
 def _check_class_map(path: str, root: str) -> None:

@@ -1,6 +1,7 @@
 """Files of weights: read without running code from them, named for what they are, checked against a model."""
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -266,7 +267,7 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
 def _what_it_is(path: Path, error: Exception) -> str:
     if path.is_dir():
         return 'it is a folder. Name the file in it.'
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, for a truncated file
         return f'{error.strerror}.'
     head, size = _head(path), path.stat().st_size
     if not size:
