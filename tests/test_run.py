@@ -101,6 +101,26 @@ def test_another_tag_is_recorded_and_compared(cache, site, monkeypatch, capsys):
     assert not cache.exists(), 'nothing of the tag that was not asked for'
 
 
+@pytest.mark.parametrize('text', ['', '\n', 'x' * 64, '0' * 63])
+def test_an_empty_or_damaged_record_counts_as_none(cache, site, capsys, text):
+    other = cache.parent / 'v1.0.31' / 'train.py'
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b'changed')
+    other.with_suffix('.sha256').write_text(text)
+    assert run.find_script('train', 'v1.0.31').read_bytes() == SCRIPT
+    assert 'recorded' in capsys.readouterr().err
+    assert other.with_suffix('.sha256').read_text().strip() == hashlib.sha256(SCRIPT).hexdigest()
+    run.find_script('train', 'v1.0.31')
+    assert site == ['/v1.0.31/train.py']
+
+
+def test_a_package_that_the_script_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [])
+    (tmp_path / 'inference.py').write_text('import no_such_package\n')
+    assert run.main(['inference', '--timm-scripts', str(tmp_path)]) == 1
+    assert "inference.py needs the package 'no_such_package', which is not installed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('name', ['train', 'validate'])
 def test_no_network_or_no_such_file(cache, site, monkeypatch, capsys, name):
     if name == 'train':

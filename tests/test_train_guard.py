@@ -1,5 +1,4 @@
 """Metrics files and the watch over training, without timm's scripts: see test_training.py for both together."""
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -77,8 +76,13 @@ def test_a_resumed_run_leaves_no_hole_and_no_double(tmp_path):
     for epoch in (0, 1, 2, 2, 3, 1, 2):
         append(path, epoch)
     assert path.read_text().split() == ['epoch,train_loss,eval_top1', *(f'{e},{e + .5},{10. * e}' for e in range(3))]
+    before = path.read_text()
     append(path, 0)
     assert len(read_summary(path)) == 1, 'a new run in an old folder'
+    assert (tmp_path / 'summary.csv.before').read_text() == before
+    append(path, 0)
+    assert (tmp_path / 'summary.csv.before').read_text() == before
+    assert len(read_summary(tmp_path / 'summary.csv.before.1')) == 1
 
 
 def test_an_unreadable_metrics_file_is_kept(summary):
@@ -162,12 +166,6 @@ def test_a_first_picture_that_is_broken_is_left_to_timm(pictures):
     assert len(load(dataset, 4, is_training=True, scale=[0.64, 0.64], ratio=[1., 1.])) == 3
 
 
-def test_no_such_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with guarded_training(), pytest.raises(TrainingError, match=r'finds no CUDA device. Try --device cpu'):
-        utils.init_distributed_device(argparse.Namespace(device='cuda'))
-
-
 def saver(folder, model):
     return utils.CheckpointSaver(model, torch.optim.SGD(model.parameters(), lr=1), checkpoint_dir=str(folder))
 
@@ -203,15 +201,27 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint-0.pth.tar', 'last.pth.tar', 'model_best.pth.tar']
 
 
-def test_data_that_cannot_be_opened(tmp_path):
-    with guarded_training(), pytest.raises(TrainingError, match="'train' cannot be read from .*nowhere: it does not"):
-        timm.data.create_dataset('', root=str(tmp_path / 'nowhere'), split='train')
+def test_names_of_another_training_are_not_replaced(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    names = []
+    with guarded_training(names):
+        names += ['a', 'b']  # they are known once the data is read
+        saver(tmp_path, model)
+        assert (tmp_path / 'classes.txt').read_text() == 'a\nb\n'
+        saver(tmp_path, model)
+        names.reverse()
+        with pytest.raises(TrainingError, match=r'classes\.txt names other classes than the training data \(b, a\)'):
+            saver(tmp_path, model)
+        assert (tmp_path / 'classes.txt').read_text() == 'a\nb\n'
+        names.clear()
+        saver(tmp_path / '..', model)
+    assert not (tmp_path.parent / 'classes.txt').exists()
 
 
 def test_timm_is_left_as_it_was():
-    before = utils.AverageMeter, utils.CheckpointSaver, utils.update_summary, timm.data.create_dataset
+    before = utils.AverageMeter, utils.CheckpointSaver, utils.update_summary, timm.data.create_loader
     with guarded_training():
         assert utils.AverageMeter is not before[0]
     with pytest.raises(KeyError), guarded_training():
         raise KeyError
-    assert before == (utils.AverageMeter, utils.CheckpointSaver, utils.update_summary, timm.data.create_dataset)
+    assert before == (utils.AverageMeter, utils.CheckpointSaver, utils.update_summary, timm.data.create_loader)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
 from marks import slow_unless
 from PIL import Image
@@ -223,6 +225,46 @@ def test_a_warm_start_without_a_network(train_here, tmp_path, monkeypatch):
     message = errors.splitlines()[-1]
     assert message.startswith('timm_spa.run: No weights: ')
     assert message.endswith('Here that is --pretrained-path FILE.')
+
+
+def test_what_folders_say_reaches_the_run(train_here, data, tmp_path, capsys, monkeypatch):
+    """The number of classes, and their numbers where validation lacks a class; then timm's validate.py."""
+    for split, labels in (('train', 'abc'), ('val', 'bc')):
+        for label in labels:
+            shutil.copytree(data / 'train' / ('light' if label == 'b' else 'dark'), tmp_path / 'data' / split / label)
+    options = ('--data-dir', tmp_path / 'data', '--val-split', 'val', '--img-size', 32, '--epochs', 1)
+    monkeypatch.setattr(sys, 'argv', list(sys.argv))
+    common = ['--model', 'spa_mobilenetv2_cifar', '--device', 'cpu', '--workers', '0', '--batch-size', '8']
+    train = ['train', *common, *map(str, options), '--output', str(tmp_path), '--experiment']
+    assert run.main([*train, 'run']) == 0
+    folder = tmp_path / 'run'
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['num_classes'] == 3
+    assert (folder / 'classes.txt').read_text() == 'a\nb\nc\n'
+    checkpoint = folder / 'last.pth.tar'
+    before = digest(checkpoint)
+    capsys.readouterr()
+    assert run.main([*train, 'run']) == 1
+    assert 'which a new one would overwrite' in capsys.readouterr().err
+    assert digest(checkpoint) == before
+    assert run.main([*train, 'run', '--resume', str(checkpoint), '--epochs', '2']) == 0
+    assert [row['epoch'] for row in rows_of(folder)] == [0, 1]
+
+    # whatever is seen is of the second class, which has another number in validation
+    state = torch.load(checkpoint, weights_only=False)
+    state['state_dict']['classifier.weight'].zero_()
+    state['state_dict']['classifier.bias'].copy_(torch.tensor([0., 1., 0.]))
+    torch.save(state, checkpoint)
+    capsys.readouterr()
+    results = tmp_path / 'results.csv'
+    validate = ['validate', *common, '--checkpoint', str(checkpoint), '--data-dir', str(tmp_path / 'data')]
+    assert run.main([*validate, '--split', 'val', '--results-file', str(results)]) == 0
+    with open(results, newline='') as f:
+        assert [row['top1'] for row in csv.DictReader(f)] == ['50.0']
+    assert run.main([*validate, '--split', 'vall']) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith('Set --split to one of train, val.')
+    inference = ['inference', *common, '--checkpoint', str(checkpoint), '--data-dir', str(tmp_path / 'data' / 'val')]
+    assert run.main([*inference, '--results-dir', str(tmp_path / 'out')]) == 0
+    assert {entry['label'] for entry in json.loads(capsys.readouterr().out.partition('--result')[2]).values()} == {'b'}
 
 
 def test_no_gpu(train_here):
