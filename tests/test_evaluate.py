@@ -2,7 +2,9 @@
 import argparse
 import csv
 import json
+import re
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,10 +50,10 @@ def sweep(tmp_path):
     return tmp_path
 
 
-def evaluate(folder):
+def evaluate(folder, *more):
     return runpy.run_path(str(EVALUATE))['main']([
         str(folder / 'results'), '--runs', str(folder / 'runs'), '--data-dir', str(folder / 'data'), '--split', 'test',
-        '--class-map', str(folder / 'classes.txt'), '--workers', '0'])
+        '--class-map', str(folder / 'classes.txt'), '--workers', '0', *more])
 
 
 def rows_of(path):
@@ -95,4 +97,18 @@ def test_what_cannot_be_compared(sweep, capsys):
     (sweep / 'results' / 'mobilenetv2_cifar-seed1' / 'args.yaml').write_text(yaml.safe_dump(dict(args, epochs=2)))
     assert evaluate(sweep) == 1
     assert 'mobilenetv2_cifar-seed1 ended after epoch 0' in capsys.readouterr().err
+    assert not list((sweep / 'results').rglob('test.csv'))
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    (['--split', 'tset'], "has no folder 'tset': .* Set --split to one of test"),
+    (['--class-map', 'nowhere.txt'], 'Check --data-dir and --class-map'),
+    (['--data-dir', 'fewer', '--class-map', ''], 'has 2 classes, and the models 3 outputs. .*--class-map FILE')])
+def test_data_of_other_classes(sweep, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(sweep)
+    shutil.copytree(sweep / 'data', sweep / 'fewer')
+    shutil.rmtree(sweep / 'fewer' / 'test' / 'x')
+    with pytest.raises(SystemExit, match='2'):
+        evaluate(sweep, *arguments)
+    assert re.search(message, capsys.readouterr().err)
     assert not list((sweep / 'results').rglob('test.csv'))

@@ -17,7 +17,7 @@ from typing import Any, List, Optional, Tuple
 import timm
 import torch
 import torch.nn as nn
-from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data import create_loader, resolve_data_config
 
 import timm_spa
 from timm_spa._errors import TimmSpaError
@@ -25,6 +25,7 @@ from timm_spa._files import replacing
 from timm_spa._own_files import refuse_replacing, starts_with
 from timm_spa.hub.checkpoint import read_checkpoint
 from timm_spa.hub.run_record import Run, RunError
+from timm_spa.image_folder import class_numbers, number_of_classes, open_dataset
 
 
 def load(run: Run, runs: Path, device: str) -> nn.Module:
@@ -79,7 +80,15 @@ def main(argv: Optional[List[str]] = None) -> int:
     if any(config != configs[0] for config in configs):
         parser.error('the runs prepare their pictures in different ways.')
     config = {k: v for k, v in configs[0].items() if k in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')}
-    dataset = create_dataset('', args.data_dir, split=args.split, class_map=args.class_map)
+    try:
+        dataset = open_dataset('', args.data_dir, args.split, class_map=args.class_map)
+    except TimmSpaError as e:
+        parser.error(str(e))
+    count, outputs = number_of_classes(class_numbers(dataset)), {run.args['num_classes'] for run in runs}
+    if outputs != {count}:  # timm would number the classes of the images from 0 on
+        parser.error(
+            f'{args.data_dir} has {count} classes, and the models {", ".join(map(str, sorted(outputs)))} outputs. Give '
+            'the names in the order of the outputs with --class-map FILE.')
     loader = create_loader(
         dataset, batch_size=128, num_workers=args.workers, use_prefetcher=False, persistent_workers=False, **config)
     rows: List[List[Tuple[Any, ...]]] = [[('target', 'predicted')] for _ in runs]

@@ -5,7 +5,6 @@ wrong arguments end in a long traceback. The checks replace functions that the s
 arguments are checked and completed as soon as the script has parsed them.
 """
 import argparse
-import glob
 import logging
 import os
 from contextlib import ExitStack, contextmanager
@@ -15,12 +14,8 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import timm.data
 import timm.models
 import timm.task
-import torch
-import yaml
 
 from ._errors import TimmSpaError, UsageError
-from ._files import ReadError, read_text
-from ._shipped import shipped_files
 from .hub.checkpoint import CheckpointError, check_shapes, read_weights
 from .image_folder import (
     class_names,
@@ -32,28 +27,27 @@ from .image_folder import (
 )
 from .models.names import check_model_name, did_you_mean
 from .models.tensors import first_few
+from .script_arguments import (
+    FILE_OPTIONS,
+    ScriptError,
+    cause_of,
+    check_class_map,
+    check_config,
+    check_device,
+    check_file,
+    check_model,
+    check_output,
+    check_writable,
+    checkpoints_in,
+    outputs_of,
+    valid_labels,
+)
 from .train_guard import guarded_training, replaced
 from .training_log import CLASSES_FILE, read_classes
 
 __all__ = ['ScriptError', 'guarded_script']
 
-# options that name a file to read
-FILE_OPTIONS = ('checkpoint', 'resume', 'initial_checkpoint', 'pretrained_path', 'real_labels', 'valid_labels')
-
 _logger = logging.getLogger(__name__)
-
-
-class ScriptError(TimmSpaError, RuntimeError):
-    """One of timm's scripts cannot be run or cannot continue."""
-
-
-def _option(name: str) -> str:
-    return f'--{name.replace("_", "-")}'
-
-
-def _cause(error: Exception) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    return text.rstrip('.') if len(text) < 400 else f'{text[:400]} ...'
 
 
 class _Guard:
@@ -73,7 +67,7 @@ class _Guard:
         """Checks what a parser of the script returns; train.py has a first one that knows only --config."""
         if vars(args).keys() == {'config'}:
             if args.config:
-                _check_config(args.config)
+                check_config(args.config)
         elif not (unknown or vars(self.args)):  # the script refuses unknown arguments itself
             known = {action.dest for action in parser._actions}
             for key in vars(args):
@@ -91,32 +85,32 @@ class _Guard:
             split = getattr(args, 'train_split', getattr(args, 'split', ''))
             if not root or not os.path.exists(root):
                 open_dataset('', root, split)  # raises
-        _check_device(args)
+        check_device(args)
         for option in FILE_OPTIONS:
             if getattr(args, option, None):
-                _check_file(option, getattr(args, option), self.script)
+                check_file(option, getattr(args, option), self.script)
         if getattr(args, 'model', None):
-            _check_model(args.model, self.script)
+            check_model(args.model, self.script)
         if getattr(args, 'class_map', None):
-            _check_class_map(args.class_map, root or '')
+            check_class_map(args.class_map, root or '')
         if self.script == 'train':
             self.complete_training(args)
         elif getattr(args, 'checkpoint', None) and getattr(args, 'num_classes', 0) is None:
             file = args.checkpoint
             if os.path.isdir(file):
-                file = _checkpoints(file)[0]
-            args.num_classes = _outputs(file, args.model)
+                file = checkpoints_in(file)[0]
+            args.num_classes = outputs_of(file, args.model)
         for option in ('results_file', 'results_dir'):
-            _check_writable(option, getattr(args, option, None))
+            check_writable(option, getattr(args, option, None))
 
     def complete_training(self, args: Any) -> None:
         """Checks and fills in the arguments of train.py."""
         if args.pretrained_path and not args.pretrained:
             _logger.info(f'--pretrained-path {args.pretrained_path} implies --pretrained.')
             args.pretrained = True
-        _check_output(args)
+        check_output(args)
         if args.num_classes is None and args.resume and args.resume != 'auto':
-            args.num_classes = _outputs(args.resume, args.model)
+            args.num_classes = outputs_of(args.resume, args.model)
         if args.num_classes is None and is_image_folder(args.dataset):
             dataset = self.open(
                 args.dataset, args.data_dir or args.data, args.train_split, is_training=True, class_map=args.class_map,
@@ -193,7 +187,7 @@ class _Guard:
         outputs, count = args.num_classes, number_of_classes(classes)
         if args.real_labels:
             return dataset
-        valid = _valid_labels(args.valid_labels, outputs) if args.valid_labels else range(outputs)
+        valid = valid_labels(args.valid_labels, outputs) if args.valid_labels else range(outputs)
         if mapped:
             if count > len(valid):
                 raise UsageError(
@@ -234,7 +228,7 @@ class _Guard:
             if file:
                 read_weights(file)  # raises what is wrong with an unreadable file
             raise ScriptError(
-                f'The model {model_name!r} cannot be created: {_cause(e)}. Check --model and --model-kwargs.') from e
+                f'The model {model_name!r} cannot be created: {cause_of(e)}. Check --model and --model-kwargs.') from e
         if checkpoint_path:
             other = ' --pretrained-path takes weights of another number of classes.' if self.script == 'train' else ''
             with _explained(self.model, checkpoint_path, other):
@@ -279,7 +273,7 @@ def _explained(model: Any, path: str, remedy: str = '') -> Iterator[None]:
             check_shapes(read_weights(path).state_dict, model, path)
         except CheckpointError as explained:
             raise ScriptError(f'{explained}{remedy}') from e
-        raise ScriptError(f'{path} cannot be loaded: {_cause(e)}') from e
+        raise ScriptError(f'{path} cannot be loaded: {cause_of(e)}') from e
 
 
 def _root(dataset: Any) -> str:
@@ -288,119 +282,6 @@ def _root(dataset: Any) -> str:
 
 def _labels(model: Any) -> List[str]:
     return list((getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ())
-
-
-def _valid_labels(path: str, outputs: int) -> List[int]:
-    """Reads the outputs of a model that validate.py compares with the class folders."""
-    try:
-        labels = [int(line) for line in read_text(path).splitlines()]
-    except (ReadError, ValueError) as e:
-        raise UsageError(f'--valid-labels {path} must hold one number a line: {_cause(e)}.') from e
-    if not all(0 <= label < outputs for label in labels):
-        raise UsageError(
-            f'--valid-labels {path} has numbers up to {max(labels)}, and the outputs of the model are 0 to '
-            f'{outputs - 1}. Remove the others.')
-    return labels
-
-
-def _outputs(path: str, model_name: str) -> Optional[int]:
-    """Returns the number of outputs of the model of a checkpoint, None if the file does not say it."""
-    weights = read_weights(path)
-    classifier = getattr(timm.models.get_pretrained_cfg(model_name), 'classifier', None)
-    tensor = weights.state_dict.get(f'{classifier}.weight')
-    return len(tensor) if tensor is not None and tensor.ndim else weights.args.get('num_classes')
-
-
-def _checkpoints(folder: str) -> List[str]:
-    """Returns the checkpoints that validate.py takes of a folder."""
-    return sorted(glob.glob(f'{glob.escape(folder)}/*.pth.tar') + glob.glob(f'{glob.escape(folder)}/*.pth'))
-
-
-def _check_model(name: str, script: str) -> None:
-    if script in ('validate', 'benchmark') and (
-            name == 'all' or os.path.isfile(name) or timm.models.list_models(name)):  # lists and patterns of models
-        return
-    check_model_name(name, ScriptError)
-
-
-def _check_file(option: str, path: str, script: str) -> None:
-    if option == 'checkpoint' and script == 'validate' and os.path.isdir(path):
-        if not _checkpoints(path):
-            raise UsageError(f'--checkpoint {path} is a folder without a file *.pth.tar or *.pth. Name a checkpoint.')
-        return
-    if os.path.isfile(path) or (option, path) == ('resume', 'auto'):
-        return
-    cause = 'is a folder' if os.path.isdir(path) else 'does not exist'
-    folder = Path(path) if os.path.isdir(path) else Path(path).parent
-    names = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
-    nearby = f' The files in {folder.resolve()} are {first_few(names)}.' if names else ''
-    raise UsageError(f'{_option(option)} {path} {cause}. Give the path of a file.{nearby}')
-
-
-def _check_class_map(path: str, root: str) -> None:
-    found = [p for p in (path, os.path.join(root, path)) if os.path.isfile(p)]
-    if not found:
-        raise UsageError(f'--class-map {path} does not exist, neither here nor in {root or "the folder of the data"}.')
-    if os.path.splitext(path)[1].lower() not in ('.txt', '.pkl'):
-        raise UsageError(
-            f'--class-map {path} has an unsupported suffix. timm reads NAME.txt with one class folder a line, and '
-            'NAME.pkl.')
-
-
-def _check_config(path: str) -> None:
-    if not os.path.isfile(path):
-        hint = f'recipe:{path}' if path in shipped_files() else 'recipe:NAME for a recipe of `timm-spa recipes`'
-        raise UsageError(f'--config {path} is no file. Give the path of a YAML file, or {hint}.')
-    try:
-        content = yaml.safe_load(read_text(path))
-    except (ReadError, yaml.YAMLError) as e:
-        raise UsageError(f'--config {path} cannot be read as YAML: {_cause(e)}') from e
-    if not isinstance(content, dict):
-        raise UsageError(f'--config {path} must hold lines "option: value", and holds a {type(content).__name__}.')
-
-
-def _check_device(args: Any) -> None:
-    device = getattr(args, 'device', None)
-    if not device or getattr(args, 'device_modules', None) and not device.startswith('cuda'):
-        return  # modules for other devices are not imported yet
-    if device.startswith('cuda') and not torch.cuda.is_available():
-        raise UsageError(f'--device {device}: torch {torch.__version__} finds no CUDA device. Try --device cpu.')
-    try:
-        if device.startswith('cuda'):  # no tensor: each process of a launch would take memory of the first GPU
-            if (torch.device(device).index or 0) >= torch.cuda.device_count():
-                raise RuntimeError(f'there are {torch.cuda.device_count()} CUDA devices')
-        else:
-            torch.zeros(1, device=device).item()
-    except Exception as e:  # each kind of device raises its own
-        raise UsageError(f'--device {device} cannot be used ({_cause(e)}). Try --device cpu.') from e
-
-
-def _check_output(args: Any) -> None:
-    folder = Path(args.output or './output/train', args.experiment or '')
-    existing = folder
-    while not os.path.lexists(existing) and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        cause = 'cannot be written' if existing.is_dir() else 'is no folder'
-        raise UsageError(f'--output {folder} cannot be used: {existing} {cause}. Name another folder.')
-    resumed = args.resume == 'auto' or args.resume and Path(args.resume).resolve().parent == folder.resolve()
-    kept = sorted(
-        p.name for p in folder.glob('*.pth.tar') if not p.name.startswith(('tmp', 'recovery'))
-    ) if args.experiment and not resumed else []
-    if kept:
-        raise UsageError(
-            f'{folder} has the checkpoints of a training ({first_few(kept)}), which a new one would overwrite. Choose '
-            f'another --experiment, or continue with --resume {folder / "last.pth.tar"}.')
-
-
-def _check_writable(option: str, path: Optional[str]) -> None:
-    if not path:
-        return
-    folder = Path(path) if option == 'results_dir' else Path(path).parent
-    if folder.exists() and not folder.is_dir() or option == 'results_file' and (
-            os.path.isdir(path) or not folder.exists()):
-        cause = f'{folder} is no folder' if not os.path.isdir(path) else 'it is a folder'
-        raise UsageError(f'{_option(option)} {path} cannot be written: {cause}. Name another path.')
 
 
 _timm_create_dataset = timm.data.create_dataset
