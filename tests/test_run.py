@@ -114,6 +114,19 @@ def test_an_empty_or_damaged_record_counts_as_none(cache, site, capsys, text):
     assert site == ['/v1.0.31/train.py']
 
 
+@pytest.mark.parametrize(('name', 'error', 'end'), [
+    ('train', 'timm_spa.train_guard.TrainingError', 'Stopped.'),
+    ('train', 'timm_spa.models._hub_file.HubWeightsError', 'Stopped. Here that is --pretrained-path FILE.'),
+    ('validate', 'timm_spa.models._hub_file.HubWeightsError', 'Stopped. Here that is --checkpoint FILE.'),
+    ('benchmark', 'timm_spa.models._hub_file.HubWeightsError', 'Stopped.')])
+def test_a_script_that_cannot_continue(tmp_path, capsys, monkeypatch, name, error, end):
+    monkeypatch.setattr(sys, 'argv', [])
+    (tmp_path / f'{name}.py').write_text(
+        f'import {error.rpartition(".")[0]}\nimport timm_spa\nraise {error}("Stopped.")')
+    assert run.main([name, '--timm-scripts', str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f'timm_spa.run: {end}\n'
+
+
 def test_a_package_that_the_script_needs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [])
     (tmp_path / 'inference.py').write_text('import no_such_package\n')

@@ -311,6 +311,19 @@ def test_names_of_a_checkpoint_in_inference(here, best, checkpoints):
         assert torch.equal(model.classifier.weight, state['classifier.weight'])
 
 
+def test_too_many_names_of_a_checkpoint_in_inference(best):
+    (best.parent / 'classes.txt').write_text('a\nb\nc\nd\ne\n')
+    with guarded_script('inference'):
+        model = timm.models.create_model(f'{MODEL}.tmm_tin200', num_classes=4, checkpoint_path=str(best))
+    assert model.pretrained_cfg['label_names'] is None
+
+
+def test_the_number_of_classes_of_tensors_alone(here, best):
+    torch.save(torch.load(best, weights_only=False)['state_dict'], here / 'tensors.pth')
+    with guarded_script('validate'):
+        assert parse('validate', 'DATA', '--checkpoint', 'tensors.pth').num_classes == 4
+
+
 def test_images_of_one_name_in_inference(here):
     assert opened('inference', 'DATA', '--num-classes', 4, '--split', 'val')[0].fullname
     assert not opened('inference', 'DATA', '--num-classes', 4, '--split', 'val', '--no-console-results')[0].fullname
@@ -424,8 +437,9 @@ def test_checkpoints_of_a_run_are_not_overwritten(here):
     with guarded_script('train'):
         parse('train', *argv)
     (here / 'runs' / 'one' / 'last.pth.tar').touch()
-    (here / 'elsewhere.pth.tar').touch()
-    for more in ([], ['--resume', 'elsewhere.pth.tar']):
+    (here / 'other').mkdir()
+    (here / 'other' / 'last.pth.tar').touch()
+    for more in ([], ['--resume', 'other/last.pth.tar']):
         with guarded_script('train'), pytest.raises(TimmSpaError, match=(
                 r'runs/one has the checkpoints of a training \(last\.pth\.tar\), .* --resume runs/one/last\.pth\.tar')):
             parse('train', *argv, *more, '--num-classes', 4)

@@ -1,4 +1,5 @@
 """Metrics files and the watch over training, without timm's scripts: see test_training.py for both together."""
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 from timm import utils
 
 from timm_spa.train_guard import TrainingError, guarded_training
-from timm_spa.training_log import SummaryError, read_summary, write_summary
+from timm_spa.training_log import SummaryError, read_classes, read_summary, write_summary
 
 HEADER = 'epoch,train_loss,eval_top1\n'
 
@@ -64,6 +65,19 @@ def test_rows_are_written_as_they_were_read(summary, tmp_path):
     assert (tmp_path / 'clean.csv').read_text().splitlines() == [HEADER.strip(), '0,2.5,10.0', '1,0.1,20.0']
     assert read_summary(tmp_path / 'clean.csv') == rows
     assert sorted(p.name for p in tmp_path.iterdir()) == ['clean.csv', 'summary.csv']
+
+
+def test_columns_of_the_last_row(tmp_path):
+    """A resumed run may have other metrics."""
+    rows = [dict(epoch=0., eval_top1=1.), dict(epoch=1., eval_top1=2., lr=0.5)]
+    write_summary(tmp_path / 'summary.csv', rows)
+    assert (tmp_path / 'summary.csv').read_text() == 'epoch,eval_top1,lr\n0,1.0,\n1,2.0,0.5\n'
+
+
+def test_names_of_classes_keep_their_spaces(tmp_path):
+    assert read_classes(tmp_path) == []
+    (tmp_path / 'classes.txt').write_text(' a\nb \n\n')
+    assert read_classes(tmp_path) == [' a', 'b ']
 
 
 def append(path, epoch):
@@ -181,6 +195,20 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
             ours.save_checkpoint(1, 2.)
     assert (tmp_path / 'last.pth.tar').read_bytes() == before
     assert not (tmp_path / 'tmp.pth.tar').exists()
+
+
+@pytest.mark.parametrize(('folder', 'best'), [('run', 5.), ('other', None)])
+def test_the_best_epoch_of_a_resumed_run(tmp_path, folder, best):
+    """timm's script forgets it; the best of another run is not that of this one."""
+    model = torch.nn.Linear(2, 2)
+    for name in ('run', 'other'):
+        (tmp_path / name).mkdir()
+    args = argparse.Namespace(model='x', resume=str(tmp_path / 'run' / 'last.pth.tar'))
+    with guarded_training():
+        saver(tmp_path / 'run', model).save_checkpoint(0, 5.)
+        resumed = utils.CheckpointSaver(
+            model, torch.optim.SGD(model.parameters(), lr=1), args=args, checkpoint_dir=str(tmp_path / folder))
+    assert resumed.best_metric == best
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):

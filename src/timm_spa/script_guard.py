@@ -157,7 +157,7 @@ class _Guard:
                 _logger.warning(
                     f'Training and validation read the same images, those of {folder}: the accuracy will say nothing '
                     'about other images. Put images for validation into a folder of their own.')
-            if self.class_to_idx and not kwargs.get('class_map'):
+            if self.class_to_idx:
                 return renumbered(
                     dataset, self.class_to_idx, f'the training data in {self.train_root}',
                     'Rename or remove them, or name the classes to use with --class-map FILE.', reopen)
