@@ -42,7 +42,7 @@ def test_a_folder_is_its_pictures(model, pictures):
     assert len(list(predict(model, [pictures]))) == 3, 'a picture is there once, however many links lead to it'
     empty = pictures / 'empty'
     empty.mkdir()
-    assert 'no picture in it' in next(predict(model, [empty])).error
+    assert 'no image in it' in next(predict(model, [empty])).error
 
 
 def test_a_rotated_picture_is_read_upright(model, pictures):

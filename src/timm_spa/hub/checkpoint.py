@@ -44,6 +44,7 @@ class Weights:
         epoch: Epoch that they are of, if the file has it.
         args: Arguments of the training, if the file has them.
         model_args: Arguments of the model, but for the number of classes, if a published or converted file has them.
+        converted_from: Kind of file that `convert` has made it of, if it has.
     """
     state_dict: Dict[str, torch.Tensor]
     used: str
@@ -52,6 +53,7 @@ class Weights:
     epoch: Optional[int] = None
     args: Dict[str, Any] = dataclasses.field(default_factory=dict)
     model_args: Optional[Dict[str, Any]] = None
+    converted_from: Optional[str] = None
 
 
 def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
@@ -127,6 +129,7 @@ def read_weights(path: Union[str, Path]) -> Weights:
         epoch=epoch if isinstance(epoch, int) else None,
         args=vars(args) if isinstance(args, argparse.Namespace) else {},
         model_args=about.get('model_args') if not used else None,
+        converted_from=about.get('converted_from') if not used else None,
     )
 
 

@@ -1,14 +1,18 @@
 """A model as its training recorded it: two nets may have the same tensors, and compute something else."""
 import json
 from pathlib import Path
-from typing import Any, Dict, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Tuple
 
+import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
+from .._files import ReadError, read_text
 from .checkpoint import Weights
+from .config_file import config_problems
 from .run_record import ARGUMENTS, RunError, checked, read_arguments
 
-__all__ = ['as_json', 'model_arguments', 'preprocessing', 'trained_with', 'untagged']
+__all__ = [
+    'as_json', 'config_beside', 'model_arguments', 'preprocessing', 'recorded_model', 'trained_with', 'untagged']
 
 # arguments of timm's train.py that pictures must be prepared with as in training
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
@@ -73,6 +77,45 @@ def trained_with(
             f'{checkpoint} was trained with the model arguments {of_file}, and args.yaml beside it has {of_run}: it is '
             'of another run. Move one of them to a folder of its own.')
     return beside or own, of_run or of_file or {}
+
+
+def config_beside(checkpoint: Path) -> Dict[str, Any]:
+    """Reads config.json next to a checkpoint, as a repository of the Hub has it; empty if it describes no model."""
+    try:
+        config = json.loads(read_text(checkpoint.parent / 'config.json'))
+    except (ReadError, ValueError, RecursionError):
+        return {}
+    return {} if config_problems(config) else config
+
+
+def recorded_model(weights: Weights, checkpoint: Path) -> str:
+    """Returns the architecture that a file of weights names, or args.yaml or config.json next to it.
+
+    Raises:
+        RunError: None of them names a model of timm, or they name several.
+    """
+    folder = checkpoint.parent
+    said = [
+        (str(checkpoint), weights.arch), (str(checkpoint), weights.args.get('model')),
+        (f'args.yaml in {folder}', read_arguments(folder).get('model')),
+        (f'config.json in {folder}', config_beside(checkpoint).get('architecture'))]
+    found = {source: untagged(model) for source, model in reversed(said) if model}
+    known = {source: model for source, model in found.items() if timm.is_model(model)}
+    if len(set(known.values())) > 1:
+        raise RunError(
+            f'{checkpoint} may be of several models: {_listed(known)}. Name the right one with --model, or move the '
+            'files of the others to another folder.')
+    if not known:
+        unknown = f' ({_listed(found)}, which timm does not have)' if found else ''
+        raise RunError(
+            f'{checkpoint} does not say which model its weights are of, and neither does an args.yaml or a config.json '
+            f'next to it{unknown}. Name the model with --model.')
+    return next(iter(known.values()))
+
+
+def _listed(models: Mapping[str, str]) -> str:
+    names: List[str] = [f'{source} names {model}' for source, model in models.items()]
+    return ', '.join(names)
 
 
 def as_json(kwargs: Mapping[str, Any]) -> str:

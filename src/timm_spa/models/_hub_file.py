@@ -16,15 +16,19 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from .._errors import TimmSpaError
 
-__all__ = ['HubWeightsError', 'endpoint', 'locate_weights', 'without_password']
+__all__ = ['HubFileMissing', 'HubWeightsError', 'endpoint', 'locate_file', 'locate_weights', 'without_password']
 
 _logger = logging.getLogger(__name__)
 
-PROBE_TIMEOUT = 5  # seconds
+PROBE_TIMEOUT = 5  # seconds, where HF_HUB_ETAG_TIMEOUT is not set
 
 
 class HubWeightsError(TimmSpaError, RuntimeError):
     """Weights of the Hub can't be had or can't be used; the message names file, repository, cause and ways out."""
+
+
+class HubFileMissing(HubWeightsError):
+    """The Hub answers, but the repository has no such file: it may have another one."""
 
 
 def without_password(text: str) -> str:
@@ -43,35 +47,8 @@ def locate_weights(
         revision: Optional[str] = None,
         cache_dir: Optional[Union[str, Path]] = None,
 ) -> str:
-    """Finds a file of a Hub repository, in the cache or by download; a HubWeightsError says why it cannot be had.
-
-    While the Hub can't be reached it is the cached one, unchecked for a newer. What is truncated, or not what the Hub
-    says once it is downloaded, is refused.
-    """
-    cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
-    path = cached if isinstance(cached, str) else ''
-    is_commit = re.fullmatch(r'[0-9a-f]{40}', revision or '')  # which never changes: no need to ask
-    if not (path and is_commit):
-        digest, problem = ('', 'HF_HUB_OFFLINE is set') if constants.HF_HUB_OFFLINE else _ask(
-            hf_hub_url(repo_id, filename, revision=revision), revision)
-        if problem is None:
-            try:
-                path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
-            except Exception as e:  # whatever the HTTP library of the day raises, and a full disk
-                problem = f'the download failed: {type(e).__name__}: {without_password(str(e))}'
-        if not path:
-            raise HubWeightsError(
-                f'No weights: {filename} of {repo_id} is not in the cache, and {problem}. Three ways out: connect to '
-                f'{endpoint()} (`hf auth login` first, if the repository is private); or set HF_HUB_OFFLINE=1 '
-                f'and HF_HOME to a cache that holds it (from a connected machine); or name a local file with '
-                f"timm.create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file='model.safetensors')).")
-        if problem:
-            _logger.info(f'Using the cached {filename} of {repo_id}: {problem}.')
-        elif path != cached and re.fullmatch(r'[0-9a-f]{64}', digest) and _sha256(path) != digest:
-            os.unlink(os.path.realpath(path))  # otherwise the cache would keep serving the damaged file
-            raise HubWeightsError(
-                f'Damaged weights: {filename} of {repo_id} is not what was published: its bytes changed on the way '
-                f'(the Hub says SHA-256 {digest}). It is deleted; load it again.')
+    """Finds a safetensors file as `locate_file` does; a truncated file is refused too."""
+    path = locate_file(repo_id, filename, revision, cache_dir)
     try:
         with safetensors.safe_open(path, framework='pt'):
             pass
@@ -82,14 +59,69 @@ def locate_weights(
     return path
 
 
-def _ask(url: str, revision: Optional[str]) -> Tuple[str, Optional[str]]:
-    """Sends one HEAD request; returns the digest of the file, and why it cannot be downloaded, if it cannot."""
+def locate_file(
+        repo_id: str,
+        filename: str,
+        revision: Optional[str] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+) -> str:
+    """Finds a file of a Hub repository, in the cache or by download.
+
+    While the Hub cannot be reached, the cached file is taken without a check for a newer one.
+
+    Args:
+        repo_id: Repository, organization/name.
+        filename: File in the repository.
+        revision: Branch, tag or commit; the main branch if None.
+        cache_dir: Cache of the Hub; the user's if None.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        HubWeightsError: The file is not in the cache and cannot be downloaded, or its digest is not the Hub's.
+    """
+    cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
+    path = cached if isinstance(cached, str) else ''
+    is_commit = re.fullmatch(r'[0-9a-f]{40}', revision or '')  # which never changes: no need to ask
+    if not (path and is_commit):
+        digest, problem, missing = ('', 'HF_HUB_OFFLINE is set', False) if constants.HF_HUB_OFFLINE else _ask(
+            hf_hub_url(repo_id, filename, revision=revision), revision)
+        if problem is None:
+            try:
+                path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
+            except Exception as e:  # whatever the HTTP library of the day raises, and a full disk
+                problem = f'the download failed: {type(e).__name__}: {without_password(str(e))}'
+        if not path:
+            raise (HubFileMissing if missing else HubWeightsError)(
+                f'No weights: {filename} of {repo_id} is not in the cache, and {problem}. Three ways out: connect to '
+                f'{endpoint()} (`hf auth login` first, if the repository is private); or set HF_HUB_OFFLINE=1 '
+                f'and HF_HOME to a cache that holds it (from a connected machine); or name a local file with '
+                f"timm.create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file='model.safetensors')), "
+                'or with --checkpoint of timm-spa.')
+        if problem:
+            _logger.info(f'Using the cached {filename} of {repo_id}: {problem}.')
+        elif path != cached and re.fullmatch(r'[0-9a-f]{64}', digest) and _sha256(path) != digest:
+            os.unlink(os.path.realpath(path))  # otherwise the cache would keep serving the damaged file
+            raise HubWeightsError(
+                f'Damaged weights: {filename} of {repo_id} is not what was published: its bytes changed on the way '
+                f'(the Hub says SHA-256 {digest}). It is deleted; load it again.')
+    return path
+
+
+def _ask(url: str, revision: Optional[str]) -> Tuple[str, Optional[str], bool]:
+    """Sends one HEAD request.
+
+    Returns:
+        The digest of the file; why it cannot be downloaded, None if it can; and whether the repository lacks it.
+    """
+    timeout = constants.HF_HUB_ETAG_TIMEOUT if os.environ.get('HF_HUB_ETAG_TIMEOUT') else PROBE_TIMEOUT
     try:
-        return get_hf_file_metadata(url, timeout=PROBE_TIMEOUT).etag or '', None
+        return get_hf_file_metadata(url, timeout=timeout).etag or '', None, False
     except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
         status = getattr(getattr(e, 'response', None), 'status_code', None)
         if status is None:
-            return '', f'the Hub cannot be reached ({type(e).__name__}: {without_password(str(e))})'
+            return '', f'the Hub cannot be reached ({type(e).__name__}: {without_password(str(e))})', False
         if isinstance(e, RevisionNotFoundError):
             reason = f'the repository has no revision {revision!r}'
         elif isinstance(e, EntryNotFoundError):
@@ -98,7 +130,7 @@ def _ask(url: str, revision: Optional[str]) -> Tuple[str, Optional[str]]:
             reason = 'the Hub has no such file or repository that this account may read'
         else:
             reason = 'the Hub does not serve it'
-        return '', f'{reason} (status {status} for {without_password(url)})'
+        return '', f'{reason} (status {status} for {without_password(url)})', isinstance(e, EntryNotFoundError)
 
 
 def _sha256(path: str) -> str:
