@@ -14,7 +14,7 @@ import timm_spa
 import timm_spa_cli
 from timm_spa.explain import METHODS, ExplainError, cam
 from timm_spa.explain.class_activation import last_map_layer
-from timm_spa.predict import class_names, load_model, picture_reader
+from timm_spa.predict import ModelError, class_names, find_class, load_model, picture_reader
 
 pytest.importorskip('torchcam', reason='torchcam needs Python 3.11')
 
@@ -191,3 +191,81 @@ def test_a_chosen_class_and_many_pictures(tmp_path, capsys):
     assert "no class 'Red-Beets'. Did you mean Red-Beet? Its 81 classes have numbers too" in capsys.readouterr().err
     assert explain('cam', BEET, '--method', 'cam') == 1
     assert "no method 'cam'" in capsys.readouterr().err
+
+
+def test_classes_of_a_batch():
+    """One for each image, in whatever holds whole numbers, or one for all."""
+    model, x = make('spa_resnet18')
+    expected = cam(model, x, torch.tensor([3, 7]))
+    for classes in ([3, 7], (3, 7), torch.tensor([3, 7], dtype=torch.int32)):
+        assert torch.equal(cam(model, x, classes).maps, expected.maps)
+    assert torch.equal(cam(model, x, 3).maps[0], expected.maps[0])
+    assert cam(model, x, 3).classes.tolist() == [3, 3]
+    for classes in ([3], [3, 7, 1], [[3, 7]], [3., 7.], ['3', '7'], 'ab', [True, False], 3.5, [None, 1]):
+        with pytest.raises(ExplainError, match='Expected the number of a class for each of 2 images'):
+            cam(model, x, classes)
+    for classes in (-1, [0, 1000]):
+        with pytest.raises(ExplainError, match='classes are 0 to 999'):
+            cam(model, x, classes)
+
+
+def test_batches_and_models_that_are_none():
+    model, x = make('spa_resnet18')
+    for images in (x[:0], x[0], [x], None):
+        with pytest.raises(ExplainError, match='Expected a batch of at least one image'):
+            cam(model, images)
+    for kwargs in (dict(num_classes=0), dict(features_only=True)):
+        without = timm.create_model('spa_resnet18', **kwargs).eval()
+        for layer in (None, 'layer4'):
+            with pytest.raises(ExplainError, match='has no forward_features|gives no scores of classes'):
+                cam(without, x, layer=layer)
+    for method in ([], None):
+        with pytest.raises(ExplainError, match='no method'):
+            cam(model, x, method=method)
+
+
+def named(labels, descriptions=None):
+    with torch.device('meta'):
+        model = timm.create_model('mobilenetv2_cifar', num_classes=len(labels))
+    model.pretrained_cfg = dict(model.pretrained_cfg, label_names=labels, label_descriptions=descriptions)
+    return model
+
+
+def test_a_class_is_found_by_its_name_before_its_number():
+    model = named(['0', '1', '10', '2', '3', 'ant', 'Ant'])
+    assert [find_class(model, label) for label in ('0', '1', '10', '2', '3', 2, '5', 'ant', 'Ant')] == [
+        0, 1, 2, 3, 4, 3, 5, 5, 6]
+    with pytest.raises(ModelError, match=r"2 classes 'ANT'. Give the number or the label of one: 5 \(ant\), 6 \(Ant\)"):
+        find_class(model, 'ANT')
+    for label in ('7', '-1', '²', '1.0'):
+        with pytest.raises(ModelError, match='no class .* have numbers too, from 0 to 6'):
+            find_class(model, label)
+
+
+def test_two_classes_of_one_name():
+    """ImageNet's cranes, a bird and a machine."""
+    with torch.device('meta'):
+        model = timm.create_model('resnet18')
+    labels = [entry['label'] for entry in class_names(model)]
+    with pytest.raises(ModelError, match=f"2 classes 'crane'.*134 .{labels[134]}., 517 .{labels[517]}"):
+        find_class(model, 'crane')
+    assert find_class(model, labels[517]) == find_class(model, '517') == 517
+
+
+def test_a_folder_of_images(tmp_path, capsys):
+    pictures = tmp_path / 'images'
+    for i, source in enumerate((BEET, PEPPER)):
+        (pictures / str(i)).mkdir(parents=True)
+        with open(source, 'rb') as f:
+            (pictures / str(i) / 'x.jpg').write_bytes(f.read())
+    paths = [str(pictures / str(i) / 'x.jpg') for i in (0, 1)]
+    assert explain('cam', pictures, '--out', tmp_path / 'out') == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == paths, 'names alone are the same'
+    assert (tmp_path / 'out' / 'cam.png').exists()
+    assert explain('gates', pictures, '--blocks', 'blocks.6.0', '--out', tmp_path / 'gates', '--json') == 0
+    assert list(json.loads(capsys.readouterr().out)) == paths
+    assert len(list((tmp_path / 'gates').glob('*.png'))) == 2
+    (tmp_path / 'empty').mkdir()
+    for kind in ('cam', 'gates'):
+        assert explain(kind, tmp_path / 'empty') == 1
+        assert 'it is a folder, and has no image in it' in capsys.readouterr().err

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from timm.utils import reparameterize_model
 
@@ -19,6 +20,7 @@ import timm_spa_cli
 from timm_spa.explain import ExplainError, ablate, figures, gate_maps, neutral_gates, scale_weights
 from timm_spa.explain.curves import read_curves
 from timm_spa.predict import load_model
+from timm_spa.training_log import SummaryError
 
 PICTURE = str(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
 NETS = ('spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet18', 'spa_mobilenetv2_cifar', 'spa_densenet_cifar', 'gated')
@@ -180,7 +182,12 @@ def test_gates_by_command(tmp_path, capsys):
     with open(tmp_path / 'a' / 'Red-Beet-gates.csv', newline='') as f:
         rows = list(csv.DictReader(f))
     assert explain('gates', PICTURE, *named, '--json') == 0
-    assert json.loads(capsys.readouterr().out) == {PICTURE: rows}
+    (printed,) = json.loads(capsys.readouterr().out).values()
+    for record, row in zip(printed, rows, strict=True):
+        for name, text in row.items():
+            if name not in ('block', 'cells'):
+                assert isinstance(record[name], (int, float)), 'JSON has numbers as numbers'
+                assert record[name] == pytest.approx(float(text), abs=1e-4)
     model = load_model('spa_tf_efficientnet_lite0.grocery81')
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     with Image.open(PICTURE) as image:
@@ -204,8 +211,7 @@ def test_scales_by_command(tmp_path, capsys):
         weights = scale_weights(timm.create_model(name, pretrained=True))
         assert [row['block'] for row in printed[name]] == list(weights)
         for row, of_block in zip(printed[name], weights.values(), strict=True):
-            assert [float(value) for key, value in row.items() if key != 'block'] == pytest.approx(
-                of_block.weights, abs=1e-4)
+            assert [value for key, value in row.items() if key != 'block'] == pytest.approx(of_block.weights, abs=1e-4)
 
 
 def test_pictures_of_the_same_name(tmp_path):
@@ -290,7 +296,7 @@ def test_scales_of_checkpoints(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert list(printed) == files
     expected = torch.load(files[1])['layer1.0.attn.pyramid_weight']
-    assert [float(v) for v in list(printed[files[1]][0].values())[1:]] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert list(printed[files[1]][0].values())[1:] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
 def test_the_evidence_page_has_the_table_of_its_file():
@@ -311,10 +317,16 @@ def test_ablate_by_command(tmp_path, capsys):
     assert {'Red-Beet', 'Oatly-Oat-Milk'} <= set(labels)
     assert explain('ablate', '--images', tmp_path, '--json', '--out', tmp_path / 'out') == 0
     rows = json.loads(capsys.readouterr().out)
-    assert rows[0] == {'gates set to 1/2': 'none', 'right': '1', 'top-1 %': '50.00', 'against none': ''}
+    assert rows[0] == {'gates set to 1/2': 'none', 'right': 1, 'top-1 %': 50., 'against none': None}
+    for row in rows[1:]:
+        assert row['top-1 %'] == 50 * row['right']
+        assert row['against none'] == row['top-1 %'] - 50
     assert rows[-1]['gates set to 1/2'] == 'all'
     assert len(rows) == 18
-    assert (tmp_path / 'out' / 'ablate.csv').read_text().count('\n') == 19
+    lines = (tmp_path / 'out' / 'ablate.csv').read_text().splitlines()
+    assert len(lines) == 19
+    assert lines[1] == 'none,1,50.00,'
+    assert re.fullmatch(r'all,\d,\d+\.\d\d,[+-]\d+\.\d\d', lines[-1])
     assert explain('ablate', '--images', tmp_path / 'none') == 1
     assert 'none cannot be read as an image folder' in capsys.readouterr().err
 
@@ -322,7 +334,91 @@ def test_ablate_by_command(tmp_path, capsys):
 def test_bad_arguments(capsys):
     assert explain('gates', PICTURE, '--blocks', 'blocks.9') == 1
     assert "no gated block 'blocks.9'" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match='2'):
-        explain('scales', '--checkpoint', 'x.pth')
+    assert explain('scales', '--checkpoint', 'x.pth') == 1
+    assert 'x.pth does not exist' in capsys.readouterr().err
     with pytest.raises(SystemExit, match='2'):
         explain()
+
+
+def test_one_block_and_batches_that_are_none():
+    model, x = make('spa_resnet18')
+    for module in model.eval().modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)  # timm starts the last one of a block at zero
+    assert list(gate_maps(model, x, 'layer1.0')) == ['layer1.0']
+    with torch.no_grad():
+        with neutral_gates(model, 'layer2.1'):
+            one = model(x)
+        with neutral_gates(model, ['layer2.1']):
+            assert torch.equal(model(x), one)
+        assert not torch.equal(model(x), one)
+    for images in (x[0], x[:0], [x], None):
+        with pytest.raises(ExplainError, match='Expected a batch of at least one image'):
+            gate_maps(model, images)
+        with pytest.raises(ExplainError, match='Expected a batch of at least one image'):
+            ablate(model, [(images, torch.zeros(2))])
+    with pytest.raises(ExplainError, match='Expected a class for each of 2 images'):
+        ablate(model, [(x, torch.zeros(3))])
+    with pytest.raises(ExplainError, match='no images to measure'):
+        ablate(model, [])
+
+
+def write_run(folder, rows=('0,3,4,10',), **args):
+    folder.mkdir(parents=True)
+    (folder / 'args.yaml').write_text(json.dumps(dict(model='spa_resnet18', **args)))
+    if rows is not None:
+        (folder / 'summary.csv').write_text('\n'.join(['epoch,train_loss,eval_loss,eval_top1', *rows]))
+    return folder
+
+
+def test_curves_of_runs_of_which_some_failed(tmp_path, capsys):
+    """They are named and left out; the exit code says that not all could be drawn."""
+    good = write_run(tmp_path / 'good', lr=0.1)
+    bad = [
+        write_run(tmp_path / 'none', rows=None), write_run(tmp_path / 'empty', rows=()),
+        write_run(tmp_path / 'broken', rows=('0,a,b,c',)), tmp_path / 'notes.txt']
+    bad[-1].write_text('mine')
+    assert explain('curves', *bad[:2], good, *bad[2:], '--json') == 1
+    said = capsys.readouterr()
+    assert [row['trained'] for row in json.loads(said.out)] == ['spa_resnet18']
+    lines = said.err.splitlines()
+    assert len(lines) == 4
+    for line, run in zip(lines, bad, strict=True):
+        assert line.startswith('timm-spa: left out: ')
+        assert str(run) in line
+    assert explain('curves', *bad) == 1
+    assert 'none is no folder of a run' in capsys.readouterr().err
+    with pytest.raises(SummaryError, match='empty/summary.csv has no epoch'):
+        read_curves([good, bad[1]])
+    assert list(read_curves(str(good))) == list(read_curves([good])) == ['spa_resnet18']
+    with pytest.raises(SummaryError, match='No runs were given'):
+        read_curves([])
+
+
+def test_numbers_that_json_does_not_have(tmp_path, capsys):
+    assert explain('curves', write_run(tmp_path / 'run', rows=('0,nan,inf,10',)), '--json') == 0
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert row['train_loss'] is row['eval_loss'] is None
+    assert row['eval_top1'] == 10
+
+
+def test_the_legend_of_the_curves_is_whole_and_covers_nothing():
+    """Labels name every setting that differs, so they may be longer than a panel is wide."""
+    run = [dict(epoch=i, train_loss=2 - i, eval_loss=3 - i, eval_top1=10 * i) for i in range(2)]
+    labels = [f'spa_resnet50 {" ".join(f"setting_{i}={value}" for i in range(12))}' for value in range(12)]
+    figure = figures.draw_curves({'': {label: [run] for label in labels}})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (legend,) = [axis.get_legend() for axis in figure.axes if axis.get_legend()]
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert 0 <= box.y0 < box.y1 <= figure.bbox.height
+    for axis in figure.axes:
+        assert not box.overlaps(axis.get_tightbbox(for_layout_only=True) if axis.get_legend() is None else axis.bbox)
+        assert axis.bbox.height > 150, 'the panels keep their height'
+    assert box.y1 <= figure.axes[-1].xaxis.get_tightbbox().y0, 'below the label of the axis'
+    assert [' '.join(text.get_text().split()) for text in legend.get_texts()] == labels

@@ -16,6 +16,7 @@ from . import __version__
 from ._errors import UsageError
 from ._files import replacing
 from ._shipped import shipped_photographs
+from .classes import check_classifier
 from .export_formats import AXES, FORMATS, INPUT, ExportError, Runner, add_metadata, padded, quantize, told
 from .predict import class_names, data_config, labelled_batches, picture_reader
 
@@ -90,8 +91,9 @@ def export(
         What was written, and how far it is from PyTorch.
 
     Raises:
-        ExportError: A package is missing, the exporter cannot take the model, the file differs from PyTorch by more
-            than 1e-4 of the largest output (1e-2 in float16, any for int8), or it is there already.
+        ExportError: A package is missing, the model is made with `features_only`, the exporter cannot take the model,
+            the file differs from PyTorch by more than 1e-4 of the largest output (1e-2 in float16, any for int8), or
+            it is there already.
         PictureError: `images` cannot be read, or is of other classes.
         UsageError: An argument is none of those that are known, or does not go with another.
         WriteError: The file cannot be written. Nothing is left there after any error.
@@ -103,6 +105,7 @@ def export(
     for target in map(path.with_name, names):
         if target.exists() and not overwrite:
             raise ExportError(f'{target} is there already; --overwrite replaces it.')
+    check_classifier(model, ExportError)
     _import_packages(to)
     net: Any = copy.deepcopy(model).cpu().float().eval()
     config = data_config(net)
@@ -138,8 +141,10 @@ def _checked_dtype(
         raise UsageError(f"dynamic must be 'batch', 'size' or None, got {dynamic!r}.")
     if path.suffix != FORMATS[to].suffix:
         raise UsageError(f'A file of {to} should end in {FORMATS[to].suffix}, and is {path}.')
-    if min(batch_size, img_size or 1) < 1 or img_size == 0:
-        raise UsageError(f'Batch and size must be at least 1, got batch_size={batch_size}, img_size={img_size}.')
+    if not _is_count(batch_size) or not (img_size is None or _is_count(img_size)):
+        raise UsageError(
+            f'batch_size and img_size must be whole numbers of at least 1, got batch_size={batch_size!r}, '
+            f'img_size={img_size!r}.')
     if half and int8:
         raise UsageError('--half and --int8 are two ways to make a file smaller: give one of them.')
     dtype = 'int8' if int8 else 'float16' if half else 'float32'
@@ -149,6 +154,10 @@ def _checked_dtype(
     if int8 and images is None:
         raise UsageError('--int8 needs --images: pictures to calibrate the quantization and to measure its accuracy.')
     return dtype
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _import_packages(to: str) -> None:
@@ -253,5 +262,3 @@ def _accuracy(run: Runner, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
         answers = run(padded(pixels, fixed))[:len(pixels)].argmax(1)
         right, seen = right + int((answers == target).sum()), seen + len(target)
     return 100 * right / seen
-
-

@@ -1,7 +1,9 @@
-"""Tables of text, and names in them."""
+"""Tables of text, names in them, and JSON."""
 import itertools
+import json
+import math
 import re
-from typing import List, Sequence
+from typing import Any, List, Sequence
 
 
 def printable(text: str) -> str:
@@ -16,6 +18,19 @@ def print_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()
     for row in rows:
         cells = [c.rjust(widths[i]) if i in right_aligned else c.ljust(widths[i]) for i, c in enumerate(row)]
         print('  '.join(cells).rstrip())
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as JSON, with null for numbers that JSON does not have: NaN and infinity."""
+    print(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def distinct(names: Sequence[str]) -> List[str]:

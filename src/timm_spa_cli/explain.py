@@ -2,13 +2,12 @@
 import argparse
 import csv
 import itertools
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from timm_spa_cli._table import distinct, print_table
+from timm_spa_cli._table import distinct, print_json, print_table
 from timm_spa_cli.predict import SHIPPED_MODEL, load_named, positive
 
 HELP = 'show what a net looks at, and what its attention does: class activation, gates, pyramid weights, its worth'
@@ -34,15 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return kind
 
     cam = add('cam', "class activation maps of any CNNs for pictures, the paper's figure 5")
-    cam.add_argument('images', nargs='+', metavar='IMAGE', help='picture')
+    cam.add_argument('images', nargs='+', metavar='IMAGE', help='image, or folder of images')
     cam.add_argument('--compare', nargs='+', default=[], metavar='MODEL', help='further models, a row of maps for each')
-    cam.add_argument('--class', dest='label', help='class to explain: name, label or number (default: the likeliest)')
+    cam.add_argument(
+        '--class', dest='label',
+        help='class to explain: label, name, or number if no class is called so (default: the likeliest)')
     cam.add_argument(
         '--method', default='gradcam', metavar='METHOD',
         help="gradcam, gradcam++, smoothgradcam++, xgradcam, layercam or scorecam (default: %(default)s)")
     cam.add_argument('--layer', help='module whose output is weighted (default: the last map before pooling)')
     gates = add('gates', 'the gates of every block for pictures')
-    gates.add_argument('images', nargs='+', metavar='IMAGE', help='picture')
+    gates.add_argument('images', nargs='+', metavar='IMAGE', help='image, or folder of images')
     gates.add_argument('--blocks', nargs='+', metavar='NAME', help='only these; all by default')
     scales = add('scales', "the learned weights of the pyramid by block, the paper's figure 6")
     scales.add_argument('--model', dest='models', action='append', metavar='MODEL', help='can be given again')
@@ -52,9 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ablate.add_argument('--batch-size', type=positive, default=64, help='pictures at a time (default: %(default)s)')
     curves = add('curves', "losses and accuracy of training runs, the paper's figures 3 and 4")
     curves.add_argument(
-        'runs', nargs='+', metavar='RUN', help='folder with summary.csv, or folder of such folders; seeds are averaged')
+        'runs', nargs='+', metavar='RUN',
+        help='folder with summary.csv, or folder of such folders; seeds are averaged, runs without metrics left out')
     for kind in (cam, gates, ablate):
-        kind.add_argument('--model', help=f'as for `timm-spa predict` (default: {SHIPPED_MODEL})')
+        kind.add_argument('--model', help=f'as for `timm-spa predict` (default: of --checkpoint, else {SHIPPED_MODEL})')
         kind.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
     scales.add_argument(
         '--checkpoint', dest='checkpoints', action='append', metavar='FILE',
@@ -107,7 +109,7 @@ def _cam(args: argparse.Namespace) -> int:
     import torch
 
     from timm_spa.explain import cam
-    from timm_spa.predict import class_names, find_class, load_model, picture_reader, picture_seen
+    from timm_spa.predict import class_names, find_class, image_files, load_model, picture_reader, picture_seen
 
     # by its file, so that the published weights of the same model can stand beside it
     models = {args.checkpoint or args.model or SHIPPED_MODEL: load_named(args, args.model, args.device)}
@@ -115,10 +117,11 @@ def _cam(args: argparse.Namespace) -> int:
     drawn: Dict[str, List[Any]] = {}
     printed: List[Dict[str, Any]] = []
     failed = set()
+    images = [str(path) for path in image_files(args.images)]
     for name, model in models.items():
         reader, names = picture_reader(model), class_names(model)
         chosen = None if args.label is None else torch.tensor([find_class(model, args.label)])
-        for path in args.images:
+        for path in images:
             pixels = None if path in failed else _read(reader, path)
             if pixels is None:
                 failed.add(path)
@@ -130,11 +133,15 @@ def _cam(args: argparse.Namespace) -> int:
                 'picture': path, 'model': name, 'class': label, 'probability': round(share, 4), 'layer': found.layer,
                 'map': [[round(value, 4) for value in row] for row in found.maps[0].tolist()]})
     if args.json:
-        print(json.dumps(printed, indent=2))
+        print_json(printed)
     elif printed:
         rows: Rows = [('picture', 'model', 'class', 'probability', 'layer', 'cells')]
+        names_of_files = [os.path.basename(path) for path in images]
+        shown = {
+            path: path if names_of_files.count(name) > 1 else name
+            for path, name in zip(images, names_of_files, strict=True)}
         rows += [(
-            os.path.basename(p['picture']), p['model'], p['class'], f'{p["probability"]:.1%}', p['layer'],
+            shown[p['picture']], p['model'], p['class'], f'{p["probability"]:.1%}', p['layer'],
             f'{len(p["map"])}x{len(p["map"][0])}') for p in printed]
         print_table(rows, right_aligned=(3,))
     if args.out and printed:
@@ -145,7 +152,7 @@ def _cam(args: argparse.Namespace) -> int:
             (p['picture'], p['model'], p['class'], p['probability'], y, x, value)
             for p in printed for y, line in enumerate(p['map']) for x, value in enumerate(line)]
         _write(args.out, 'cam', cells)
-        count = len(args.images) - len(failed)
+        count = len(next(iter(drawn.values())))
         for start in range(0, count, figures.COLUMNS):
             part = {name: panels[start:start + figures.COLUMNS] for name, panels in drawn.items()}
             suffix = f'-{start // figures.COLUMNS + 1}' if count > figures.COLUMNS else ''
@@ -155,14 +162,14 @@ def _cam(args: argparse.Namespace) -> int:
 
 def _gates(args: argparse.Namespace) -> int:
     from timm_spa.explain import figures, gate_maps
-    from timm_spa.predict import picture_reader, picture_seen
+    from timm_spa.predict import image_files, picture_reader, picture_seen
 
     model = load_named(args, args.model, args.device)
     reader = picture_reader(model)
     code = 0
     printed: Dict[str, Any] = {}
-    stems = distinct([Path(path).stem for path in args.images])
-    for path, stem in zip(args.images, stems, strict=True):
+    images = [str(path) for path in image_files(args.images)]
+    for path, stem in zip(images, distinct([Path(path).stem for path in images]), strict=True):
         pixels = _read(reader, path)
         if pixels is None:
             code = 1
@@ -172,19 +179,19 @@ def _gates(args: argparse.Namespace) -> int:
             for name, gate in gate_maps(model, pixels.unsqueeze(0).to(args.device), args.blocks).items()}
         rows: Rows = [('block', 'channels', 'cells', 'mean', 'smallest', 'largest', 'mean distance from 1/2')]
         for name, gate in gates.items():
-            rows.append((name, str(gate.shape[0]), f'{gate.shape[1]}x{gate.shape[2]}', *(
-                f'{value.item():.4f}' for value in (gate.mean(), gate.min(), gate.max(), (gate - 0.5).abs().mean()))))
+            rows.append((name, gate.shape[0], f'{gate.shape[1]}x{gate.shape[2]}', *(
+                value.item() for value in (gate.mean(), gate.min(), gate.max(), (gate - 0.5).abs().mean()))))
         if args.json:
             printed[path] = _records(rows)
         else:
             print(f'{path}\n')
-            print_table(rows, right_aligned=range(1, 7))
+            print_table(_as_text(rows, '.4f'), right_aligned=range(1, 7))
             print()
         if args.out:
             figure = figures.draw_gates(picture_seen(model, pixels), gates, args.dark)
-            _write(args.out, f'{stem}-gates', rows, figure)
+            _write(args.out, f'{stem}-gates', _as_text(rows, '.4f'), figure)
     if args.json:
-        print(json.dumps(printed, indent=2))
+        print_json(printed)
     return code
 
 
@@ -198,17 +205,17 @@ def _scales(args: argparse.Namespace) -> int:
     for name, checkpoint in itertools.product(names, args.checkpoints or [None]):
         args.checkpoint = checkpoint
         weights[checkpoint or name or SHIPPED_MODEL] = scale_weights(load_named(args, name))
-    rows: Dict[str, Rows] = {}
+    tables: Dict[str, Rows] = {}
     for name, of_net in weights.items():
         sizes = next(iter(of_net.values())).sizes
-        rows[name] = [('block', *(f'{size}x{size}' for size in sizes))]
-        rows[name] += [(block, *(f'{value:.4f}' for value in of_block.weights)) for block, of_block in of_net.items()]
+        tables[name] = [('block', *(f'{size}x{size}' for size in sizes))]
+        tables[name] += [(block, *of_block.weights) for block, of_block in of_net.items()]
     if args.json:
-        print(json.dumps({name: _records(of_net) for name, of_net in rows.items()}, indent=2))
+        print_json({name: _records(table) for name, table in tables.items()})
     else:
-        for name, table in rows.items():
+        for name, table in tables.items():
             print(f'{name}\n')
-            print_table(table, right_aligned=range(1, len(table[0])))
+            print_table(_as_text(table, '.4f'), right_aligned=range(1, len(table[0])))
             print()
     if args.out:
         cells: Rows = [('model', 'block', 'size', 'weight')]
@@ -233,15 +240,16 @@ def _ablate(args: argparse.Namespace) -> int:
     names = {'': 'none', '*': 'all'}
     rows: Rows = [('gates set to 1/2', 'right', 'top-1 %', 'against none')]
     for name, (right, _) in found.items():
-        change = f'{100 * (right - whole) / seen:+.2f}' if name else ''
-        rows.append((names.get(name, name), str(right), f'{100 * right / seen:.2f}', change))
+        change = 100 * (right - whole) / seen if name else None
+        rows.append((names.get(name, name), right, 100 * right / seen, change))
+    table = _as_text(rows, '.2f', '+.2f')
     if args.json:
-        print(json.dumps(_records(rows), indent=2))
+        print_json(_records(rows))
     else:
-        print_table(rows, right_aligned=(1, 2, 3))
+        print_table(table, right_aligned=(1, 2, 3))
         print(f'\n{seen} pictures. A model that was not trained from a warm start has no reason to be neutral at 1/2.')
     if args.out:
-        _write(args.out, 'ablate', rows)
+        _write(args.out, 'ablate', table)
     return 0
 
 
@@ -251,7 +259,10 @@ def _curves(args: argparse.Namespace) -> int:
     from timm_spa.explain import figures
     from timm_spa.explain.curves import read_curves
 
-    found = read_curves(args.runs)
+    skipped: List[str] = []
+    found = read_curves(args.runs, skipped)
+    for cause in skipped:
+        print(f'timm-spa: left out: {cause}', file=sys.stderr)
     curves = figures.curves_of(next(iter(found.values()))[0])
     rows: Rows = [('trained', 'runs', 'epochs', *curves.values())]
     cells: Rows = [('trained', 'run', 'epoch', *curves)]
@@ -263,17 +274,30 @@ def _curves(args: argparse.Namespace) -> int:
             (label, number, int(row['epoch']), *(row[key] for key in curves))
             for number, run in enumerate(runs, start=1) for row in run]
     if args.json:
-        print(json.dumps(_records(cells), indent=2))
+        print_json(_records(cells))
     else:
         print_table(rows, right_aligned=range(1, 6))
         print('\nMeans of the runs, at the last epoch that all of them have.')
     if args.out:
         _write(args.out, 'curves', cells, figures.draw_curves({'': found}, args.dark))
-    return 0
+    return 1 if skipped else 0
 
 
 def _records(rows: Sequence[Tuple[Any, ...]]) -> List[Dict[str, Any]]:
-    return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    """Returns rows below a header as JSON has them; numbers stay numbers."""
+    return [
+        {key: round(value, 6) if isinstance(value, float) else value for key, value in zip(rows[0], row, strict=True)}
+        for row in rows[1:]]
+
+
+def _as_text(rows: Rows, spec: str, last: Optional[str] = None) -> Rows:
+    """Returns rows as text, with a format for the floats, and for those of the last column if it has its own."""
+    def text(value: Any, of_last: bool) -> str:
+        if isinstance(value, float):
+            return format(value, last if of_last and last else spec)
+        return '' if value is None else str(value)
+
+    return [tuple(text(value, i == len(row) - 1) for i, value in enumerate(row)) for row in rows]
 
 
 def _write(folder: str, name: str, rows: Sequence[Tuple[Any, ...]], figure: Optional[Any] = None) -> None:

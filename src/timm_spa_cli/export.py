@@ -9,7 +9,8 @@ EXAMPLES = ('timm-spa export spa_tf_efficientnet_lite0.grocery81 grocery.onnx --
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument('model', metavar='MODEL', help="name, or 'hf-hub:organization/name', or 'local-dir:folder'")
+    parser.add_argument('model', metavar='MODEL', help=(
+        "name, 'hf-hub:organization/name', 'local-dir:folder', or a weights file that names its model"))
     parser.add_argument('output', metavar='OUT', help='*.onnx, *.pt2 (torch-export, aoti) or *.xml (openvino)')
     parser.add_argument(
         '--to', required=True, choices=('onnx', 'torch-export', 'aoti', 'openvino'), help='kind of file')

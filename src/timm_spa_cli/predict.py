@@ -1,11 +1,10 @@
 """`timm-spa predict`: the classes of pictures, by any model that timm can create."""
 import argparse
-import json
 import os
 import sys
 from typing import Any, List, Mapping, Optional, Sequence, Tuple
 
-from timm_spa_cli._table import print_table
+from timm_spa_cli._table import print_json, print_table
 
 HELP = 'classify pictures with any model that timm can create'
 EXAMPLES = (
@@ -27,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='picture, or folder of pictures')
     parser.add_argument(
-        '--model', help=f"name, or 'hf-hub:organization/name', or 'local-dir:folder' (default: {SHIPPED_MODEL})")
+        '--model', help="name, 'hf-hub:organization/name', 'local-dir:folder', or a weights file that names its model "
+        f'(default: the model that --checkpoint names, else {SHIPPED_MODEL})')
     parser.add_argument('--checkpoint', help='weights file to load in place of the published ones')
     parser.add_argument('--num-classes', type=positive, help='classes of the checkpoint, if they differ')
     parser.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
     model = load_named(args, args.model, args.device)
-    if args.model is None:
+    if args.model is args.checkpoint is None:
         import timm
 
         print(f'{SHIPPED_MODEL}: {timm.get_pretrained_cfg(SHIPPED_MODEL).description}\n', file=sys.stderr)
@@ -46,12 +46,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_named(args: argparse.Namespace, name: Optional[str], device: str = 'cpu', fuse: bool = True) -> Any:
-    """Loads the model that a command names, the shipped one if it names none."""
-    if name is None and (args.checkpoint, args.num_classes) != (None, None):
-        args.error('--checkpoint and --num-classes need --model: what the weights are of')
+    """Loads the model that a command or its checkpoint names; the shipped model if there is neither."""
+    if name is None and args.checkpoint is None:
+        if args.num_classes is not None:
+            args.error('--num-classes needs --checkpoint: weights of other classes than the published ones')
+        name = SHIPPED_MODEL
     from timm_spa.predict import load_model
 
-    return load_model(name or SHIPPED_MODEL, args.checkpoint, args.num_classes, device, fuse)
+    return load_model(name, args.checkpoint, args.num_classes, device, fuse)
 
 
 def show_predictions(
@@ -66,7 +68,7 @@ def show_predictions(
 
     predictions = list(predict(model, paths, top_k))
     if as_json:
-        print(json.dumps([vars(p) for p in predictions], indent=2))
+        print_json([vars(p) for p in predictions])
     rows: List[Tuple[str, ...]] = [('picture', '', 'probability', 'class')]
     names = [os.path.basename(p.path) for p in predictions]
     for p, name in zip(predictions, names, strict=True):

@@ -87,8 +87,11 @@ def build(models: Sequence[str] = SHIPPED) -> Any:
         `gradio.Blocks`.
 
     Raises:
-        AppError: Gradio is not installed.
+        AppError: Gradio is not installed, or there is no model.
     """
+    models = (models,) if isinstance(models, str) else tuple(models)
+    if not models:
+        raise AppError('The page needs a model to offer: give at least one name.')
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
     try:
         import gradio as gr
@@ -152,6 +155,8 @@ def serve(models: Sequence[str] = SHIPPED, host: str = '127.0.0.1', port: Option
     Raises:
         AppError: Gradio is not installed, or the port is taken.
     """
+    if port is not None and not 0 < port < 65536:
+        raise AppError(f'The port must be a number from 1 to 65535, got {port}.')
     with tempfile.TemporaryDirectory(prefix='timm_spa_app') as folder:
         os.environ['GRADIO_TEMP_DIR'] = folder
         page = build(models)

@@ -4,7 +4,7 @@ Hooks are gone afterwards, and the model is as it was, also after an error.
 """
 import contextlib
 import dataclasses
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -45,9 +45,19 @@ def refuse_compiled(model: nn.Module) -> None:
         raise ExplainError('A compiled model does not call the hooks of its modules: give the model that was compiled.')
 
 
-def _gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Dict[str, Any]:
+def check_images(x: Any) -> None:
+    """Raises ExplainError unless `x` is a batch with an image in it."""
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or not len(x):
+        given = f'a tensor of the shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else f'a {type(x).__name__}'
+        raise ExplainError(
+            f'Expected a batch of at least one image, a tensor (N, C, H, W), got {given}. A single image (C, H, W) '
+            'becomes a batch by image.unsqueeze(0).')
+
+
+def _gates(model: nn.Module, blocks: Optional[Union[str, Sequence[str]]] = None) -> Dict[str, Any]:
     """Finds the modules that end in a gate of SPA, by the name of their block, in the order of the net."""
     refuse_compiled(model)
+    blocks = (blocks,) if isinstance(blocks, str) else blocks
     found: Dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, SpatialPyramidAttention) or isinstance(module, FusedBranch) and module.is_pyramid:
@@ -81,26 +91,31 @@ def forward_hooks(modules: Iterable[Tuple[Any, Callable[..., Any]]]) -> Iterator
         yield
 
 
-def gate_maps(model: nn.Module, x: torch.Tensor, blocks: Optional[Sequence[str]] = None) -> Dict[str, torch.Tensor]:
+def gate_maps(
+        model: nn.Module,
+        x: torch.Tensor,
+        blocks: Optional[Union[str, Sequence[str]]] = None,
+) -> Dict[str, torch.Tensor]:
     """Computes the gates of every block for a batch, equation (2), at their own resolution.
 
     Args:
         model: A net with SPA, as it is built or fused, not compiled.
         x: Images (N, C, H, W), prepared for the model, on its device.
-        blocks: Names of blocks; all if None.
+        blocks: Names of blocks, or one name; all if None.
 
     Returns:
         For each block, by its name and in the order of the net, its gate (N, channels, P, P) in float32 on the CPU:
         P is the largest size of the pyramid, and the gate acts on the cells of a P x P grid over the block's map.
 
     Raises:
-        ExplainError: The model has no gate of SPA, is compiled, or has no block of such a name.
+        ExplainError: The model has no gate of SPA, is compiled, or has no block of such a name; or `x` is no batch.
     """
     found: Dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         return lambda module, args, out: found.update({name: out.detach().float().cpu()})
 
+    check_images(x)
     hooks = [(module.gate, keep(name)) for name, module in _gates(model, blocks).items()]
     with in_eval_mode(model), torch.no_grad(), forward_hooks(hooks):
         model(x)
@@ -125,12 +140,12 @@ def scale_weights(model: nn.Module) -> Dict[str, ScaleWeights]:
 
 
 @contextlib.contextmanager
-def neutral_gates(model: nn.Module, blocks: Optional[Sequence[str]] = None) -> Iterator[None]:
+def neutral_gates(model: nn.Module, blocks: Optional[Union[str, Sequence[str]]] = None) -> Iterator[None]:
     """Sets gates to 1/2, their value at a warm start, within the context.
 
     Args:
         model: A net with SPA, as it is built or fused, not compiled.
-        blocks: Names of blocks, as `gate_maps` has them; all if None.
+        blocks: Names of blocks, as `gate_maps` has them, or one name; all if None.
 
     Raises:
         ExplainError: The model has no gate of SPA, is compiled, or has no block of such a name.
@@ -157,7 +172,7 @@ def ablate(
         under '*' with all of them set to that.
 
     Raises:
-        ExplainError: The model has no gate of SPA, or is compiled.
+        ExplainError: The model has no gate of SPA, or is compiled; or there are no images.
     """
     names = tuple(_gates(model))
     settings: Dict[str, Sequence[str]] = {'': (), **{name: (name,) for name in names}, '*': names}
@@ -165,9 +180,14 @@ def ablate(
     seen = 0
     with in_eval_mode(model), torch.no_grad():
         for images, target in batches:
+            check_images(images)
+            if target.shape != images.shape[:1]:
+                raise ExplainError(f'Expected a class for each of {len(images)} images, got {tuple(target.shape)}.')
             for name, blocks in settings.items():
                 with neutral_gates(model, blocks):
                     right[name] += int((model(images).argmax(-1) == target).sum())
             seen += len(target)
             progress(seen)
+    if not seen:
+        raise ExplainError('There are no images to measure the accuracy on: `batches` is empty.')
     return {name: (count, seen) for name, count in right.items()}

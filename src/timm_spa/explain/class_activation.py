@@ -1,11 +1,11 @@
 """Class activation maps: which places of a picture speak for a class. The methods are torchcam's."""
 import dataclasses
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
 
-from .attention import ExplainError, forward_hooks, in_eval_mode, refuse_compiled
+from .attention import ExplainError, check_images, forward_hooks, in_eval_mode, refuse_compiled
 
 __all__ = ['METHODS', 'ClassActivation', 'cam', 'last_map_layer']
 
@@ -55,10 +55,25 @@ def last_map_layer(model: nn.Module, x: torch.Tensor) -> str:
     raise ExplainError(f'No layer of {type(model).__name__} gives its last map: name one.')
 
 
+def _one_each(classes: Any, count: int) -> torch.Tensor:
+    """Returns the class of each image as a tensor of whole numbers."""
+    try:
+        chosen = torch.as_tensor(classes)
+    except (TypeError, ValueError, RuntimeError):
+        chosen = torch.empty(0)
+    if chosen.ndim == 0:
+        chosen = chosen.expand(count)
+    if chosen.shape != (count,) or chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
+        raise ExplainError(
+            f'Expected the number of a class for each of {count} images, or one for all, got {classes!r}. find_class '
+            'of timm_spa.predict gives the number of a name.')
+    return chosen.long()
+
+
 def cam(
         model: nn.Module,
         x: torch.Tensor,
-        classes: Optional[torch.Tensor] = None,
+        classes: Optional[Union[torch.Tensor, Sequence[int], int]] = None,
         method: str = 'gradcam',
         layer: Optional[str] = None,
 ) -> ClassActivation:
@@ -69,7 +84,7 @@ def cam(
     Args:
         model: A timm CNN with any gate or none, as it is built or fused, not compiled.
         x: Images (N, C, H, W), prepared for the model, on its device.
-        classes: The class (N,) to explain for each image; the likeliest if None.
+        classes: The class (N,) to explain for each image, or one class for all of them; the likeliest if None.
         method: A key of `METHODS`. Grad-CAM (Selvaraju et al., ICCV 2017) is what the paper's figure 5 shows.
         layer: Name of a module; the last map before pooling if None.
 
@@ -77,10 +92,10 @@ def cam(
         The maps.
 
     Raises:
-        ExplainError: There is no such method, layer or class, torchcam is not installed, or the model is no CNN or is
-            compiled.
+        ExplainError: There is no such method, layer or class, torchcam is not installed, `x` is no batch, or the model
+            is no CNN, is compiled, or gives no scores of classes.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ExplainError(f'There is no method {method!r}. There are {", ".join(METHODS)}.')
     try:
         from torchcam import methods
@@ -88,6 +103,7 @@ def cam(
         raise ExplainError(
             'Class activation maps need torchcam and Python 3.11: pip install "timm_spa[explain]".') from e
     refuse_compiled(model)
+    check_images(x)
     if layer is not None and layer not in dict(model.named_modules()):
         children = ', '.join(name for name, _ in model.named_children())
         raise ExplainError(f'There is no layer {layer!r}. The layers of the top level are {children}.')
@@ -98,8 +114,12 @@ def cam(
         layer = layer or last_map_layer(model, x)
         with getattr(methods, METHODS[method])(model, layer, input_shape=tuple(x.shape[1:])) as extract:
             scores = model(x)
+            if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or not getattr(model, 'num_classes', 1):
+                raise ExplainError(
+                    f'{type(model).__name__} gives no scores of classes (N, classes): create it with its classifier, '
+                    'without features_only and num_classes=0.')
             probabilities = scores.detach().float().softmax(1)
-            chosen = probabilities.argmax(1) if classes is None else classes.to(scores.device)
+            chosen = probabilities.argmax(1) if classes is None else _one_each(classes, len(x)).to(scores.device)
             if not 0 <= int(chosen.min()) <= int(chosen.max()) < scores.shape[1]:
                 raise ExplainError(f'The classes are 0 to {scores.shape[1] - 1}, and {chosen.tolist()} were asked for.')
             maps = extract(chosen.tolist(), scores, normalized=False)[0].detach().float().clamp(min=0).cpu()

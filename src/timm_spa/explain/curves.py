@@ -1,62 +1,85 @@
 """Metrics of training runs, grouped by what was trained and how; runs of a group differ in the seed alone."""
+import os
 import re
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 from ..hub.comparison import NAMING
-from ..hub.run_record import Run
+from ..hub.run_record import Run, RunError
 from ..training_log import SummaryError
 from .figures import Summary, curves_of
 
 __all__ = ['read_curves']
 
 
-def read_curves(paths: Iterable[Union[str, Path]]) -> Dict[str, List[Summary]]:
+def read_curves(
+        paths: Union[str, Path, Iterable[Union[str, Path]]],
+        skipped: Optional[List[str]] = None,
+) -> Dict[str, List[Summary]]:
     """Reads the metrics of runs.
 
     Args:
         paths: Folders of runs of timm's train.py or of `timm-spa detect train`, with their summary.csv; and folders of
-            such folders.
+            such folders. A single path is allowed.
+        skipped: Receives a line for each run without readable metrics, e.g. one that failed in its first epoch. If it
+            is None, such a run is an error.
 
     Returns:
         The metrics of each epoch of the runs, by what was trained: the model and its arguments in args.yaml, or where
         there is none the folder's name without its seed; and those settings in which runs of the same model differ.
 
     Raises:
-        SummaryError: A folder is no run and has none in it, the metrics of a run are no table or lack a column, or
-            runs of classifiers and of detectors are mixed.
-        RunError: An args.yaml cannot be read.
+        SummaryError: A folder is no run and has none in it, the metrics of a run are no table or lack a column, and
+            `skipped` is None or there is no other run; or runs of classifiers and of detectors are mixed.
+        RunError: An args.yaml cannot be read, and `skipped` is None or there is no other run.
     """
     groups: List[Tuple[str, Dict[str, str], List[Summary]]] = []  # a label, how it was trained, the runs
-    for path in map(Path, paths):
-        folders = [path] if (path / 'summary.csv').exists() else sorted(p.parent for p in path.glob('*/summary.csv'))
+    errors: List[Union[SummaryError, RunError]] = []
+    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
+        is_run = (path / 'summary.csv').exists()
+        folders = [path] if is_run else sorted(p.parent for p in path.glob('*/summary.csv'))
         if not folders:
-            raise SummaryError(f'{path} is no folder of a run, and has none in it: there is no summary.csv.')
+            errors.append(SummaryError(f'{path} is no folder of a run, and has none in it: there is no summary.csv.'))
         for folder in folders:
-            run = Run.read(folder)
-            args, summary = run.args, run.summary
-            kwargs = ' '.join(f'{key}={value}' for key, value in (args.get('model_kwargs') or {}).items())
-            named = ' '.join(str(args[key]) for key in ('detector', 'model') if key in args)
-            label = f'{named} {kwargs}'.strip() if 'model' in args else re.sub(r'-seed\d+$', '', folder.name)
-            missing = [key for key in curves_of(summary) if any(key not in row for row in summary)]
-            if missing:
-                raise SummaryError(f'{folder / "summary.csv"} has no column {missing[0]}.')
+            try:
+                label, settings, summary = _read_run(folder)
+            except (SummaryError, RunError) as e:
+                errors.append(e)
+                continue
             first = groups[0][2][0] if groups else summary
             if curves_of(first) != curves_of(summary):
                 raise SummaryError(
                     f'{folder} and the runs before it are of a classifier and a detector. Draw each alone.')
-            settings = _settings(args)
             same = [runs for other, theirs, runs in groups if (other, theirs) == (label, settings)]
             if same:
                 same[0].append(summary)
             else:
                 groups.append((label, settings, [summary]))
+    if errors and (skipped is None or not groups):
+        raise errors[0]
+    if not groups:
+        raise SummaryError('No runs were given. Name the folder of a run, which has summary.csv.')
+    if skipped is not None:
+        skipped += map(str, errors)
     found: Dict[str, List[Summary]] = {}
     for label, settings, runs in groups:
         others = [theirs for other, theirs, _ in groups if other == label]
         differing = [key for key in settings if any(theirs.get(key) != settings[key] for theirs in others)]
         found[' '.join([label, *(f'{key}={settings[key]}' for key in differing)])] = runs
     return found
+
+
+def _read_run(folder: Path) -> Tuple[str, Dict[str, str], Summary]:
+    """Returns what a run trained, how it was trained, and its metrics."""
+    run = Run.read(folder)
+    args, summary = run.args, run.summary
+    kwargs = ' '.join(f'{key}={value}' for key, value in (args.get('model_kwargs') or {}).items())
+    named = ' '.join(str(args[key]) for key in ('detector', 'model') if key in args)
+    label = f'{named} {kwargs}'.strip() if 'model' in args else re.sub(r'-seed\d+$', '', folder.name)
+    missing = [key for key in curves_of(summary) if any(key not in row for row in summary)]
+    if missing:
+        raise SummaryError(f'{folder / "summary.csv"} has no column {missing[0]}.')
+    return label, _settings(args), summary
 
 
 def _settings(args: Dict[str, Any]) -> Dict[str, str]:

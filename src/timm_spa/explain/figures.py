@@ -21,6 +21,7 @@ __all__ = ['FigureError', 'curves_of', 'draw_cams', 'draw_curves', 'draw_gates',
 
 COLUMNS = 4
 PANEL = 1.75  # inches: four are the width of a paper's page
+LEGEND_WIDTH, LEGEND_LINE = 60, 0.11  # letters and inches, below a panel of curves
 # of Okabe and Ito
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')
 CURVES = {'train_loss': 'training loss', 'eval_loss': 'validation loss', 'eval_top1': 'validation top-1 (%)'}
@@ -189,6 +190,7 @@ def draw_curves(nets: Mapping[str, Mapping[str, Sequence[Summary]]], dark: bool 
     curves = curves_of(first)
     with _style(dark):
         figure, axes = _panels(len(curves), len(nets), 3.5, 2, sharex='col')
+        height = 0.  # of the tallest legend
         for column, (net, rows) in enumerate(nets.items()):
             for line, (key, title) in enumerate(curves.items()):
                 axis = axes[line][column]
@@ -209,7 +211,13 @@ def draw_curves(nets: Mapping[str, Mapping[str, Sequence[Summary]]], dark: bool 
                 axis.grid(alpha=0.3, which='both')
             axes[0][column].set_title(net, fontsize=8)
             axes[-1][column].set_xlabel('epoch')
-            axes[-1][column].legend(fontsize=7)
+            # below the panels: labels name all settings in which runs differ, and would cover the curves
+            handles, labels = axes[-1][column].get_legend_handles_labels()
+            labels = ['\n'.join(textwrap.wrap(label, LEGEND_WIDTH)) for label in labels]
+            axes[-1][column].legend(
+                handles, labels, fontsize=6, frameon=False, loc='upper center', bbox_to_anchor=(0.5, -0.25))
+            height = max(height, LEGEND_LINE * sum(label.count('\n') + 1.5 for label in labels))
+        figure.set_figheight(figure.get_figheight() + height)
     return figure
 
 
