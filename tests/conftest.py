@@ -7,8 +7,8 @@ import pytest
 from hub_server import OWNER, Hub, point_at
 from published import CARDS, NAME, SHIPPED
 
-from timm_spa import run
 from timm_spa.hub.publish import write_repository
+from timm_spa.training import runner as run
 
 
 @pytest.fixture(scope='session')

@@ -14,9 +14,10 @@ from test_hub_cards import CARDS, ROOT, parts, run_snippets, weights_of
 
 import timm_spa  # noqa: F401
 import timm_spa_cli
+from timm_spa.checkpoints.run_files import RunError
 from timm_spa.hub.card import CardError, make_card
 from timm_spa.hub.publish import write_repository
-from timm_spa.hub.run_record import Run, RunError
+from timm_spa.training.run_record import Run
 
 MODEL = 'spa_preresnet18_cifar'
 ARGS = dict(

@@ -24,7 +24,7 @@ from timm_spa.detection.data import CocoDataset, find_dataset
 from timm_spa.detection.evaluate import coco_figures
 from timm_spa.detection.evaluate import detect as run_detector
 from timm_spa.detection.train import Settings, learning_rate, train
-from timm_spa.train_guard import TrainingError
+from timm_spa.training.guard import TrainingError
 from timm_spa_cli._table import distinct
 
 NET = 'spa_mobilenetv2_050'

@@ -20,7 +20,7 @@ import timm_spa_cli
 from timm_spa.explain import ExplainError, ablate, figures, gate_maps, neutral_gates, scale_weights
 from timm_spa.explain.curves import read_curves
 from timm_spa.predict import load_model
-from timm_spa.training_log import SummaryError
+from timm_spa.training.log import SummaryError
 
 PICTURE = str(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
 NETS = ('spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet18', 'spa_mobilenetv2_cifar', 'spa_densenet_cifar', 'gated')

@@ -23,9 +23,9 @@ import timm_spa
 import timm_spa_cli
 from timm_spa import export as export_module
 from timm_spa._errors import UsageError
-from timm_spa._files import WriteError
 from timm_spa._shipped import shipped_photographs
-from timm_spa.export import FORMATS, ExportError, export
+from timm_spa.checkpoints.files import WriteError
+from timm_spa.export.exporter import FORMATS, ExportError, export
 from timm_spa.predict import labelled_batches, load_model, picture_reader
 from timm_spa_cli.predict import SHIPPED_MODEL
 

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from timm_spa import _files
-from timm_spa._files import WriteError, finish_interrupted, interrupted, replacing
-from timm_spa._own_files import is_own_figure, png_mark, refuse_replacing
+from timm_spa.checkpoints import files as _files
+from timm_spa.checkpoints.files import WriteError, finish_interrupted, interrupted, replacing
+from timm_spa.checkpoints.own_files import is_own_figure, png_mark, refuse_replacing
 
 
 def write_and_fail(path, write):

@@ -10,8 +10,8 @@ import safetensors.torch
 import timm
 import yaml
 
+from timm_spa.checkpoints.run_files import RunError
 from timm_spa.hub.card import card_of_folder
-from timm_spa.hub.run_record import RunError
 from timm_spa.profile import count_cost
 
 ROOT = Path(__file__).parent.parent

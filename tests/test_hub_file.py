@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import constants
 
 import timm_spa  # noqa: F401
-from timm_spa.models._hub_file import HubWeightsError
+from timm_spa.checkpoints.hub_files import HubWeightsError
 
 REPOSITORY = 'timm/resnet18.a1_in1k'
 COMMIT = '0' * 39 + '1'

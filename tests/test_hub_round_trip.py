@@ -19,8 +19,8 @@ from huggingface_hub import HfApi, __version__, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 import timm_spa
+from timm_spa.checkpoints.hub_files import HubWeightsError
 from timm_spa.hub.publish import PublishError, publish, write_repository
-from timm_spa.models._hub_file import HubWeightsError
 
 MODEL = 'spa_mobilenetv2_cifar'
 NAME = f'{MODEL}.tmm_tin200'

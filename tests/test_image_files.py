@@ -9,8 +9,8 @@ import timm
 import torch
 from PIL import Image
 
-from timm_spa.image_files import PictureError, image_files, in_eight_bits, read_image
 from timm_spa.predict import labelled_batches, predict
+from timm_spa.predict.image_files import PictureError, image_files, in_eight_bits, read_image
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 100, 50), (255, 255, 255), (0, 0, 0), (119, 119, 119)]
 GREY = [0, 1, 60, 127, 128, 254, 255]

@@ -16,8 +16,8 @@ import yaml
 from published import CARDS, FILES, NAME, SHIPPED
 
 import timm_spa_cli
-from timm_spa import _files
-from timm_spa._files import WriteError, replacing
+from timm_spa.checkpoints import files as _files
+from timm_spa.checkpoints.files import WriteError, replacing
 from timm_spa.detection import retinanet, save_detector
 from timm_spa.detection.checkpoint import is_own
 from timm_spa.detection.repository import write_detector_repository

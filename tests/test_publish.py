@@ -22,7 +22,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 
 import timm_spa
 import timm_spa_cli
-from timm_spa.hub.checkpoint import read_weights
+from timm_spa.checkpoints.reading import read_weights
 from timm_spa.hub.publish import PublishError, publish, write_repository
 
 

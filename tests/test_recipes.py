@@ -11,8 +11,8 @@ import yaml
 from PIL import Image
 
 import timm_spa_cli
-from timm_spa import run
 from timm_spa._shipped import shipped_files
+from timm_spa.training import runner as run
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / 'train_scripts'

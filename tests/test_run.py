@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from timm_spa import run
+from timm_spa.training import runner as run
 
 SCRIPT = b'''
 import sys
@@ -115,10 +115,10 @@ def test_an_empty_or_damaged_record_counts_as_none(cache, site, capsys, text):
 
 
 @pytest.mark.parametrize(('name', 'error', 'end'), [
-    ('train', 'timm_spa.train_guard.TrainingError', 'Stopped.'),
-    ('train', 'timm_spa.models._hub_file.HubWeightsError', 'Stopped. Here that is --pretrained-path FILE.'),
-    ('validate', 'timm_spa.models._hub_file.HubWeightsError', 'Stopped. Here that is --checkpoint FILE.'),
-    ('benchmark', 'timm_spa.models._hub_file.HubWeightsError', 'Stopped.')])
+    ('train', 'timm_spa.training.guard.TrainingError', 'Stopped.'),
+    ('train', 'timm_spa.checkpoints.hub_files.HubWeightsError', 'Stopped. Here that is --pretrained-path FILE.'),
+    ('validate', 'timm_spa.checkpoints.hub_files.HubWeightsError', 'Stopped. Here that is --checkpoint FILE.'),
+    ('benchmark', 'timm_spa.checkpoints.hub_files.HubWeightsError', 'Stopped.')])
 def test_a_script_that_cannot_continue(tmp_path, capsys, monkeypatch, name, error, end):
     monkeypatch.setattr(sys, 'argv', [])
     (tmp_path / f'{name}.py').write_text(

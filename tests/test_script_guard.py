@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 import timm_spa  # noqa: F401
-from timm_spa import run
 from timm_spa._errors import TimmSpaError
-from timm_spa.image_folder import class_names, is_image_folder, number_of_classes, split_folders
-from timm_spa.script_guard import guarded_script
+from timm_spa.training import runner as run
+from timm_spa.training.image_folder import class_names, is_image_folder, number_of_classes, split_folders
+from timm_spa.training.script_guard import guarded_script
 
 MODEL = 'spa_mobilenetv2_cifar'
 OPTIONS = {
@@ -158,7 +158,7 @@ def test_names_of_data_sets():
 def test_other_types_of_data_sets_pass(here, monkeypatch):
     """Their splits, roots and classes are their own affair."""
     calls = []
-    monkeypatch.setattr('timm_spa.script_guard._timm_create_dataset', lambda name, **kwargs: calls.append(
+    monkeypatch.setattr('timm_spa.training.script_guard._timm_create_dataset', lambda name, **kwargs: calls.append(
         (name, kwargs)) or argparse.Namespace())
     opened('validate', '--dataset', 'hfds/x', '--split', 'vall', '--num-classes', 4)
     opened('validate', 'nowhere', '--dataset', 'wds/x', '--num-classes', 4)

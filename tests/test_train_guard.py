@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from timm import utils
 
-from timm_spa.train_guard import TrainingError, guarded_training
-from timm_spa.training_log import SummaryError, read_classes, read_summary, write_summary
+from timm_spa.training.guard import TrainingError, guarded_training
+from timm_spa.training.log import SummaryError, read_classes, read_summary, write_summary
 
 HEADER = 'epoch,train_loss,eval_top1\n'
 

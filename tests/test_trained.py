@@ -14,12 +14,13 @@ from PIL import Image
 
 import timm_spa  # noqa: F401
 import timm_spa_cli
+from timm_spa.checkpoints.run_files import RunError
 from timm_spa.hub import CheckpointError
 from timm_spa.hub.convert import convert
 from timm_spa.hub.publish import PublishError, without_private_paths, write_repository
-from timm_spa.hub.run_record import Run, RunError
 from timm_spa.hub.verify import verify
 from timm_spa.predict import ModelError, load_model, predict
+from timm_spa.training.run_record import Run
 
 NET = 'spa_mobilenetv2_cifar'
 KINDS = {

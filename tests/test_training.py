@@ -18,7 +18,7 @@ from marks import slow_unless
 from PIL import Image
 
 import timm_spa_cli
-from timm_spa import run
+from timm_spa.training import runner as run
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

@@ -85,7 +85,8 @@ def test_a_file_that_names_the_architecture_alone(folder):
 
 
 @pytest.mark.parametrize(('logits', 'shown'), [
-    (torch.zeros(2, 4), 'gave (2, 4), 0 values'), (torch.tensor([[0., float('inf'), 0.]] * 2), 'gave (2, 3), 2 values')])
+    (torch.zeros(2, 4), 'gave (2, 4), 0 values'),
+    (torch.tensor([[0., float('inf'), 0.]] * 2), 'gave (2, 3), 2 values')])
 def test_a_forward_pass_that_goes_wrong(folder, logits, shown):
     class Model:
         num_classes = 3

@@ -21,11 +21,12 @@ from timm.data import create_loader, resolve_data_config
 
 import timm_spa
 from timm_spa._errors import TimmSpaError
-from timm_spa._files import replacing
-from timm_spa._own_files import refuse_replacing, starts_with
-from timm_spa.hub.checkpoint import read_checkpoint
-from timm_spa.hub.run_record import Run, RunError
-from timm_spa.image_folder import class_numbers, number_of_classes, open_dataset
+from timm_spa.checkpoints.files import replacing
+from timm_spa.checkpoints.own_files import refuse_replacing, starts_with
+from timm_spa.checkpoints.reading import read_checkpoint
+from timm_spa.checkpoints.run_files import RunError
+from timm_spa.training.image_folder import class_numbers, number_of_classes, open_dataset
+from timm_spa.training.run_record import Run
 
 
 def load(run: Run, runs: Path, device: str) -> nn.Module:

@@ -30,8 +30,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from timm_spa._errors import TimmSpaError
-from timm_spa._files import replacing
-from timm_spa._own_files import refuse_replacing
+from timm_spa.checkpoints.files import replacing
+from timm_spa.checkpoints.own_files import refuse_replacing
 
 IMAGE_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
 

@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from timm_spa._errors import TimmSpaError
-from timm_spa._files import read_text, replacing
-from timm_spa._own_files import refuse_replacing
+from timm_spa.checkpoints.files import read_text, replacing
+from timm_spa.checkpoints.own_files import refuse_replacing
+from timm_spa.checkpoints.run_files import RunError
 from timm_spa.detection.repository import TITLES
 from timm_spa.detection.train import METRICS
 from timm_spa.explain import ScaleWeights, figures
 from timm_spa.explain.attention import block_of
 from timm_spa.hub.comparison import check_alike, mean_and_spread, read_results, tested_top1, verdicts
-from timm_spa.hub.run_record import Run, RunError
 from timm_spa.models import GATES
 from timm_spa.models._entrypoints import split_gate
 from timm_spa.profile import count_cost
+from timm_spa.training.run_record import Run
 
 COCO = {**METRICS, 'train_loss': 'training loss'}
 

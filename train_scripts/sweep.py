@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
-from timm_spa._files import replacing
+from timm_spa.checkpoints.files import replacing
 
 PACKAGES = ('timm_spa', 'timm', 'torch', 'torchvision', 'accelerate')
 KEPT = ('summary.csv', 'args.yaml', 'run.json')

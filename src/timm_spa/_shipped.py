@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Dict, List
 
 from ._errors import UsageError
-from .models.names import did_you_mean
+from ._names import did_you_mean
 
 __all__ = ['find_recipe', 'shipped_files', 'shipped_photographs']
 

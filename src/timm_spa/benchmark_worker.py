@@ -20,9 +20,9 @@ from timm.utils import ParseKwargs, reparameterize_model
 from torch.utils.benchmark import Timer
 
 from ._errors import TimmSpaError
+from ._names import check_model_name
 from .environment import environment
 from .layers.fused_branch import CONVS, NORMS, FusedBranch, merge_norms
-from .models.names import check_model_name
 
 __all__ = ['BenchmarkError', 'Settings', 'Workload', 'answer', 'parse_model', 'reparameterized']
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ._files import replacing
+from .checkpoints.files import replacing
 from .models import list_models
 
 __all__ = ['ModelCost', 'count_cost', 'describe']

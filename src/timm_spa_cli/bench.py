@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
     from timm_spa import benchmark
     from timm_spa._errors import UsageError
-    from timm_spa._files import replacing
-    from timm_spa._own_files import refuse_replacing
+    from timm_spa.checkpoints.files import replacing
+    from timm_spa.checkpoints.own_files import refuse_replacing
 
     if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or '.', os.W_OK)):
         raise OSError(f'--json: {args.json} is no file that can be written.')  # now, not after the measurement

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
-    from timm_spa._files import finish_interrupted, replacing
-    from timm_spa._own_files import has_mark, refuse_replacing
+    from timm_spa.checkpoints.files import finish_interrupted, replacing
+    from timm_spa.checkpoints.own_files import has_mark, refuse_replacing
     from timm_spa.hub.card import card_of_folder
 
     if args.overwrite and not args.write:

@@ -163,10 +163,11 @@ def _train(args: argparse.Namespace) -> int:
 
 def _refuse_output(folder: Path) -> None:
     """Refuses to train into a folder where files of something else would be replaced."""
-    from timm_spa._own_files import refuse_replacing
+    from timm_spa.checkpoints.own_files import refuse_replacing
+    from timm_spa.checkpoints.run_arguments import read_arguments
+    from timm_spa.checkpoints.run_files import RunError
     from timm_spa.detection.checkpoint import CONFIG, WEIGHTS, is_own
     from timm_spa.detection.train import SUMMARY
-    from timm_spa.hub.run_record import RunError, read_arguments
 
     def of_a_run(path: Path) -> bool:
         try:
@@ -180,8 +181,8 @@ def _refuse_output(folder: Path) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from timm_spa._files import replacing
-    from timm_spa._own_files import refuse_replacing
+    from timm_spa.checkpoints.files import replacing
+    from timm_spa.checkpoints.own_files import refuse_replacing
     from timm_spa.detection import load_detector
     from timm_spa.detection.data import CocoDataset
     from timm_spa.detection.evaluate import coco_figures, coco_results, detect
@@ -206,8 +207,8 @@ def _eval(args: argparse.Namespace) -> int:
 def _predict(args: argparse.Namespace) -> int:
     import torch
 
-    from timm_spa._files import replacing
-    from timm_spa._own_files import is_own_figure, png_mark, refuse_replacing
+    from timm_spa.checkpoints.files import replacing
+    from timm_spa.checkpoints.own_files import is_own_figure, png_mark, refuse_replacing
     from timm_spa.detection import DetectionError, load_detector
     from timm_spa.detection.data import read_image
     from timm_spa.detection.draw import draw_detections, side_by_side
@@ -266,7 +267,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _is_own_result(path: Path) -> bool:
     """Tells whether a file begins like the detections that `_predict` writes: images are named by their files."""
-    from timm_spa._own_files import starts_with
+    from timm_spa.checkpoints.own_files import starts_with
 
     return any(starts_with(path, text) for text in ('[]', '[\n {\n  "image_id": "'))
 

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_output(args: argparse.Namespace) -> None:
     """Refuses to replace files of something else, before anything is computed."""
-    from timm_spa._own_files import is_own_figure, refuse_replacing, starts_with
+    from timm_spa.checkpoints.own_files import is_own_figure, refuse_replacing, starts_with
 
     stems = distinct([Path(path).stem for path in args.images]) if args.kind == 'gates' else []
     names = [f'{stem}-gates' for stem in stems] or [args.kind]
@@ -301,7 +301,7 @@ def _as_text(rows: Rows, spec: str, last: Optional[str] = None) -> Rows:
 
 
 def _write(folder: str, name: str, rows: Sequence[Tuple[Any, ...]], figure: Optional[Any] = None) -> None:
-    from timm_spa._files import replacing
+    from timm_spa.checkpoints.files import replacing
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     with replacing(Path(folder) / f'{name}.csv') as partial, open(partial, 'w', newline='', encoding='utf-8') as f:

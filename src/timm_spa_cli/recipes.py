@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
-    from timm_spa._files import replacing
-    from timm_spa._own_files import refuse_replacing
     from timm_spa._shipped import find_recipe, shipped_files
+    from timm_spa.checkpoints.files import replacing
+    from timm_spa.checkpoints.own_files import refuse_replacing
 
     if args.name is None:
         if args.to:

@@ -15,7 +15,7 @@ import torch
 
 import timm_spa  # noqa: F401
 from timm_spa.environment import environment
-from timm_spa.export import FORMATS
+from timm_spa.export.exporter import FORMATS
 from timm_spa.predict import for_inference
 
 MODEL = 'spa_tf_efficientnet_lite0.grocery81'

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 from timm_spa import benchmark
-from timm_spa._files import replacing
+from timm_spa.checkpoints.files import replacing
 
 MODELS = {
     'resnet50': [

@@ -11,7 +11,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from .._errors import TimmSpaError
-from ..models.names import check_model_name
+from .._names import check_model_name
 
 __all__ = ['Backbone', 'DetectionError', 'create_body']
 

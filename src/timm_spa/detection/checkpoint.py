@@ -7,11 +7,11 @@ import torch
 from huggingface_hub import snapshot_download
 
 from .. import __version__
-from .._files import ReadError, finish_interrupted, read_text, replacing
-from .._own_files import has_mark, refuse_replacing
-from ..hub.checkpoint import CheckpointError, check_weights, read_checkpoint, write_tensors
-from ..hub.config_file import NOT_OF_A_MODEL
-from ..models._hub_file import endpoint, without_password
+from ..checkpoints.config_file import NOT_OF_A_MODEL
+from ..checkpoints.files import ReadError, finish_interrupted, read_text, replacing
+from ..checkpoints.hub_files import endpoint, without_password
+from ..checkpoints.own_files import has_mark, refuse_replacing
+from ..checkpoints.reading import CheckpointError, check_weights, read_checkpoint, write_tensors
 from .arguments import check_config
 from .backbone import DetectionError
 from .models import create_detector

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..models.tensors import first_few
+from ..checkpoints.fit import first_few
 from ..predict import in_eight_bits
 from .backbone import DetectionError
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from ..models.tensors import first_few
+from ..checkpoints.fit import first_few
 from .backbone import DetectionError
 from .data import CocoDataset, collate, read_batches
 

@@ -10,12 +10,12 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .._errors import TimmSpaError
-from .._files import finish_interrupted, replacing
+from ..checkpoints.files import finish_interrupted, replacing
 from ..hub.card import CardError, check_repository_name
 from ..hub.markdown import paragraphs, plain, wrapped
 from ..hub.publish import keep_card_yaml, refuse_foreign, refuse_secrets, without_private_paths
-from ..hub.run_record import Run
 from ..hub.upload import CARD, Published, upload
+from ..training.run_record import Run
 from .checkpoint import CONFIG, WEIGHTS, load_detector
 from .data import read_image
 from .train import METRICS

@@ -21,10 +21,10 @@ import yaml
 from timm.utils import distribute_bn
 from torch.utils.data import DataLoader
 
-from .._files import replacing
-from ..hub.checkpoint import check_weights
-from ..train_guard import TrainingError
-from ..training_log import write_summary
+from ..checkpoints.files import replacing
+from ..checkpoints.reading import check_weights
+from ..training.guard import TrainingError
+from ..training.log import write_summary
 from .arguments import check_config
 from .backbone import DetectionError
 from .checkpoint import save_detector

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
+from ..checkpoints.run_files import RunError
 from ..hub.comparison import NAMING
-from ..hub.run_record import Run, RunError
-from ..training_log import SummaryError
+from ..training.log import SummaryError
+from ..training.run_record import Run
 from .figures import Summary, curves_of
 
 __all__ = ['read_curves']

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from .._errors import TimmSpaError
-from .._files import replacing
-from .._own_files import MARK, png_mark
+from ..checkpoints.files import replacing
+from ..checkpoints.own_files import MARK, png_mark
 from .attention import NEUTRAL, ScaleWeights
 
 __all__ = ['FigureError', 'curves_of', 'draw_cams', 'draw_curves', 'draw_gates', 'draw_scales', 'save']
@@ -28,7 +28,7 @@ CURVES = {'train_loss': 'training loss', 'eval_loss': 'validation loss', 'eval_t
 DETECTION_CURVES = {
     'train_loss': 'training loss', 'eval_map': 'validation AP (%)', 'eval_ap50': 'validation AP50 (%)'}
 
-Summary = Sequence[Mapping[str, float]]  # metrics of each epoch, see `timm_spa.training_log.read_summary`
+Summary = Sequence[Mapping[str, float]]  # metrics of each epoch, see `timm_spa.training.log.read_summary`
 
 
 class FigureError(TimmSpaError, ImportError):

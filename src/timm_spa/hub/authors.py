@@ -11,9 +11,9 @@ from typing import Any, Dict, List, Mapping, Tuple, Union
 import torch
 import torch.nn as nn
 
+from ..checkpoints.fit import compare_tensors
+from ..checkpoints.reading import CheckpointError, read_checkpoint
 from ..models import CifarVGG, GatedDenseNet, GatedEfficientNet, GatedPreActResNet, GatedResNet, GatedVGG
-from ..models.tensors import compare_tensors
-from .checkpoint import CheckpointError, read_checkpoint
 
 __all__ = ['ConversionError', 'convert_state_dict', 'rename_authors', 'rename_efficientnet', 'reorder_authors']
 

@@ -8,8 +8,11 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .._files import ReadError, read_text
+from ..checkpoints.config_file import class_labels, config_problems
+from ..checkpoints.files import ReadError, read_text
+from ..checkpoints.reading import CheckpointError, read_header, stored_epoch
 from ..predict import load_model, predict
+from ..training.run_record import Run
 from .card_sections import (
     CardError,
     cost_of,
@@ -23,11 +26,8 @@ from .card_sections import (
     shapes,
     start_weights,
 )
-from .checkpoint import CheckpointError, read_header, stored_epoch
 from .comparison import comparison_table, read_results
-from .config_file import class_labels, config_problems
 from .markdown import listed, paragraphs, wrapped
-from .run_record import Run
 
 __all__ = ['CardError', 'card_of_folder', 'check_repository_name', 'make_card']
 

@@ -9,11 +9,11 @@ import torch
 from timm.models import model_entrypoint
 
 from .._errors import TimmSpaError
+from ..checkpoints.config_file import class_labels
+from ..checkpoints.reading import read_header
 from ..profile import ModelCost, count_cost
-from .checkpoint import read_header
-from .config_file import class_labels
+from ..training.run_record import Run
 from .markdown import link, numbers, paragraphs, plain, wrapped
-from .run_record import Run
 
 __all__ = [
     'CardError', 'cost_of', 'description', 'details', 'evaluation', 'evidence', 'figure_file', 'figures', 'limits',

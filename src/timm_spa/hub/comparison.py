@@ -4,9 +4,10 @@ import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
+from ..checkpoints.run_files import RunError
 from ..models._entrypoints import split_gate
 from ..profile import count_cost
-from .run_record import Run, RunError
+from ..training.run_record import Run
 
 __all__ = ['check_alike', 'comparison_table', 'mean_and_spread', 'read_results', 'tested_top1', 'verdicts']
 

@@ -11,16 +11,16 @@ from timm.models.efficientnet import EfficientNet
 
 from .. import __version__
 from .._errors import UsageError
-from .._files import replacing
+from .._names import check_model_name
+from ..checkpoints.files import replacing
+from ..checkpoints.fit import compare_tensors, first_few
+from ..checkpoints.reading import CheckpointError, check_weights, read_weights, write_tensors
+from ..checkpoints.run_arguments import as_json, trained_with, untagged
 from ..layers import SpatialPyramidAttention
 from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
 from ..models._warm_start import gate_weights, gated_modules, has_gates, warm_start
 from ..models.densenet import rename_torchvision
-from ..models.names import check_model_name
-from ..models.tensors import compare_tensors, first_few
 from .authors import rename_authors, rename_efficientnet, reorder_authors
-from .checkpoint import CheckpointError, check_weights, read_weights, write_tensors
-from .trained import as_json, trained_with, untagged
 
 __all__ = ['DTYPES', 'KINDS', 'Conversion', 'convert']
 

@@ -14,15 +14,15 @@ from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 
 from .. import __version__
-from .._files import WriteError, finish_interrupted, replacing
-from .._own_files import MARK, has_mark
-from ..models._pretrained import WEIGHTS_FILENAME
+from ..checkpoints.config_file import class_labels, config_problems
+from ..checkpoints.files import WriteError, finish_interrupted, replacing
+from ..checkpoints.own_files import MARK, has_mark
+from ..checkpoints.reading import check_shapes, check_weights, read_weights, write_tensors
+from ..checkpoints.run_arguments import as_json, preprocessing, trained_with
+from ..models._builder import WEIGHTS_FILENAME
+from ..training.run_record import Run, card_facts
 from .card import check_repository_name, make_card
 from .card_sections import figure_file
-from .checkpoint import check_shapes, check_weights, read_weights, write_tensors
-from .config_file import class_labels, config_problems
-from .run_record import Run, card_facts
-from .trained import as_json, preprocessing, trained_with
 from .upload import CARD, Published, PublishError, upload
 
 __all__ = [

@@ -10,7 +10,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from .. import __version__
 from .._errors import TimmSpaError
-from ..models._hub_file import PROBE_TIMEOUT, endpoint, without_password
+from ..checkpoints.hub_files import PROBE_TIMEOUT, endpoint, without_password
 
 __all__ = ['CARD', 'Published', 'PublishError', 'upload']
 

@@ -15,14 +15,14 @@ from huggingface_hub import HfApi, snapshot_download
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
-from .._files import ReadError, interrupted, read_text
-from ..models._hub_file import endpoint, without_password
-from ..models._pretrained import WEIGHTS_FILENAME
-from ..models.tensors import compare_tensors
+from ..checkpoints.config_file import class_labels, config_problems
+from ..checkpoints.files import ReadError, interrupted, read_text
+from ..checkpoints.fit import compare_tensors
+from ..checkpoints.hub_files import endpoint, without_password
+from ..checkpoints.reading import CheckpointError, read_header, read_weights, value_problems
+from ..checkpoints.run_files import load_yaml
+from ..models._builder import WEIGHTS_FILENAME
 from ..predict import PictureError, for_inference, labelled_batches, load_model, predict
-from .checkpoint import CheckpointError, read_header, read_weights, value_problems
-from .config_file import class_labels, config_problems
-from .run_record import load_yaml
 
 __all__ = ['Report', 'verify']
 

@@ -1,7 +1,7 @@
 """The model families, each on the timm family of the same name. Importing them registers their models with timm."""
 from ._entrypoints import list_models as list_models
-from ._gates import GATES as GATES
-from ._gates import create_gate as create_gate
+from ._gate_table import GATES as GATES
+from ._gate_table import create_gate as create_gate
 from .densenet import *
 from .efficientnet import *
 from .gated import *

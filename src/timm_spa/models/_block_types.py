@@ -10,7 +10,7 @@ from timm.models._efficientnet_blocks import ConvBnAct
 from timm.models.ghostnet import GhostModule
 from timm.models.vgg import VGG
 
-from .names import did_you_mean
+from .._names import did_you_mean
 
 __all__ = ['BLOCK_TYPES', 'default_places', 'named_places']
 

@@ -6,7 +6,7 @@ import timm
 import torch.nn as nn
 from timm.models import model_entrypoint, register_model
 
-from ._gates import GATES
+from ._gate_table import GATES
 
 __all__ = ['list_models', 'register_gated', 'split_gate']
 

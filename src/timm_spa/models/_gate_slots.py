@@ -26,7 +26,7 @@ from timm.layers import (
 from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
 
-from ._gated_net import adopt
+from ._base import adopt
 
 __all__ = [
     'BATCH_NORMS', 'CONVS', 'GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'NORMS', 'NORM_ACTS',

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 import torch
 import torch.nn as nn
 
-from ._gates import GATES
+from ._gate_table import GATES
 
 __all__ = ['checkpoint_filter_fn', 'gate_weights', 'gated_modules', 'has_gates', 'neutral_factors', 'warm_start']
 

@@ -16,9 +16,9 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs
 from timm.models.densenet import DenseBlock, DenseLayer, DenseNet
 
+from ._base import GatedNet, adopt, divide_reduction
+from ._builder import build_model, cifar_cfg, warm_cfgs
 from ._entrypoints import register_gated
-from ._gated_net import GatedNet, adopt, divide_reduction
-from ._pretrained import build_model, cifar_cfg, warm_cfgs
 
 __all__ = ['GatedDenseLayer', 'GatedDenseNet']
 

@@ -27,9 +27,9 @@ from timm.models._efficientnet_builder import (
 from timm.models.efficientnet import EfficientNet
 
 from ..layers import fuse_branch
+from ._base import GatedNet, adopt, divide_reduction
+from ._builder import build_model, cifar_cfg, shipped_cfg, warm_cfgs
 from ._entrypoints import register_gated, split_gate
-from ._gated_net import GatedNet, adopt, divide_reduction
-from ._pretrained import build_model, cifar_cfg, shipped_cfg, warm_cfgs
 
 __all__ = ['GatedDepthwiseSeparableConv', 'GatedEfficientNet', 'GatedInvertedResidual']
 

@@ -24,7 +24,9 @@ from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
 from torch.nn.utils import parametrize, prune
 
+from .._names import check_model_name
 from ._block_types import BLOCK_TYPES, default_places, named_places
+from ._builder import Weights, attached_cfg, load_weights, read_weights, warm_cfg
 from ._entrypoints import list_models
 from ._extractor import EXTRACTOR_ARGUMENTS, Part
 from ._gate_slots import (
@@ -41,11 +43,9 @@ from ._gate_slots import (
     linear_parameters,
     scaled_parameters,
 )
-from ._gates import GATES, create_gate, reads_block_input
-from ._pretrained import Weights, attached_cfg, load_weights, read_weights, warm_cfg
+from ._gate_table import GATES, create_gate, reads_block_input
 from ._timm_bases import plain_filter, pretrained_arguments
 from ._warm_start import gate_weights, gated_modules, neutral_factors
-from .names import check_model_name
 
 __all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'create_gated', 'gated']
 

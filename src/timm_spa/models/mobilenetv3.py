@@ -12,8 +12,8 @@ from typing import Any
 import torch.nn as nn
 from timm.models import generate_default_cfgs
 
+from ._builder import warm_cfgs
 from ._entrypoints import register_gated
-from ._pretrained import warm_cfgs
 from .gated import create_gated
 
 NAMES = ('spa_mobilenetv4_conv_small', 'spa_mobilenetv4_conv_medium')

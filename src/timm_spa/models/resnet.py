@@ -16,9 +16,9 @@ from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..layers import fuse_branch
+from ._base import GatedNet
+from ._builder import build_model, untrained_cfg, warm_cfgs
 from ._entrypoints import register_gated, split_gate
-from ._gated_net import GatedNet
-from ._pretrained import build_model, untrained_cfg, warm_cfgs
 
 __all__ = ['GatedBasicBlock', 'GatedBottleneck', 'GatedResNet']
 

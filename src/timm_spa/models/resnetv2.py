@@ -17,9 +17,9 @@ import torch
 import torch.nn as nn
 from timm.models import generate_default_cfgs
 
+from ._base import divide_reduction
+from ._builder import build_model, cifar_cfg
 from ._entrypoints import register_gated
-from ._gated_net import divide_reduction
-from ._pretrained import build_model, cifar_cfg
 from .resnet import GatedResNet
 
 __all__ = ['GatedPreActBasicBlock', 'GatedPreActBottleneck', 'GatedPreActResNet']

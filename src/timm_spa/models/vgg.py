@@ -17,9 +17,9 @@ from timm.layers import ClassifierHead, get_norm_layer
 from timm.models import generate_default_cfgs
 from timm.models.vgg import VGG
 
+from ._base import GatedNet
+from ._builder import build_model, cifar_cfg, warm_cfgs
 from ._entrypoints import register_gated
-from ._gated_net import GatedNet
-from ._pretrained import build_model, cifar_cfg, warm_cfgs
 
 __all__ = ['CifarVGG', 'GatedConvUnit', 'GatedVGG']
 

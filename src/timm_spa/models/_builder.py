@@ -20,10 +20,10 @@ from timm.models import (
 from timm.models._hub import load_state_dict_from_path
 
 from .._errors import TimmSpaError
-from ._gates import create_gate
-from ._hub_file import HubWeightsError, locate_weights
+from ..checkpoints.fit import compare_tensors
+from ..checkpoints.hub_files import HubWeightsError, locate_weights
+from ._gate_table import create_gate
 from ._warm_start import checkpoint_filter_fn, gate_weights, has_gates
-from .tensors import compare_tensors
 
 __all__ = [
     'PAPER_ID', 'StateDict', 'Weights', 'WeightsError', 'attached_cfg', 'build_model', 'cifar_cfg', 'load_weights',

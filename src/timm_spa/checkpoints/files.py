@@ -8,7 +8,7 @@ from typing import Iterator, List, Union
 
 from safetensors import SafetensorError
 
-from ._errors import TimmSpaError
+from .._errors import TimmSpaError
 
 try:
     import fcntl

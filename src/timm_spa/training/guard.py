@@ -16,10 +16,10 @@ import timm.data
 from PIL import Image
 from timm import utils
 
-from ._errors import TimmSpaError
-from ._files import replacing
-from .models.tensors import first_few
-from .training_log import CLASSES_FILE, SummaryError, read_classes, read_summary, write_summary
+from .._errors import TimmSpaError
+from ..checkpoints.files import replacing
+from ..checkpoints.fit import first_few
+from .log import CLASSES_FILE, SummaryError, read_classes, read_summary, write_summary
 
 __all__ = ['TrainingError', 'guarded_training', 'replaced']
 

@@ -12,13 +12,13 @@ import torch.nn as nn
 from timm.utils import reparameterize_model
 from tqdm import tqdm
 
-from . import __version__
-from ._errors import UsageError
-from ._files import replacing
-from ._shipped import shipped_photographs
-from .classes import check_classifier
-from .export_formats import AXES, FORMATS, INPUT, ExportError, Runner, add_metadata, padded, quantize, told
-from .predict import class_names, data_config, labelled_batches, picture_reader
+from .. import __version__
+from .._errors import UsageError
+from .._shipped import shipped_photographs
+from ..checkpoints.files import replacing
+from ..predict import class_names, data_config, labelled_batches, picture_reader
+from ..predict.classes import check_classifier
+from .formats import AXES, FORMATS, INPUT, ExportError, Runner, add_metadata, padded, quantize, told
 
 __all__ = ['FORMATS', 'ExportError', 'ExportReport', 'export']
 

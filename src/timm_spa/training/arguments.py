@@ -8,12 +8,12 @@ import timm.models
 import torch
 import yaml
 
-from ._errors import TimmSpaError, UsageError
-from ._files import ReadError, read_text
-from ._shipped import shipped_files
-from .hub.checkpoint import read_weights
-from .models.names import check_model_name
-from .models.tensors import first_few
+from .._errors import TimmSpaError, UsageError
+from .._names import check_model_name
+from .._shipped import shipped_files
+from ..checkpoints.files import ReadError, read_text
+from ..checkpoints.fit import first_few
+from ..checkpoints.reading import read_weights
 
 __all__ = [
     'FILE_OPTIONS', 'ScriptError', 'cause_of', 'check_class_map', 'check_config', 'check_device', 'check_file',

@@ -8,11 +8,11 @@ import torch.nn as nn
 from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
 
-from ._errors import UsageError
+from .._errors import UsageError
+from ..checkpoints.fit import first_few
 from .classes import class_names, find_class, own_labels
 from .image_files import PictureError, image_files, in_eight_bits, read_image
 from .loading import ModelError, for_inference, load_model, on_device
-from .models.tensors import first_few
 
 __all__ = [
     'ModelError', 'PictureError', 'Prediction', 'class_names', 'data_config', 'find_class', 'for_inference',
@@ -121,10 +121,10 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
         raise UsageError(f'The batch size must be at least 1, got {batch_size}.')
     kwargs: Any = dict(root=str(images), split=split)
     try:
-        reader: Any = create_dataset('', **kwargs).reader  # type: ignore[union-attr]
+        reader: Any = create_dataset('', **kwargs).reader
         found = set(reader.class_to_idx)
         if found <= set(labels):
-            reader = create_dataset('', class_map=labels, **kwargs).reader  # type: ignore[union-attr]
+            reader = create_dataset('', class_map=labels, **kwargs).reader
     except Exception as e:  # timm's folder readers raise several kinds
         cause = str(e) or ('it does not exist.' if not Path(images).exists() else type(e).__name__)
         raise PictureError(f'{images} cannot be read as an image folder: {cause}') from e

@@ -5,8 +5,8 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Set
 
 from timm.data import create_dataset
 
-from ._errors import TimmSpaError, UsageError
-from .models.tensors import first_few
+from .._errors import TimmSpaError, UsageError
+from ..checkpoints.fit import first_few
 
 __all__ = [
     'SPLITS', 'class_names', 'class_numbers', 'is_image_folder', 'number_of_classes', 'open_dataset', 'renumbered',

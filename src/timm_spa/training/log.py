@@ -3,8 +3,8 @@ import csv
 from pathlib import Path
 from typing import Dict, List, Union
 
-from ._errors import TimmSpaError
-from ._files import ReadError, read_text, replacing
+from .._errors import TimmSpaError
+from ..checkpoints.files import ReadError, read_text, replacing
 
 __all__ = ['CLASSES_FILE', 'SummaryError', 'read_classes', 'read_summary', 'write_summary']
 

@@ -6,7 +6,7 @@ from typing import Any, Iterable, Iterator, List, Union
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from ._errors import TimmSpaError
+from .._errors import TimmSpaError
 
 __all__ = ['PictureError', 'image_files', 'in_eight_bits', 'read_image']
 

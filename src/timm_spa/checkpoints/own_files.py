@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Union
 
-from ._files import ReadError, WriteError, read_text
+from .files import ReadError, WriteError, read_text
 
 __all__ = ['MARK', 'has_mark', 'is_own_figure', 'png_mark', 'refuse_replacing', 'starts_with']
 

@@ -15,19 +15,11 @@ import timm.data
 import timm.models
 import timm.task
 
-from ._errors import TimmSpaError, UsageError
-from .hub.checkpoint import CheckpointError, check_shapes, read_weights
-from .image_folder import (
-    class_names,
-    class_numbers,
-    is_image_folder,
-    number_of_classes,
-    open_dataset,
-    renumbered,
-)
-from .models.names import check_model_name, did_you_mean
-from .models.tensors import first_few
-from .script_arguments import (
+from .._errors import TimmSpaError, UsageError
+from .._names import check_model_name, did_you_mean
+from ..checkpoints.fit import first_few
+from ..checkpoints.reading import CheckpointError, check_shapes, read_weights
+from .arguments import (
     FILE_OPTIONS,
     ScriptError,
     cause_of,
@@ -42,8 +34,16 @@ from .script_arguments import (
     outputs_of,
     valid_labels,
 )
-from .train_guard import guarded_training, replaced
-from .training_log import CLASSES_FILE, read_classes
+from .guard import guarded_training, replaced
+from .image_folder import (
+    class_names,
+    class_numbers,
+    is_image_folder,
+    number_of_classes,
+    open_dataset,
+    renumbered,
+)
+from .log import CLASSES_FILE, read_classes
 
 __all__ = ['ScriptError', 'guarded_script']
 

@@ -4,9 +4,9 @@ from typing import Any, Dict, List, Optional, Union
 import torch.nn as nn
 from timm.data import ImageNetInfo
 
+from .._names import did_you_mean
+from ..checkpoints.fit import first_few
 from .loading import ModelError, numbered
-from .models.names import did_you_mean
-from .models.tensors import first_few
 
 __all__ = ['check_classifier', 'class_names', 'find_class', 'own_labels']
 

@@ -6,16 +6,26 @@ from typing import Any, Dict, List, Mapping, Tuple
 import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
-from .._files import ReadError, read_text
-from .checkpoint import Weights
 from .config_file import config_problems
-from .run_record import ARGUMENTS, RunError, checked, read_arguments
+from .files import ReadError, read_text
+from .reading import Weights
+from .run_files import NUMBER, RunError, checked, read_mapping
 
 __all__ = [
-    'as_json', 'config_beside', 'model_arguments', 'preprocessing', 'recorded_model', 'trained_with', 'untagged']
+    'as_json', 'config_beside', 'model_arguments', 'preprocessing', 'read_arguments', 'recorded_model', 'trained_with',
+    'untagged']
 
+# of args.yaml those that a card or a configuration is made of; there may be others
+ARGUMENTS: Dict[str, Any] = dict(
+    model=str, model_kwargs=dict, num_classes=int, in_chans=int, img_size=int, input_size=[int], gp=str, bn_eps=NUMBER,
+    mean=[NUMBER], std=[NUMBER], interpolation=str, crop_pct=NUMBER, seed=int, dataset=str, val_split=str)
 # arguments of timm's train.py that pictures must be prepared with as in training
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
+
+
+def read_arguments(folder: Path) -> Dict[str, Any]:
+    """Reads args.yaml of a folder, if it has one; raises a RunError for what it should not hold."""
+    return checked(read_mapping(folder / 'args.yaml'), ARGUMENTS, folder / 'args.yaml')
 
 
 def untagged(name: Any) -> str:

@@ -11,14 +11,14 @@ from huggingface_hub import try_to_load_from_cache
 from timm.models import get_pretrained_cfg
 from timm.utils import reparameterize_model
 
-from ._errors import TimmSpaError
-from .hub.checkpoint import Weights, check_weights, read_weights
-from .hub.config_file import class_labels
-from .hub.trained import config_beside, preprocessing, recorded_model, trained_with, untagged
-from .models._hub_file import HubFileMissing, locate_file, locate_weights
-from .models._pretrained import WEIGHTS_FILENAME
-from .models.names import check_model_name
-from .training_log import read_classes
+from .._errors import TimmSpaError
+from .._names import check_model_name
+from ..checkpoints.config_file import class_labels
+from ..checkpoints.hub_files import HubFileMissing, locate_file, locate_weights
+from ..checkpoints.reading import Weights, check_weights, read_weights
+from ..checkpoints.run_arguments import config_beside, preprocessing, recorded_model, trained_with, untagged
+from ..models._builder import WEIGHTS_FILENAME
+from ..training.log import read_classes
 
 __all__ = ['ModelError', 'for_inference', 'load_model', 'numbered', 'on_device']
 
@@ -77,7 +77,8 @@ def load_model(
 def _published(name: str, num_classes: Optional[int]) -> Any:
     """Creates a model with its published weights."""
     check_model_name(name, ModelError)
-    located, kwargs = name, {}
+    located: str = name
+    kwargs: Dict[str, Any] = {}
     try:
         located, kwargs = _located(name)
         model: Any = timm.create_model(located, pretrained=True, **kwargs)

@@ -17,7 +17,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 from timm.models import clean_state_dict, is_model
 
 from .._errors import TimmSpaError
-from ..models.tensors import compare_tensors, first_few
+from .fit import compare_tensors, first_few
 
 __all__ = [
     'CheckpointError', 'Header', 'Weights', 'check_shapes', 'check_weights', 'read_checkpoint', 'read_header',

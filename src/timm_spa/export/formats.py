@@ -11,8 +11,8 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from ._errors import TimmSpaError
-from .predict import labelled_batches
+from .._errors import TimmSpaError
+from ..predict import labelled_batches
 
 __all__ = ['AXES', 'FORMATS', 'INPUT', 'ExportError', 'Format', 'Runner', 'add_metadata', 'padded', 'quantize', 'told']
 

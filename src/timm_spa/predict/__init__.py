@@ -1,0 +1,18 @@
+"""Class predictions for images, by any model that timm can create."""
+from .classes import class_names, find_class
+from .classify import (
+    Prediction,
+    data_config,
+    labelled_batches,
+    likeliest_classes,
+    picture_reader,
+    picture_seen,
+    predict,
+)
+from .image_files import PictureError, image_files, in_eight_bits
+from .loading import ModelError, for_inference, load_model, on_device
+
+__all__ = [
+    'ModelError', 'PictureError', 'Prediction', 'class_names', 'data_config', 'find_class', 'for_inference',
+    'image_files', 'in_eight_bits', 'labelled_batches', 'likeliest_classes', 'load_model', 'on_device',
+    'picture_reader', 'picture_seen', 'predict']
