@@ -7,8 +7,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from timm_spa.checkpoints.reading import CheckpointError, check_shapes, read_weights, value_problems, write_tensors
 from timm_spa.checkpoints import reading as module
+from timm_spa.checkpoints.reading import CheckpointError, check_shapes, read_weights, value_problems, write_tensors
 
 TENSORS = {'a': torch.arange(5.), 'b': torch.full((3, 2), 7.), 'ä"\n': torch.ones(1, dtype=torch.int64)}
 

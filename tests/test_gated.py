@@ -9,7 +9,7 @@ from test_add_attention import random_net, relative
 
 import timm_spa
 import timm_spa_cli
-from timm_spa.models._warm_start import gated_modules
+from timm_spa.checkpoints.warm_start import gated_modules
 
 BASES = [
     'resnet18', 'convnext_atto', 'mobilenetv3_small_050', 'densenet121', 'vgg11_bn', 'repvgg_a0', 'hrnet_w18_small']

@@ -13,9 +13,9 @@ from test_gated import trained
 
 import timm_spa
 from timm_spa._errors import TimmSpaError
+from timm_spa.checkpoints.warm_start import gate_weights
 from timm_spa.models._block_types import BLOCK_TYPES
 from timm_spa.models._timm_bases import FILTERS
-from timm_spa.models._warm_start import gate_weights
 
 # a model, the plain model whose weights start it, and a larger network of the same family
 MODELS = {

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from marks import slow_unless
 
 import timm_spa
+from timm_spa.checkpoints.warm_start import checkpoint_filter_fn
 from timm_spa.layers import SpatialPyramidAttention
+from timm_spa.models import GATES
 from timm_spa.models._entrypoints import split_gate
-from timm_spa.models._warm_start import checkpoint_filter_fn
 
 WARM = [name for name in timm_spa.list_models(pretrained=True) if '.warm_' in name]
 # one name per kind of block and variant
@@ -133,7 +134,7 @@ def test_nets_for_small_images_and_se_too(plain, gate, tmp_path):
     source = random_plain_model(plain)
     safetensors.torch.save_file(source.state_dict(), tmp_path / 'plain.safetensors')
     model = timm.create_model(f'{gate}_{plain}', num_classes=source.num_classes)
-    filtered = checkpoint_filter_fn(safetensors.torch.load_file(tmp_path / 'plain.safetensors'), model)
+    filtered = checkpoint_filter_fn(safetensors.torch.load_file(tmp_path / 'plain.safetensors'), model, GATES)
     model.load_state_dict(filtered, strict=True)
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -148,9 +149,9 @@ def test_activation_in_front_of_the_gate(act_layer):
     model = timm.create_model('spa_vgg16_bn', **kwargs).eval()
     if act_layer is not torch.nn.LeakyReLU:
         with pytest.raises(ValueError, match=f'features.2.attn neutral behind a {act_layer.__name__}, .* from scratch'):
-            checkpoint_filter_fn(source.state_dict(), model)
+            checkpoint_filter_fn(source.state_dict(), model, GATES)
         return
-    model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
+    model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model, GATES))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(images), source(images))
@@ -167,7 +168,7 @@ def test_gather_excite_without_parameters_takes_the_plain_weights(tmp_path):
 def test_plain_models_take_plain_weights(caplog):
     source = random_plain_model('preresnet18_cifar')
     model = timm.create_model('preresnet18_cifar')
-    assert checkpoint_filter_fn(source.state_dict(), model).keys() == source.state_dict().keys()
+    assert checkpoint_filter_fn(source.state_dict(), model, GATES).keys() == source.state_dict().keys()
     assert not caplog.records
 
 

@@ -16,9 +16,9 @@ from ..checkpoints.files import replacing
 from ..checkpoints.fit import compare_tensors, first_few
 from ..checkpoints.reading import CheckpointError, check_weights, read_weights, write_tensors
 from ..checkpoints.run_arguments import as_json, trained_with, untagged
+from ..checkpoints.warm_start import gate_weights, gated_modules, has_gates, warm_start
 from ..layers import SpatialPyramidAttention
-from ..models import GatedDenseNet, GatedEfficientNet, GatedVGG
-from ..models._warm_start import gate_weights, gated_modules, has_gates, warm_start
+from ..models import GATES, GatedDenseNet, GatedEfficientNet, GatedVGG
 from ..models.densenet import rename_torchvision
 from .authors import rename_authors, rename_efficientnet, reorder_authors
 
@@ -151,7 +151,7 @@ def _readings(weights: Mapping[str, torch.Tensor], model: nn.Module) -> List[Tup
     """Returns the kinds of source: name, description, and a function that returns renamed weights and what is wrong."""
     def plain(named: Mapping[str, torch.Tensor]) -> Tuple[Dict[str, torch.Tensor], str]:
         fitted, misfit = _fitted(named, _without_gates(model))
-        return ({}, misfit) if misfit else (warm_start(fitted, model), '')
+        return ({}, misfit) if misfit else (warm_start(fitted, model, GATES), '')
 
     def authors(gated: bool) -> Tuple[Dict[str, torch.Tensor], str]:
         if has_gates(weights, model):

@@ -22,8 +22,8 @@ from timm.models._hub import load_state_dict_from_path
 from .._errors import TimmSpaError
 from ..checkpoints.fit import compare_tensors
 from ..checkpoints.hub_files import HubWeightsError, locate_weights
-from ._gate_table import create_gate
-from ._warm_start import checkpoint_filter_fn, gate_weights, has_gates
+from ..checkpoints.warm_start import checkpoint_filter_fn, gate_weights, has_gates
+from ._gate_table import GATES, create_gate
 
 __all__ = [
     'PAPER_ID', 'StateDict', 'Weights', 'WeightsError', 'attached_cfg', 'build_model', 'cifar_cfg', 'load_weights',
@@ -302,7 +302,7 @@ def _fitted(
     """
     cfg, own = model.pretrained_cfg, model.state_dict()
     is_plain = bool(gate_weights(model)) and not has_gates(state_dict, model)
-    fitted = checkpoint_filter_fn(state_dict, model, plain_filter, neutral)
+    fitted = checkpoint_filter_fn(state_dict, model, GATES, plain_filter, neutral)
     classifiers, first_convs = (_layers(cfg, key) for key in ('classifier', 'first_conv'))
     num_classes = getattr(model, 'num_classes', 0)
     keeps_classifier = needs_classifier and num_classes > 0 and num_classes == cfg.get('num_classes')

@@ -1,14 +1,15 @@
 """Entry points of models that differ only in their gate."""
+import sys
 from fnmatch import fnmatchcase
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Tuple
 
 import timm
 import torch.nn as nn
-from timm.models import model_entrypoint, register_model
+from timm.models import PretrainedCfg, generate_default_cfgs, model_entrypoint, register_model
 
 from ._gate_table import GATES
 
-__all__ = ['list_models', 'register_gated', 'split_gate']
+__all__ = ['Family', 'list_models', 'split_gate']
 
 
 def split_gate(name: str) -> Tuple[str, str, str]:
@@ -17,35 +18,52 @@ def split_gate(name: str) -> Tuple[str, str, str]:
     return name.removeprefix(f'{gate}_'), gate, GATES[gate].description
 
 
-def register_gated(
-        module: Dict[str, Any],
-        names: Sequence[str],
-        create: Callable[..., nn.Module],
-        base_doc: Callable[[str], str],
-) -> None:
-    """Makes and registers an entry point for each name, as a member of the calling module.
+class Family:
+    """Registers the models of one file, one call per name: `spa_resnet50 = register('spa_resnet50')`."""
 
-    Args:
-        module: Namespace of the module, its `globals()`. `default_cfgs` must be in it.
-        names: Names of models: base names, with the name of a gate and an underscore in front.
-        create: Called as `create(name, pretrained, base=base, gate=gate, **kwargs)`, with a base of one of the names.
-        base_doc: Describes a base name, e.g. 'preresnet18_cifar' as 'Pre-activation ResNet-18 for 32x32 images'.
-    """
-    bases = sorted({split_gate(name)[0] for name in names})
-    for name in names:
+    def __init__(
+            self,
+            module: str,
+            create: Callable[..., nn.Module],
+            bases: Iterable[str],
+            describe: Callable[[str], str],
+            make_cfgs: Callable[[str], Dict[str, PretrainedCfg]],
+    ):
+        """
+        Args:
+            module: `__name__` of the file. timm reads the configurations from its dictionary `default_cfgs`.
+            create: Called as `create(name, pretrained, base=base, gate=gate, **kwargs)`, with one of the bases.
+            bases: Names of the models without attention, as they stand behind the name of a gate.
+            describe: Describes a base, e.g. 'preresnet18_cifar' as 'Pre-activation ResNet-18 for 32x32 images'.
+            make_cfgs: Makes the pretrained configurations of a model by tag, the default first.
+        """
+        self.module = module
+        self.create = create
+        self.bases = tuple(bases)
+        self.describe = describe
+        self.make_cfgs = make_cfgs
+
+    def __call__(self, name: str) -> Callable[..., nn.Module]:
+        """Registers a model with timm and returns its entry point.
+
+        Args:
+            name: Name of a base, with the name of a gate and an underscore in front: 'se_b_preresnet18_cifar'.
+        """
         base, gate, description = split_gate(name)
 
-        def entrypoint(pretrained: bool = False, *, _name=name, _base=base, _gate=gate, **kwargs: Any) -> nn.Module:
-            if str(kwargs.get('base', _base)).partition('.')[0] not in bases:
+        def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+            given = str(kwargs.get('base', base))
+            if given.partition('.')[0] not in self.bases:
                 raise ValueError(
-                    f'base of {_name} must be one of {", ".join(bases)}, got {kwargs["base"]!r}. The model that takes '
-                    'any CNN of timm as its base is gated.')
-            return create(_name, pretrained, **dict(dict(base=_base, gate=_gate), **kwargs))
+                    f'base of {name} must be one of {", ".join(self.bases)}, got {given!r}. Use the model gated for '
+                    'another CNN of timm.')
+            return self.create(name, pretrained, **dict(dict(base=base, gate=gate), **kwargs))
 
         entrypoint.__name__ = entrypoint.__qualname__ = name
-        entrypoint.__module__ = module['__name__']
-        entrypoint.__doc__ = f'{base_doc(base)} with {description}.'
-        module[name] = register_model(entrypoint)
+        entrypoint.__module__ = self.module
+        entrypoint.__doc__ = f'{self.describe(base)} with {description}.'
+        sys.modules[self.module].default_cfgs.update(generate_default_cfgs(self.make_cfgs(name)))
+        return register_model(entrypoint)
 
 
 def list_models(filter: str = '*', pretrained: bool = False) -> List[str]:

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 from timm.models._features import FeatureGetterNet, FeatureHookNet
 
-from ._warm_start import gate_weights, gated_modules, has_gates
+from ..checkpoints.warm_start import gate_weights, gated_modules, has_gates
 
 __all__ = ['EXTRACTOR_ARGUMENTS', 'Part']
 

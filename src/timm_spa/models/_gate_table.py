@@ -1,6 +1,5 @@
 """The table of the gates that models have, from which prefixes of their names, labels and choices are derived."""
 import math
-from types import SimpleNamespace
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch.nn as nn
@@ -17,59 +16,74 @@ class Gate(NamedTuple):
 
     Attributes:
         label: Name in tables and plots.
-        description: What it is, for documentation.
-        create: Makes the layer from the arguments of `create_gate`.
-        zeros: Parameters of the layer with which, once they are zero, the gate has one value everywhere.
-        doublings: How often that value has to be doubled to be 1; None if no parameters make the gate neutral.
+        description: Description for documentation.
+        create: Makes the layer from `channels`, `rd_channels`, `norm_layer` and further keywords of `create_gate`.
+        variant: Input of the gate: 'a' the gated feature map, 'b' the block's input, 'c' the block's input with its
+            channels matched.
+        zeros: Parameters of the layer. If they are zero, the gate has one value everywhere.
+        doublings: Number of times that this value has to be doubled to be 1; None if the gate cannot be neutral.
         min_width: Smallest reduced width.
     """
     label: str
     description: str
-    create: Callable[[SimpleNamespace], nn.Module]
+    create: Callable[..., nn.Module]
+    variant: str = 'a'
     zeros: Tuple[str, ...] = ('fc2.weight',)
     doublings: Optional[int] = 1
     min_width: int = 1
 
 
-def _spa(variant: str) -> Callable[[SimpleNamespace], nn.Module]:
-    return lambda a: SpatialPyramidAttention(
-        a.channels, a.in_channels, variant, a.pyramid_sizes, rd_channels=a.rd_channels,
-        matcher_rd_channels=a.matcher_rd_channels, norm_layer=a.norm_layer, **a.dd)
+def _no_attention(**kwargs: Any) -> nn.Module:
+    return NoGate()
 
 
-def _se(variant: str) -> Callable[[SimpleNamespace], nn.Module]:
-    return lambda a: SqueezeExcite(
-        a.channels, a.in_channels, variant, rd_channels=a.rd_channels, matcher_rd_channels=a.matcher_rd_channels,
-        norm_layer=a.norm_layer, **a.dd)
+def _spa(channels: int, **kwargs: Any) -> nn.Module:
+    return SpatialPyramidAttention(channels, **kwargs)
 
 
-def _timm(layer: Callable[..., nn.Module], **kwargs: Any) -> Callable[[SimpleNamespace], nn.Module]:
-    return lambda a: SelfGate(layer(a.channels, rd_channels=a.rd_channels, **kwargs, **a.dd))
+def _se(channels: int, pyramid_sizes: Sequence[int], **kwargs: Any) -> nn.Module:
+    return SqueezeExcite(channels, **kwargs)
 
 
-# A name and an underscore are the prefix of the models with that gate, the plain nets have none.
+def _ge(**kwargs: Any) -> nn.Module:
+    return GatherExcite()
+
+
+def _ge_conv(channels: int, norm_layer: LayerType, device=None, dtype=None, **kwargs: Any) -> nn.Module:
+    return GatherExciteConv(channels, norm_layer, device=device, dtype=dtype)
+
+
+def _timm(layer: Callable[..., nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
+    """Returns a function that makes one of timm's attention layers."""
+    def create(channels: int, rd_channels: int, device=None, dtype=None, **kwargs: Any) -> nn.Module:
+        return SelfGate(layer(channels, rd_channels=rd_channels, device=device, dtype=dtype, **fixed))
+
+    return create
+
+
+# The prefix of a model's name is the name of its gate and an underscore. Plain models have none.
 GATES: Dict[str, Gate] = {
-    'none': Gate('none', 'no attention', lambda a: NoGate(), (), 0),
-    'se': Gate('SE', 'squeeze-and-excitation', _se('a')),
-    'se_b': Gate('SE+', "SE+, squeeze-and-excitation of the block's input", _se('b')),
-    'se_c': Gate('SE++', "SE++, squeeze-and-excitation of the block's input, channels matched", _se('c')),
-    'ge': Gate('GE', 'parameter-free gather-excite of global extent', lambda a: GatherExcite(), (), None),
+    'none': Gate('none', 'no attention', _no_attention, zeros=(), doublings=0),
+    'se': Gate('SE', 'squeeze-and-excitation', _se),
+    'se_b': Gate('SE+', "SE+, squeeze-and-excitation of the block's input", _se, variant='b'),
+    'se_c': Gate('SE++', "SE++, squeeze-and-excitation of the block's input, channels matched", _se, variant='c'),
+    'ge': Gate('GE', 'parameter-free gather-excite of global extent', _ge, zeros=(), doublings=None),
     'cbam': Gate(
         'CBAM', 'the convolutional block attention module', _timm(CbamModule, mlp_bias=True),
-        ('layer.channel.fc2.weight', 'layer.channel.fc2.bias', 'layer.spatial.conv.bn.weight',
-         'layer.spatial.conv.bn.bias'), 2),
+        zeros=('layer.channel.fc2.weight', 'layer.channel.fc2.bias', 'layer.spatial.conv.bn.weight',
+               'layer.spatial.conv.bn.bias'),
+        doublings=2),
     'gc': Gate(  # its layer norm over the reduced width makes one value a constant, and two values plus and minus one
-        'GC', 'global context', _timm(GlobalContext), ('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias'),
-        min_width=4),
-    'spa': Gate('SPA-A', 'SPA-A (the gate reads the map that it gates)', _spa('a')),
-    'spa_b': Gate('SPA-B', "SPA-B (the gate reads the block's input)", _spa('b')),
-    'spa_c': Gate('SPA-C', "SPA-C (the gate reads the block's input, channels matched)", _spa('c')),
-    # what table III compares with at ImageNet's size
+        'GC', 'global context', _timm(GlobalContext),
+        zeros=('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias'), min_width=4),
+    'spa': Gate('SPA-A', 'SPA-A (the gate reads the map that it gates)', _spa),
+    'spa_b': Gate('SPA-B', "SPA-B (the gate reads the block's input)", _spa, variant='b'),
+    'spa_c': Gate('SPA-C', "SPA-C (the gate reads the block's input, channels matched)", _spa, variant='c'),
+    # the comparison of table III at ImageNet's image size
     'se_bias': Gate(
-        'SE', 'squeeze-and-excitation with biases', _timm(SEModule), ('layer.fc2.weight', 'layer.fc2.bias')),
+        'SE', 'squeeze-and-excitation with biases', _timm(SEModule), zeros=('layer.fc2.weight', 'layer.fc2.bias')),
     'ge_conv': Gate(
-        'GE', 'gather-excite by depthwise convolutions', lambda a: GatherExciteConv(a.channels, a.norm_layer, **a.dd),
-        ('gather.7.weight', 'gather.7.bias')),
+        'GE', 'gather-excite by depthwise convolutions', _ge_conv, zeros=('gather.7.weight', 'gather.7.bias')),
 }
 
 
@@ -110,15 +124,21 @@ def create_gate(
     norm_layer = get_norm_layer(norm_layer)
     if isinstance(norm_layer, type) and issubclass(norm_layer, nn.GroupNorm):
         norm_layer = GroupNorm1
-    variant = gate[-1] if reads_block_input(gate) else 'a'
+    variant = GATES[gate].variant
     in_channels = channels if variant == 'a' else in_channels
     rd_channels = max(GATES[gate].min_width, int(channels * rd_ratio))
     source_rd_channels = max(1, int(in_channels * rd_ratio)) if reduce_source else rd_channels
-    dd: Dict[str, Any] = {'device': device, 'dtype': dtype}
-    layer: Any = GATES[gate].create(SimpleNamespace(
-        channels=channels, in_channels=in_channels, pyramid_sizes=pyramid_sizes,
-        rd_channels=source_rd_channels if variant == 'b' else rd_channels, matcher_rd_channels=source_rd_channels,
-        norm_layer=norm_layer, dd=dd))
+    layer: Any = GATES[gate].create(
+        channels=channels,
+        in_channels=in_channels,
+        variant=variant,
+        pyramid_sizes=pyramid_sizes,
+        rd_channels=source_rd_channels if variant == 'b' else rd_channels,
+        matcher_rd_channels=source_rd_channels,
+        norm_layer=norm_layer,
+        device=device,
+        dtype=dtype,
+    )
     _check_not_constant(gate, layer, channels, rd_ratio)
     layer.gate_name = gate
     return layer
@@ -126,7 +146,7 @@ def create_gate(
 
 def reads_block_input(gate: str) -> bool:
     """Returns whether a gate of the table reads the input of the block, as the paper's variants B and C do."""
-    return gate.endswith(('_b', '_c'))
+    return GATES[gate].variant != 'a'
 
 
 def _check_not_constant(gate: str, layer: Any, channels: int, rd_ratio: float) -> None:

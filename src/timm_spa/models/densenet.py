@@ -13,12 +13,11 @@ from typing import Any, Callable, Dict, List, Mapping
 
 import torch
 import torch.nn as nn
-from timm.models import generate_default_cfgs
 from timm.models.densenet import DenseBlock, DenseLayer, DenseNet
 
 from ._base import GatedNet, adopt, divide_reduction
 from ._builder import build_model, cifar_cfg, warm_cfgs
-from ._entrypoints import register_gated
+from ._entrypoints import Family
 
 __all__ = ['GatedDenseLayer', 'GatedDenseNet']
 
@@ -131,23 +130,10 @@ def _create_densenet(variant: str, pretrained: bool, base: str, **kwargs: Any) -
     )
 
 
-NAMES = (
-    'spa_densenet121', 'spa_densenet161', 'spa_densenet169', 'spa_densenet201',
-    'densenet_cifar', 'spa_densenet_cifar', 'spa_b_densenet_cifar', 'spa_c_densenet_cifar', 'se_densenet_cifar',
-    'ge_densenet_cifar', 'densenet121_cifar', 'spa_densenet121_cifar', 'spa_b_densenet121_cifar',
-    'spa_c_densenet121_cifar', 'se_densenet121_cifar', 'ge_densenet121_cifar',
-)
-
-default_cfgs = generate_default_cfgs({
-    **{
-        tag: cfg for name in NAMES if not name.endswith('_cifar')
-        for tag, cfg in warm_cfgs(name, name.removeprefix('spa_')).items()
-    },
-    **{
-        f'{name}.untrained': cifar_cfg(first_conv='features.conv0', classifier='classifier')
-        for name in NAMES if name.endswith('_cifar')
-    },
-})
+def _cfgs(name: str) -> Dict[str, Any]:
+    if name.endswith('_cifar'):
+        return {f'{name}.untrained': cifar_cfg(first_conv='features.conv0', classifier='classifier')}
+    return warm_cfgs(name, name.removeprefix('spa_'))
 
 
 def _describe(base: str) -> str:
@@ -156,4 +142,22 @@ def _describe(base: str) -> str:
     return f'DenseNet of growth {config["growth_rate"]}, blocks {config["block_config"]}{size},'
 
 
-register_gated(globals(), NAMES, _create_densenet, _describe)
+default_cfgs: Dict[str, Any] = {}
+register = Family(__name__, _create_densenet, _BASES, _describe, _cfgs)
+
+spa_densenet121 = register('spa_densenet121')
+spa_densenet161 = register('spa_densenet161')
+spa_densenet169 = register('spa_densenet169')
+spa_densenet201 = register('spa_densenet201')
+densenet_cifar = register('densenet_cifar')
+spa_densenet_cifar = register('spa_densenet_cifar')
+spa_b_densenet_cifar = register('spa_b_densenet_cifar')
+spa_c_densenet_cifar = register('spa_c_densenet_cifar')
+se_densenet_cifar = register('se_densenet_cifar')
+ge_densenet_cifar = register('ge_densenet_cifar')
+densenet121_cifar = register('densenet121_cifar')
+spa_densenet121_cifar = register('spa_densenet121_cifar')
+spa_b_densenet121_cifar = register('spa_b_densenet121_cifar')
+spa_c_densenet121_cifar = register('spa_c_densenet121_cifar')
+se_densenet121_cifar = register('se_densenet121_cifar')
+ge_densenet121_cifar = register('ge_densenet121_cifar')

@@ -16,7 +16,6 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 from timm.layers import get_act_layer, get_norm_layer
-from timm.models import generate_default_cfgs
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
 from timm.models._efficientnet_builder import (
     decode_arch_def,
@@ -29,7 +28,7 @@ from timm.models.efficientnet import EfficientNet
 from ..layers import fuse_branch
 from ._base import GatedNet, adopt, divide_reduction
 from ._builder import build_model, cifar_cfg, shipped_cfg, warm_cfgs
-from ._entrypoints import register_gated, split_gate
+from ._entrypoints import Family, split_gate
 
 __all__ = ['GatedDepthwiseSeparableConv', 'GatedEfficientNet', 'GatedInvertedResidual']
 
@@ -216,17 +215,6 @@ def _create(variant: str, pretrained: bool, base: str, **kwargs: Any) -> GatedEf
     return _create_efficientnet(variant, pretrained, **dict(_BASES[base], **kwargs))
 
 
-NAMES = (
-    'spa_mobilenetv2', 'spa_mobilenetv2_050', 'spa_mobilenetv2_075', 'spa_mobilenetv2_140',
-    'spa_b_mobilenetv2', 'spa_c_mobilenetv2', 'se_mobilenetv2', 'ge_mobilenetv2', 'cbam_mobilenetv2',
-    'mobilenetv2_cifar', 'spa_mobilenetv2_cifar', 'spa_b_mobilenetv2_cifar', 'spa_c_mobilenetv2_cifar',
-    'se_mobilenetv2_cifar', 'ge_mobilenetv2_cifar',
-    'spa_efficientnet_lite0', 'spa_b_efficientnet_lite0', 'spa_c_efficientnet_lite0',
-    'spa_tf_efficientnet_lite0', 'spa_b_tf_efficientnet_lite0', 'spa_c_tf_efficientnet_lite0',
-    'se_tf_efficientnet_lite0', 'ge_tf_efficientnet_lite0', 'cbam_tf_efficientnet_lite0',
-)
-
-
 def _cfgs(name: str) -> Dict[str, Any]:
     if name == 'spa_mobilenetv2_cifar':
         return {f'{name}.tmm_tin200': shipped_cfg(f'{name}.tmm_tin200')}
@@ -239,9 +227,6 @@ def _cfgs(name: str) -> Dict[str, Any]:
     return cfgs
 
 
-default_cfgs = generate_default_cfgs({tag: cfg for name in NAMES for tag, cfg in _cfgs(name).items()})
-
-
 def _describe(base: str) -> str:
     if base == 'mobilenetv2_cifar':
         return 'MobileNetV2 for 32x32 images, tables I and II of the paper,'
@@ -250,4 +235,30 @@ def _describe(base: str) -> str:
     return 'EfficientNet-Lite0' + (", padded as TensorFlow does," if base.startswith('tf_') else '')
 
 
-register_gated(globals(), NAMES, _create, _describe)
+default_cfgs: Dict[str, Any] = {}
+register = Family(__name__, _create, _BASES, _describe, _cfgs)
+
+spa_mobilenetv2 = register('spa_mobilenetv2')
+spa_mobilenetv2_050 = register('spa_mobilenetv2_050')
+spa_mobilenetv2_075 = register('spa_mobilenetv2_075')
+spa_mobilenetv2_140 = register('spa_mobilenetv2_140')
+spa_b_mobilenetv2 = register('spa_b_mobilenetv2')
+spa_c_mobilenetv2 = register('spa_c_mobilenetv2')
+se_mobilenetv2 = register('se_mobilenetv2')
+ge_mobilenetv2 = register('ge_mobilenetv2')
+cbam_mobilenetv2 = register('cbam_mobilenetv2')
+mobilenetv2_cifar = register('mobilenetv2_cifar')
+spa_mobilenetv2_cifar = register('spa_mobilenetv2_cifar')
+spa_b_mobilenetv2_cifar = register('spa_b_mobilenetv2_cifar')
+spa_c_mobilenetv2_cifar = register('spa_c_mobilenetv2_cifar')
+se_mobilenetv2_cifar = register('se_mobilenetv2_cifar')
+ge_mobilenetv2_cifar = register('ge_mobilenetv2_cifar')
+spa_efficientnet_lite0 = register('spa_efficientnet_lite0')
+spa_b_efficientnet_lite0 = register('spa_b_efficientnet_lite0')
+spa_c_efficientnet_lite0 = register('spa_c_efficientnet_lite0')
+spa_tf_efficientnet_lite0 = register('spa_tf_efficientnet_lite0')
+spa_b_tf_efficientnet_lite0 = register('spa_b_tf_efficientnet_lite0')
+spa_c_tf_efficientnet_lite0 = register('spa_c_tf_efficientnet_lite0')
+se_tf_efficientnet_lite0 = register('se_tf_efficientnet_lite0')
+ge_tf_efficientnet_lite0 = register('ge_tf_efficientnet_lite0')
+cbam_tf_efficientnet_lite0 = register('cbam_tf_efficientnet_lite0')

@@ -25,6 +25,7 @@ from timm.models.ghostnet import GhostModule
 from torch.nn.utils import parametrize, prune
 
 from .._names import check_model_name
+from ..checkpoints.warm_start import gate_weights, gated_modules, neutral_factors
 from ._block_types import BLOCK_TYPES, default_places, named_places
 from ._builder import Weights, attached_cfg, load_weights, read_weights, warm_cfg
 from ._entrypoints import list_models
@@ -45,7 +46,6 @@ from ._gate_slots import (
 )
 from ._gate_table import GATES, create_gate, reads_block_input
 from ._timm_bases import plain_filter, pretrained_arguments
-from ._warm_start import gate_weights, gated_modules, neutral_factors
 
 __all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'create_gated', 'gated']
 
@@ -121,7 +121,7 @@ def add_attention(
         if neutral:
             tensors = model.state_dict()
             with torch.no_grad():
-                for key, factor in neutral_factors(model).items():
+                for key, factor in neutral_factors(model, GATES).items():
                     before = tensors[key].clone()
                     tensors[key].mul_(factor)
                     undo.callback(tensors[key].copy_, before)

@@ -7,24 +7,30 @@ Papers:
 The gate stands behind the last norm layer of a block, before layer scale. Its reduction is 8, as the SPA paper's for
 MobileNetV2 is. There is no fused form for inference.
 """
-from typing import Any
+from typing import Any, Dict
 
 import torch.nn as nn
-from timm.models import generate_default_cfgs
 
 from ._builder import warm_cfgs
-from ._entrypoints import register_gated
+from ._entrypoints import Family
 from .gated import create_gated
-
-NAMES = ('spa_mobilenetv4_conv_small', 'spa_mobilenetv4_conv_medium')
 
 
 def _create_mobilenetv4(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return create_gated(variant, pretrained, **dict(dict(rd_ratio=1. / 8), **kwargs))
 
 
-default_cfgs = generate_default_cfgs({
-    tag: cfg for name in NAMES for tag, cfg in warm_cfgs(name, name.removeprefix('spa_')).items()})
+def _cfgs(name: str) -> Dict[str, Any]:
+    return warm_cfgs(name, name.removeprefix('spa_'))
 
-register_gated(
-    globals(), NAMES, _create_mobilenetv4, lambda base: f'MobileNetV4, {base.rpartition("_")[2]}, convolutions only,')
+
+def _describe(base: str) -> str:
+    return f'MobileNetV4, {base.rpartition("_")[2]}, convolutions only,'
+
+
+default_cfgs: Dict[str, Any] = {}
+register = Family(
+    __name__, _create_mobilenetv4, ('mobilenetv4_conv_small', 'mobilenetv4_conv_medium'), _describe, _cfgs)
+
+spa_mobilenetv4_conv_small = register('spa_mobilenetv4_conv_small')
+spa_mobilenetv4_conv_medium = register('spa_mobilenetv4_conv_medium')

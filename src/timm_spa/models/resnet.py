@@ -12,13 +12,12 @@ from typing import Any, Callable, Dict, Optional
 
 import torch
 import torch.nn as nn
-from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from ..layers import fuse_branch
 from ._base import GatedNet
 from ._builder import build_model, untrained_cfg, warm_cfgs
-from ._entrypoints import register_gated, split_gate
+from ._entrypoints import Family, split_gate
 
 __all__ = ['GatedBasicBlock', 'GatedBottleneck', 'GatedResNet']
 
@@ -155,17 +154,6 @@ def _create_resnet(variant: str, pretrained: bool, base: str, **kwargs: Any) -> 
     return build_model(GatedResNet, variant, pretrained, **dict(_BASES[base], **kwargs))
 
 
-NAMES = (
-    'spa_resnet18', 'spa_resnet34', 'spa_resnet50', 'spa_resnet101', 'spa_resnet152',
-    'spa_b_resnet18', 'spa_b_resnet34', 'spa_b_resnet50', 'spa_b_resnet101', 'spa_b_resnet152',
-    'spa_c_resnet18', 'spa_c_resnet34', 'spa_c_resnet50', 'spa_c_resnet101', 'spa_c_resnet152',
-    # tables III and VI compare with these; timm has the plain nets and seresnet50
-    'ge_resnet50', 'cbam_resnet50', 'gc_resnet50',
-    'spa_resnet50d', 'spa_b_resnet50d', 'spa_c_resnet50d', 'spa_resnet101d', 'spa_b_resnet101d', 'spa_c_resnet101d',
-    'spa_resnext50_32x4d', 'spa_b_resnext50_32x4d', 'spa_c_resnext50_32x4d',
-    'spa_resnext101_32x8d', 'spa_b_resnext101_32x8d', 'spa_c_resnext101_32x8d',
-    'spa_wide_resnet50_2', 'spa_b_wide_resnet50_2', 'spa_c_wide_resnet50_2',
-)
 _DEFAULTS = {base: 'a1_in1k' for base in ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')}
 
 
@@ -176,9 +164,6 @@ def _cfgs(name: str) -> Dict[str, Any]:
     return warm_cfgs(name, base, _DEFAULTS.get(base, ''))
 
 
-default_cfgs = generate_default_cfgs({tag: cfg for name in NAMES for tag, cfg in _cfgs(name).items()})
-
-
 def _describe(base: str) -> str:
     for prefix, title in (('resnet', 'ResNet'), ('resnext', 'ResNeXt'), ('wide_resnet', 'Wide ResNet')):
         if base.startswith(prefix):
@@ -186,4 +171,40 @@ def _describe(base: str) -> str:
     raise ValueError(base)
 
 
-register_gated(globals(), NAMES, _create_resnet, _describe)
+default_cfgs: Dict[str, Any] = {}
+register = Family(__name__, _create_resnet, _BASES, _describe, _cfgs)
+
+spa_resnet18 = register('spa_resnet18')
+spa_resnet34 = register('spa_resnet34')
+spa_resnet50 = register('spa_resnet50')
+spa_resnet101 = register('spa_resnet101')
+spa_resnet152 = register('spa_resnet152')
+spa_b_resnet18 = register('spa_b_resnet18')
+spa_b_resnet34 = register('spa_b_resnet34')
+spa_b_resnet50 = register('spa_b_resnet50')
+spa_b_resnet101 = register('spa_b_resnet101')
+spa_b_resnet152 = register('spa_b_resnet152')
+spa_c_resnet18 = register('spa_c_resnet18')
+spa_c_resnet34 = register('spa_c_resnet34')
+spa_c_resnet50 = register('spa_c_resnet50')
+spa_c_resnet101 = register('spa_c_resnet101')
+spa_c_resnet152 = register('spa_c_resnet152')
+# tables III and VI compare with these; timm has the plain nets and seresnet50
+ge_resnet50 = register('ge_resnet50')
+cbam_resnet50 = register('cbam_resnet50')
+gc_resnet50 = register('gc_resnet50')
+spa_resnet50d = register('spa_resnet50d')
+spa_b_resnet50d = register('spa_b_resnet50d')
+spa_c_resnet50d = register('spa_c_resnet50d')
+spa_resnet101d = register('spa_resnet101d')
+spa_b_resnet101d = register('spa_b_resnet101d')
+spa_c_resnet101d = register('spa_c_resnet101d')
+spa_resnext50_32x4d = register('spa_resnext50_32x4d')
+spa_b_resnext50_32x4d = register('spa_b_resnext50_32x4d')
+spa_c_resnext50_32x4d = register('spa_c_resnext50_32x4d')
+spa_resnext101_32x8d = register('spa_resnext101_32x8d')
+spa_b_resnext101_32x8d = register('spa_b_resnext101_32x8d')
+spa_c_resnext101_32x8d = register('spa_c_resnext101_32x8d')
+spa_wide_resnet50_2 = register('spa_wide_resnet50_2')
+spa_b_wide_resnet50_2 = register('spa_b_wide_resnet50_2')
+spa_c_wide_resnet50_2 = register('spa_c_wide_resnet50_2')

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.models import generate_default_cfgs
 
 from ._base import divide_reduction
 from ._builder import build_model, cifar_cfg
-from ._entrypoints import register_gated
+from ._entrypoints import Family
 from .resnet import GatedResNet
 
 __all__ = ['GatedPreActBasicBlock', 'GatedPreActBottleneck', 'GatedPreActResNet']
@@ -162,23 +161,51 @@ def _create_preact_resnet(variant: str, pretrained: bool, base: str, **kwargs: A
     return build_model(GatedPreActResNet, variant, pretrained, **dict(model_args, **kwargs))
 
 
-NAMES = (
-    'preresnet18_cifar', 'preresnet34_cifar', 'preresnet50_cifar', 'preresnet101_cifar', 'preresnet152_cifar',
-    'spa_preresnet18_cifar', 'spa_preresnet34_cifar', 'spa_preresnet50_cifar', 'spa_preresnet101_cifar',
-    'spa_preresnet152_cifar', 'spa_b_preresnet18_cifar', 'spa_b_preresnet34_cifar', 'spa_b_preresnet50_cifar',
-    'spa_b_preresnet101_cifar', 'spa_b_preresnet152_cifar', 'spa_c_preresnet18_cifar', 'spa_c_preresnet34_cifar',
-    'spa_c_preresnet50_cifar', 'spa_c_preresnet101_cifar', 'spa_c_preresnet152_cifar',
-    'se_preresnet18_cifar', 'se_preresnet34_cifar', 'se_preresnet50_cifar', 'se_preresnet101_cifar',
-    'se_preresnet152_cifar', 'ge_preresnet18_cifar', 'ge_preresnet34_cifar', 'ge_preresnet50_cifar',
-    'ge_preresnet101_cifar', 'ge_preresnet152_cifar',
-    # the connection study of table IV
-    'se_b_preresnet18_cifar', 'se_b_preresnet50_cifar', 'se_b_preresnet101_cifar',
-    'se_c_preresnet18_cifar', 'se_c_preresnet50_cifar', 'se_c_preresnet101_cifar',
-)
+def _cfgs(name: str) -> Dict[str, Any]:
+    return {f'{name}.untrained': cifar_cfg(first_conv='conv1', classifier='fc')}
 
-default_cfgs = generate_default_cfgs({
-    f'{name}.untrained': cifar_cfg(first_conv='conv1', classifier='fc') for name in NAMES})
 
-register_gated(
-    globals(), NAMES, _create_preact_resnet,
-    lambda base: f'Pre-activation ResNet-{base[len("preresnet"):-len("_cifar")]} for 32x32 images')
+def _describe(base: str) -> str:
+    return f'Pre-activation ResNet-{base[len("preresnet"):-len("_cifar")]} for 32x32 images'
+
+
+default_cfgs: Dict[str, Any] = {}
+register = Family(__name__, _create_preact_resnet, _DEPTHS, _describe, _cfgs)
+
+preresnet18_cifar = register('preresnet18_cifar')
+preresnet34_cifar = register('preresnet34_cifar')
+preresnet50_cifar = register('preresnet50_cifar')
+preresnet101_cifar = register('preresnet101_cifar')
+preresnet152_cifar = register('preresnet152_cifar')
+spa_preresnet18_cifar = register('spa_preresnet18_cifar')
+spa_preresnet34_cifar = register('spa_preresnet34_cifar')
+spa_preresnet50_cifar = register('spa_preresnet50_cifar')
+spa_preresnet101_cifar = register('spa_preresnet101_cifar')
+spa_preresnet152_cifar = register('spa_preresnet152_cifar')
+spa_b_preresnet18_cifar = register('spa_b_preresnet18_cifar')
+spa_b_preresnet34_cifar = register('spa_b_preresnet34_cifar')
+spa_b_preresnet50_cifar = register('spa_b_preresnet50_cifar')
+spa_b_preresnet101_cifar = register('spa_b_preresnet101_cifar')
+spa_b_preresnet152_cifar = register('spa_b_preresnet152_cifar')
+spa_c_preresnet18_cifar = register('spa_c_preresnet18_cifar')
+spa_c_preresnet34_cifar = register('spa_c_preresnet34_cifar')
+spa_c_preresnet50_cifar = register('spa_c_preresnet50_cifar')
+spa_c_preresnet101_cifar = register('spa_c_preresnet101_cifar')
+spa_c_preresnet152_cifar = register('spa_c_preresnet152_cifar')
+se_preresnet18_cifar = register('se_preresnet18_cifar')
+se_preresnet34_cifar = register('se_preresnet34_cifar')
+se_preresnet50_cifar = register('se_preresnet50_cifar')
+se_preresnet101_cifar = register('se_preresnet101_cifar')
+se_preresnet152_cifar = register('se_preresnet152_cifar')
+ge_preresnet18_cifar = register('ge_preresnet18_cifar')
+ge_preresnet34_cifar = register('ge_preresnet34_cifar')
+ge_preresnet50_cifar = register('ge_preresnet50_cifar')
+ge_preresnet101_cifar = register('ge_preresnet101_cifar')
+ge_preresnet152_cifar = register('ge_preresnet152_cifar')
+# the connection study of table IV
+se_b_preresnet18_cifar = register('se_b_preresnet18_cifar')
+se_b_preresnet50_cifar = register('se_b_preresnet50_cifar')
+se_b_preresnet101_cifar = register('se_b_preresnet101_cifar')
+se_c_preresnet18_cifar = register('se_c_preresnet18_cifar')
+se_c_preresnet50_cifar = register('se_c_preresnet50_cifar')
+se_c_preresnet101_cifar = register('se_c_preresnet101_cifar')

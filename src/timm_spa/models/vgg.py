@@ -14,12 +14,11 @@ from typing import Any, Callable, Dict, List, Sequence
 import torch
 import torch.nn as nn
 from timm.layers import ClassifierHead, get_norm_layer
-from timm.models import generate_default_cfgs
 from timm.models.vgg import VGG
 
 from ._base import GatedNet
 from ._builder import build_model, cifar_cfg, warm_cfgs
-from ._entrypoints import register_gated
+from ._entrypoints import Family
 
 __all__ = ['CifarVGG', 'GatedConvUnit', 'GatedVGG']
 
@@ -192,19 +191,23 @@ def _create_vgg(variant: str, pretrained: bool, base: str, **kwargs: Any) -> VGG
     )
 
 
-NAMES = (
-    'spa_vgg16_bn', 'vgg16_cifar', 'spa_vgg16_cifar', 'spa_b_vgg16_cifar', 'spa_c_vgg16_cifar', 'se_vgg16_cifar',
-    'ge_vgg16_cifar',
-)
+def _cfgs(name: str) -> Dict[str, Any]:
+    if name.endswith('_cifar'):
+        return {f'{name}.untrained': cifar_cfg(pool_size=(1, 1), first_conv='features.0.conv', classifier='head.fc')}
+    return warm_cfgs(name, name.removeprefix('spa_'))
 
-default_cfgs = generate_default_cfgs({
-    **warm_cfgs('spa_vgg16_bn', 'vgg16_bn'),
-    **{
-        f'{name}.untrained': cifar_cfg(pool_size=(1, 1), first_conv='features.0.conv', classifier='head.fc')
-        for name in NAMES if name.endswith('_cifar')
-    },
-})
 
-register_gated(
-    globals(), NAMES, _create_vgg, lambda base: 'VGG-16 for ' + ('32x32' if 'cifar' in base else '224x224') + ' images'
-)
+def _describe(base: str) -> str:
+    return f'VGG-16 for {"32x32" if base == "vgg16_cifar" else "224x224"} images'
+
+
+default_cfgs: Dict[str, Any] = {}
+register = Family(__name__, _create_vgg, ('vgg16_bn', 'vgg16_cifar'), _describe, _cfgs)
+
+spa_vgg16_bn = register('spa_vgg16_bn')
+vgg16_cifar = register('vgg16_cifar')
+spa_vgg16_cifar = register('spa_vgg16_cifar')
+spa_b_vgg16_cifar = register('spa_b_vgg16_cifar')
+spa_c_vgg16_cifar = register('spa_c_vgg16_cifar')
+se_vgg16_cifar = register('se_vgg16_cifar')
+ge_vgg16_cifar = register('ge_vgg16_cifar')

@@ -5,12 +5,10 @@ parameters of the block: scale and shift of a norm layer (also with a ReLU behin
 the weights of a convolution. Twice these make the gated model equal to the plain one: doubling and halving are exact in
 binary floating point.
 """
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
-
-from ._gate_table import GATES
 
 __all__ = ['checkpoint_filter_fn', 'gate_weights', 'gated_modules', 'has_gates', 'neutral_factors', 'warm_start']
 
@@ -39,11 +37,19 @@ def has_gates(names: Iterable[str], model: nn.Module) -> bool:
     return not set(gate_weights(model)).isdisjoint(names)
 
 
-def neutral_factors(model: nn.Module) -> Dict[str, float]:
-    """Returns the tensors that change when the gates of a model become neutral, and what to multiply them by."""
+def neutral_factors(model: nn.Module, gates: Mapping[str, Any]) -> Dict[str, float]:
+    """Returns the tensors that change when the gates of a model become neutral, and their factors.
+
+    Args:
+        model: Model with gates.
+        gates: The table of gates, `timm_spa.models.GATES`.
+
+    Raises:
+        ValueError: No weights make a gate neutral.
+    """
     factors: Dict[str, float] = {}
     for name, module in gated_modules(model):
-        gate, prefix = GATES[module.attn.gate_name], getattr(module, 'gated_prefix', name)
+        gate, prefix = gates[module.attn.gate_name], getattr(module, 'gated_prefix', name)
         if gate.doublings is None:
             raise ValueError(f'No weights make {name}.attn neutral: the gate {module.attn.gate_name!r} has none.')
         act = getattr(module, getattr(module, 'gated_activation', ''), None)
@@ -60,13 +66,14 @@ def neutral_factors(model: nn.Module) -> Dict[str, float]:
 def warm_start(
         state_dict: Dict[str, torch.Tensor],
         model: nn.Module,
+        gates: Mapping[str, Any],
         neutral: bool = True,
 ) -> Dict[str, torch.Tensor]:
     """Adds gates to the weights of a plain model, which are not changed; gates as they are if not `neutral`."""
     warm = dict(state_dict)
     for name, module in gated_modules(model):
         warm.update({f'{name}.attn.{key}': value for key, value in module.attn.state_dict().items()})
-    for key, factor in neutral_factors(model).items() if neutral else ():
+    for key, factor in neutral_factors(model, gates).items() if neutral else ():
         if key in warm:  # else load_state_dict reports it
             warm[key] = warm[key] * factor
     return warm
@@ -75,6 +82,7 @@ def warm_start(
 def checkpoint_filter_fn(
         state_dict: Dict[str, torch.Tensor],
         model: nn.Module,
+        gates: Mapping[str, Any],
         plain_filter: Optional[Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]] = None,
         neutral: bool = True,
 ) -> Dict[str, torch.Tensor]:
@@ -82,4 +90,4 @@ def checkpoint_filter_fn(
     if has_gates(state_dict, model):
         return state_dict
     plain = plain_filter(state_dict) if plain_filter else state_dict
-    return warm_start(plain, model, neutral) if gate_weights(model) else plain
+    return warm_start(plain, model, gates, neutral) if gate_weights(model) else plain
