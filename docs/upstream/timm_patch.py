@@ -33,7 +33,8 @@ HERE = Path(__file__).parent
 BUILD = ROOT / 'build' / 'timm_patch'
 LAYER = 'timm/layers/spatial_pyramid_attn.py'
 RESNETS = [name for name in resnet._BASES if re.fullmatch(r'resnet\d+', name)]
-MOBILENETS = [name for name in timm_spa.list_models('spa_mobilenetv2*') if re.fullmatch(r'spa_mobilenetv2(_\d+)?', name)]
+MOBILENETS = [
+    name for name in timm_spa.list_models('spa_mobilenetv2*') if re.fullmatch(r'spa_mobilenetv2(_\d+)?', name)]
 NAMES = [*(f'spa_{name}' for name in RESNETS), *MOBILENETS]
 # timm's models whose blocks the patch touches
 NEIGHBOURS = ['seresnet18', 'mobilenetv2_050', 'efficientnet_lite0', 'tf_efficientnet_cc_b0_4e']
