@@ -297,6 +297,18 @@ def test_squeeze_excite_is_its_equation(variant):
     assert rel(layer(x, block_input), expected) < 1e-12
 
 
+def test_gather_excite_is_the_sigmoid_of_the_mean():
+    x = torch.randn(2, 6, 5, 7)
+    torch.testing.assert_close(create_gate('ge', 6, 6)(x), x * x.flatten(2).mean(2)[..., None, None].sigmoid())
+
+
+def test_channel_matcher_of_squeeze_excite():
+    """It is there only where channels differ, and has a width of its own."""
+    assert type(SqueezeExcite(16, 16, 'c').matcher) is torch.nn.Identity
+    assert SqueezeExcite(16, 12, 'c', rd_channels=4, matcher_rd_channels=3).matcher.fc1.out_channels == 3
+    assert SqueezeExcite(16, 12, 'c', rd_channels=4).matcher.fc1.out_channels == 4
+
+
 @pytest.mark.parametrize('size', [(16, 24), (17, 9)])
 def test_gather_excite_conv_repeats_its_cells(size):
     """The gathered map is resized by repetition: every pixel has the gate of its cell, and none in between."""
@@ -305,6 +317,7 @@ def test_gather_excite_conv_repeats_its_cells(size):
         torch.nn.init.normal_(p)
     x = torch.randn(2, 6, *size)
     cells = layer.gather(x)
+    assert cells.min() < 0 < cells.max(), 'no activation behind the last norm layer'
     assert cells.shape[2:] == tuple(-(-length // 8) for length in size)
     rows, columns = (torch.arange(n) * cells.shape[i] // n for i, n in zip((2, 3), size, strict=True))
     torch.testing.assert_close(layer(x), x * cells[:, :, rows][..., columns].sigmoid())

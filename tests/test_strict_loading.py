@@ -72,6 +72,7 @@ def files(tmp_path_factory):
             'own without a tensor': {key: value for key, value in own.items() if key != block},
             'own without a tensor of a gate': {key: value for key, value in own.items() if key != gate},
             'own without the first convolution': {key: value for key, value in own.items() if key != stem},
+            'own with fewer filters in the first convolution': dict(own, **{stem: own[stem][:-1]}),
             'own with a tensor of another shape': dict(own, **{block: own[block][:-1]}),
             'plain without a tensor': {key: value for key, value in plain.items() if key != block},
             'plain without the first convolution': {key: value for key, value in plain.items() if key != stem},
@@ -120,6 +121,7 @@ WRONG = {
     'own without a tensor': '1 missing: (?:layer1|blocks).0',
     'own without a tensor of a gate': '1 missing: .*attn.fc1.weight',
     'own without the first convolution': '1 missing: conv',
+    'own with fewer filters in the first convolution': '1 of the wrong shape: conv',
     'own with a tensor of another shape': r'1 of the wrong shape: (?:layer1|blocks)\.0.*expected',
     'plain without a tensor': '1 missing: (?:layer1|blocks).0',
     'plain without the first convolution': '1 missing: conv',
@@ -167,8 +169,10 @@ def test_the_classifier(name, files, tmp_path):
         for file in ('none', 'ten'):
             with pytest.raises(RuntimeError, match=f'{file}.safetensors does not fit {name};.* 2 .*classifier.weight'):
                 loaded(name, tmp_path / f'{file}.safetensors')
-            for kwargs in (dict(num_classes=7), dict(num_classes=0), dict(features_only=True),
-                           dict(overlay=dict(num_classes=-1)), dict(overlay=dict(num_classes=0), num_classes=3)):
+            for kwargs in (
+                    dict(num_classes=7), dict(num_classes=0), dict(num_classes=7, in_chans=1), dict(features_only=True),
+                    *(dict(overlay=dict(num_classes=n)) for n in (-1, 0)),
+                    dict(overlay=dict(num_classes=0), num_classes=3)):
                 loaded(name, tmp_path / f'{file}.safetensors', **kwargs)
         model = loaded(name, tmp_path / 'ten.safetensors', overlay=dict(num_classes=10))
         assert torch.equal(model.classifier.weight, ten['classifier.weight'])
@@ -344,7 +348,15 @@ def test_published_weights_of_other_names(base, rename, tmp_path):
 
 
 def test_weights_of_masked_autoencoders(tmp_path):
-    """They have no head, also not the norm layer in front of the classifier."""
+    """They have no head, also not the norm layer in front of the classifier. All others have."""
+    weights = random_net('convnext_atto').state_dict()
+    del weights['head.norm.bias']
+    torch.save(weights, tmp_path / 'other.pth')
+    for kwargs in ({}, dict(num_classes=10), dict(features_only=True)):
+        with pytest.raises(RuntimeError, match='1 missing: head.norm.bias'):
+            timm.create_model(
+                'gated', base='convnext_atto', pretrained=True,
+                pretrained_cfg_overlay=dict(file=str(tmp_path / 'other.pth')), **kwargs)
     weights = {k: v for k, v in random_net('convnextv2_atto').state_dict().items() if not k.startswith('head.')}
     torch.save(weights, tmp_path / 'mae.pth')
     load = dict(base='convnextv2_atto.fcmae', pretrained=True)
