@@ -185,6 +185,51 @@ def test_weights_from_a_file(tmp_path):
         create_body('spa_resnet34', tmp_path / 'plain.safetensors')
 
 
+@pytest.mark.parametrize('detector', BUILDERS)
+def test_detectors_start_from_a_file(tmp_path, detector):
+    plain = timm.create_model('resnet18', num_classes=2)
+    safetensors.torch.save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
+    kwargs = dict(SMALL, pretrained_backbone=tmp_path / 'plain.safetensors')
+    body = BUILDERS[detector]('resnet18', **kwargs).backbone.body
+    assert torch.equal(body.layer4[1].conv2.weight, plain.layer4[1].conv2.weight)
+
+
+def test_settings_are_those_of_mmdetection():
+    with torch.device('meta'):
+        retina, cascade = (build('resnet18', pretrained_backbone=False) for build in BUILDERS.values())
+    for model in (retina, cascade):
+        assert (model.transform.min_size, model.transform.max_size) == ((800,), 1333)
+    assert (retina.score_thresh, retina.nms_thresh, retina.detections_per_img) == (0.05, 0.5, 100)
+    assert retina.topk_candidates == 1000
+    assert (retina.proposal_matcher.high_threshold, retina.proposal_matcher.low_threshold) == (0.5, 0.4)
+    rpn, heads = cascade.rpn, cascade.roi_heads
+    assert rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+    assert rpn.anchor_generator.aspect_ratios == ((0.5, 1, 2),) * 5
+    assert (rpn.proposal_matcher.high_threshold, rpn.proposal_matcher.low_threshold) == (0.7, 0.3)
+    assert (rpn._pre_nms_top_n, rpn._post_nms_top_n) == (dict(training=2000, testing=1000),) * 2
+    assert rpn.nms_thresh == 0.7
+    assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (256, 0.5)
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.05, 0.5, 100)
+    assert (heads.batch_size_per_image, heads.max_positives) == (512, 128)
+
+
+@pytest.mark.parametrize('detector', BUILDERS)
+def test_mean_and_deviation_can_be_given(detector):
+    with torch.device('meta'):
+        model = BUILDERS[detector]('resnet18', **SMALL, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    assert model.transform.image_mean == model.detector_config['image_mean'] == [0.1, 0.2, 0.3]
+    assert model.transform.image_std == model.detector_config['image_std'] == [0.4, 0.5, 0.6]
+    assert (model.transform.min_size, model.transform.max_size) == ((64,), 96)
+
+
+def test_p6_is_made_of_the_last_map_of_the_backbone():
+    """Even where it has as many channels as the pyramid; torchvision takes the pyramid's last map then."""
+    net = Backbone(create_body('resnet18', False, channels=(32, 64, 128, 256)), (8, 16, 32), p6p7=True).eval()
+    with torch.no_grad():
+        x = torch.rand(1, 3, 64, 64)
+        torch.testing.assert_close(list(net(x).values())[3], net.fpn.extra_blocks.p6(net.body(x)[-1]))
+
+
 @pytest.mark.parametrize(('name', 'num_classes', 'classifier'), [
     ('resnet18', 0, ''), ('legacy_seresnet18', 4, 'last_linear.weight'), ('repvit_m0_9', 4, 'head.head.bn.weight')])
 def test_weights_from_a_file_without_a_usual_classifier(tmp_path, name, num_classes, classifier):
@@ -369,6 +414,12 @@ def test_sampling_by_overlap(threshold, objects):
     assert torch.equal(drawn[given], true_boxes)
 
 
+def test_an_overlap_of_the_threshold_is_an_object():
+    true_boxes, boxes = torch.tensor([[0., 0, 100, 100]]), torch.tensor([[0., 0, 100, 50]])
+    _, labels, _, _ = CascadeRoIHeads(1, 5)._sample(boxes, true_boxes, torch.tensor([4]), 0.5)
+    assert labels.tolist() == [4, 4]
+
+
 def test_sampling_is_limited():
     heads = CascadeRoIHeads(1, 5)
     true_boxes = torch.tensor([[0., 0, 100, 100]])
@@ -426,6 +477,22 @@ def test_losses_by_hand():
         numbers = [(stage + 1) * v for v in (10 / 80 / 0.1, math.log(100 / 80) / 0.2)]
         smooth = sum(v - 0.5 if v > 1 else v * v / 2 for v in numbers)
         assert losses[f'loss_box_reg_{stage}'].item() == pytest.approx(weight * smooth / 2), 'two boxes drawn'
+
+
+def test_no_gradient_flows_through_the_boxes_of_a_stage():
+    heads, seen = stubbed(*[([0., 0, 0], [0., 0, 0, 0])] * 3)
+    for head in heads.heads:
+        head.forward = lambda boxes: (
+            torch.zeros(sum(map(len, boxes)), 3), torch.zeros(sum(map(len, boxes)), 4, requires_grad=True))
+    heads({}, [torch.tensor([[0., 0, 100, 80]])], [(200, 200)], [target([[0., 0, 100, 100]], [1])])
+    assert [boxes[0].requires_grad for boxes in seen] == [False] * 3
+
+
+def test_new_heads_predict_nothing_yet():
+    head = CascadeRoIHeads(4, 80).heads[0]
+    assert head.classifier.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert head.regressor.weight.std().item() == pytest.approx(0.001, rel=0.1)
+    assert not any(layer.bias.any() for layer in (head.fc1, head.fc2, head.classifier, head.regressor))
 
 
 def test_nothing_proposed_and_nothing_there():

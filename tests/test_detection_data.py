@@ -315,6 +315,21 @@ def test_figures_by_hand(tmp_path):
     assert figures['AP75'] == pytest.approx(half)
 
 
+def test_wrong_detections_of_another_size_do_not_count(tmp_path):
+    """The best detection is wrong and large: it halves the AP, and not that of small objects."""
+    dataset = CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=[0, 0, 10, 10])]))
+    figures = coco_figures(dataset, {0: found([[20, 20, 80, 80], [0, 0, 10, 10]], [0.9, 0.8])})
+    assert figures['AP'] == pytest.approx(50)
+    assert figures['AP_S'] == pytest.approx(100)
+
+
+def test_detections_of_a_class_that_the_file_lacks_do_not_count(tmp_path):
+    source = write_coco(tmp_path, [1], [dict(bbox=[0, 0, 50, 50])])
+    dataset = CocoDataset(*source, categories=[dict(id=5, name='bird'), dict(id=6, name='thing')])
+    figures = coco_figures(dataset, {0: found([[0, 0, 50, 50], [0, 0, 50, 50]], [0.9, 0.8], [0, 1])})
+    assert figures['AP'] == pytest.approx(100)
+
+
 def test_an_annotation_with_id_0_counts(tmp_path):
     dataset = two_objects(tmp_path, id=0)
     both = {0: found([[0, 0, 50, 50], [50, 0, 100, 50]], [0.9, 0.8])}

@@ -121,16 +121,14 @@ def coco_figures(dataset: CocoDataset, detections: Mapping[int, Detection]) -> D
         dict(image_id=place, category_id=a['label'], bbox=a['bbox'], area=a['area'], iscrowd=a['iscrowd'])
         for place, of_image in enumerate(dataset.annotations) for a in of_image]
     labels = range(len(dataset.categories))
-    known = [label for label in labels if dataset.categories[label]['id'] is not None]
-    found = coco_results(
-        detections.values(), detections, [label if label in known else None for label in labels])
+    found = coco_results(detections.values(), detections, labels)
     for result in found:
         result.update(area=result['bbox'][2] * result['bbox'][3], iscrowd=0)
 
     def indexed(entries: List[Dict[str, Any]]) -> Any:
         coco = COCO()
         coco.dataset = dict(
-            images=[dict(id=place) for place in range(len(dataset))], categories=[dict(id=label) for label in known],
+            images=[dict(id=place) for place in range(len(dataset))], categories=[dict(id=label) for label in labels],
             # from 1: pycocotools treats a match with id 0 as no match
             annotations=[dict(entry, id=number) for number, entry in enumerate(entries, start=1)])
         coco.createIndex()
