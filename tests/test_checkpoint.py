@@ -75,3 +75,16 @@ def test_fewer_and_more_classes_are_named(classes):
     model.pretrained_cfg = dict(classifier='head')
     with pytest.raises(CheckpointError, match=rf'w.pth has {classes} classes \(head.weight\), and the model has 3'):
         check_shapes(torch.nn.Linear(5, classes).state_dict(prefix='head.'), model, 'w.pth')
+
+
+def test_a_file_has_the_mode_of_others(tmp_path):
+    write_tensors(tmp_path / 'w.safetensors', TENSORS, {})
+    (tmp_path / 'other').touch()
+    assert (tmp_path / 'w.safetensors').stat().st_mode == (tmp_path / 'other').stat().st_mode
+
+
+@pytest.mark.parametrize('size', [1, 7])
+def test_a_file_that_ends_before_its_header(tmp_path, size):
+    (tmp_path / 'w.safetensors').write_bytes(b'1' * size)
+    with pytest.raises(CheckpointError, match=f'a truncated safetensors file, {8 - size} bytes are missing'):
+        read_weights(tmp_path / 'w.safetensors')
