@@ -1,5 +1,10 @@
 """Configuration of Sphinx: `make docs` builds the pages into build/docs."""
+import os
 from importlib import metadata
+from pathlib import Path
+
+from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
 
 project = 'timm_spa'
 author = 'timm_spa maintainers'
@@ -18,5 +23,32 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = False
 autodoc_mock_imports = ['mmcv', 'mmdet']  # timm_spa.detection.mmdet cannot be imported without compiled operators
-# pages show files of the project that are no pages
-suppress_warnings = ['myst.xref_missing']
+
+DOCS = Path(__file__).resolve().parent
+# files outside this folder that a page includes
+PAGES = {'train_scripts/README.md': 'training', 'train_scripts/results/README.md': 'results'}
+
+
+class LinksToFiles(SphinxTransform):
+    """Links to files of the project, which are right in the repository: to the page that shows one, else to a copy."""
+
+    default_priority = 5
+
+    def apply(self, **kwargs):
+        """Replaces the references of a page."""
+        for node in list(self.document.findall(addnodes.pending_xref)):
+            path = Path(node.source or self.document['source']).parent / node['reftarget']
+            path = next((file for file in (path, path.with_name(f'{path.name}.md')) if file.is_file()), None)
+            if node.get('reftype') != 'myst' or path is None or DOCS in path.resolve().parents:
+                continue
+            page = PAGES.get(path.resolve().relative_to(DOCS.parent).as_posix())
+            if page:
+                node.attributes.update(refdomain='doc', reftarget=page, reftargetid=None)
+            else:
+                target = os.path.relpath(path, Path(self.env.doc2path(self.env.docname)).parent)
+                node.replace_self(addnodes.download_reference('', '', *node.children, reftarget=target))
+
+
+def setup(app):
+    """Registers the transform with Sphinx."""
+    app.add_transform(LinksToFiles)

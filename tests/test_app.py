@@ -75,6 +75,15 @@ def test_requests(tmp_path):
     assert isinstance(e.value.__cause__, PictureError)
 
 
+def test_names_and_ports_that_are_none():
+    for models in ((), []):
+        with pytest.raises(app.AppError, match='at least one name'):
+            app.build(models)
+    for port in (0, -1, 65536):
+        with pytest.raises(app.AppError, match='number from 1 to 65535'):
+            app.serve(port=port)
+
+
 def test_the_space():
     """What the Hub's builder reads."""
     import gradio

@@ -224,6 +224,15 @@ def test_batches_and_models_that_are_none():
             cam(model, x, method=method)
 
 
+@pytest.mark.parametrize('layer', ['global_pool', 'fc', 'unused'])
+@pytest.mark.parametrize('method', ['gradcam', 'scorecam'])
+def test_layers_without_a_map(layer, method):
+    model, x = make('spa_resnet18')
+    model.unused = torch.nn.Conv2d(3, 3, 1)
+    with pytest.raises(ExplainError, match=f"layer '{layer}' gives no feature map"):
+        cam(model, x, layer=layer, method=method)
+
+
 def named(labels, descriptions=None):
     with torch.device('meta'):
         model = timm.create_model('mobilenetv2_cifar', num_classes=len(labels))
@@ -265,6 +274,8 @@ def test_a_folder_of_images(tmp_path, capsys):
     assert explain('gates', pictures, '--blocks', 'blocks.6.0', '--out', tmp_path / 'gates', '--json') == 0
     assert list(json.loads(capsys.readouterr().out)) == paths
     assert len(list((tmp_path / 'gates').glob('*.png'))) == 2
+    assert explain('gates', BEET, '--blocks', 'blocks.6.0', '--out', BEET) == 1
+    assert 'is a file. Name a folder to write to' in capsys.readouterr().err
     (tmp_path / 'empty').mkdir()
     for kind in ('cam', 'gates'):
         assert explain(kind, tmp_path / 'empty') == 1

@@ -105,8 +105,8 @@ def test_predict_by_the_shipped_model(capsys):
     assert captured.err.startswith(f'{SHIPPED_MODEL}: ')
     assert json.loads(captured.out)[0]['classes'][0]['label'] == 'Red-Beet'
     with pytest.raises(SystemExit, match='2'):
-        timm_spa_cli.main([*arguments, '--checkpoint', 'weights.pth'])
-    assert 'need --model' in capsys.readouterr().err
+        timm_spa_cli.main([*arguments, '--num-classes', '5'])
+    assert '--num-classes needs --checkpoint' in capsys.readouterr().err
 
 
 def test_predict_reports_broken_pictures_and_goes_on(tmp_path, capsys):

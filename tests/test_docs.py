@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 import timm
@@ -71,14 +73,74 @@ def test_notebook_runs(tmp_path):
     assert done.stdout.endswith('Garant-Ecological-Medium-Fat-Milk -> carton\nGreen-Bell-Pepper -> vegetable\n')
 
 
-def test_pages_are_built(tmp_path):
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    """The pages as HTML, built without a warning."""
+    out = tmp_path_factory.mktemp('docs') / 'out'
     done = subprocess.run(
-        [sys.executable, '-m', 'sphinx', '--fail-on-warning', '--quiet', str(ROOT / 'docs'), str(tmp_path / 'out')],
+        [sys.executable, '-m', 'sphinx', '--fail-on-warning', '--quiet', str(ROOT / 'docs'), str(out)],
         capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    page = (tmp_path / 'out' / 'api.html').read_text()
+    return out
+
+
+def test_pages_are_built(built):
+    page = (built / 'api.html').read_text()
     for name in ('SpatialPyramidAttention', 'add_attention', 'gate_maps', 'write_repository'):
         assert f'>{name}<' in page
+
+
+class Page(HTMLParser):
+    """Addresses in a page, and the names that others can point at."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.names, self.links = set(), []
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.names.update(values[key] for key in ('id', 'name') if values.get(key))
+        self.links += [values[key] for key in ('href', 'src') if values.get(key)]
+
+
+def dead_links(folder):
+    """Returns the links within a folder of HTML files that lead to no file, or to no place in it."""
+    pages = {path.resolve(): Page(path) for path in sorted(folder.rglob('*.html'))}
+    dead = []
+    for path, page in pages.items():
+        for link in page.links:
+            address = urlsplit(link)
+            if address.scheme or address.netloc:
+                continue
+            target = (path.parent / unquote(address.path)).resolve() if address.path else path
+            name = unquote(address.fragment)
+            if not target.is_file() or name and target in pages and name not in pages[target].names:
+                dead.append((path.name, link))
+    return dead
+
+
+def test_links_within_the_built_pages(built):
+    assert dead_links(built) == []
+    results = Page(built / 'results.html').links
+    assert 'training.html' in results, 'a file that a page includes is that page'
+    assert any(re.fullmatch(r'_downloads/.*ablate\.csv', link) for link in results), 'other files are copied'
+
+
+def test_a_dead_link_is_seen(tmp_path):
+    (tmp_path / 'b.html').write_text('<p id="place">')
+    (tmp_path / 'a.html').write_text(
+        '<a href="b.html#place"><a href="b.html#other"><a href="c.html"><img src="d.png"><a href="#here">'
+        '<a href="https://example.org/x.html">')
+    assert [link for _, link in dead_links(tmp_path)] == ['b.html#other', 'c.html', 'd.png', '#here']
+
+
+def test_gates_that_the_page_names():
+    """Every gate that the page of add_attention offers can be added."""
+    text = (ROOT / 'docs' / 'add_attention.md').read_text(encoding='utf-8')
+    offered = re.search(r'`gate` is one of (.*?) \(', text, re.S)[1]
+    for gate in re.findall('`(.+?)`', offered):
+        timm_spa.add_attention(timm.create_model('resnet10t'), gate)
 
 
 @pytest.mark.parametrize('path', [

@@ -355,3 +355,107 @@ def test_every_net_with_spa(name, tmp_path):
 
     own = max(error(x) for x in seen if x.any())  # not the exporter's example
     assert max(report.difference for report in reports) < max(EXACT, 10 * own)
+
+
+@pytest.fixture
+def fake_format(monkeypatch):
+    """A kind of file that is the network itself, with a change of its outputs: quick, and wrong where a test says."""
+    def install(change):
+        written, calls = [], []
+
+        def write(model, path, example, axes, half):
+            written.append(model)
+            path.write_bytes(b'a file')
+
+        def run(path):
+            def compute(x):
+                calls.append(x)
+                with torch.no_grad():
+                    return change(len(calls) - 1, written[-1](x))
+
+            return compute
+
+        fake = export_module.dataclasses.replace(
+            FORMATS['torch-export'], write=write, run=run, dtypes=('float32', 'float16'))
+        monkeypatch.setitem(export_module.FORMATS, 'torch-export', fake)
+        return calls
+
+    return install
+
+
+def one_value(y, share):
+    """Changes a single value of the last image by a share of the largest output."""
+    y = y.clone()
+    y[-1, -1] += share * y.abs().max()
+    return y
+
+
+@pytest.mark.parametrize('dynamic', [None, 'batch', 'size'])
+def test_every_input_is_compared(dynamic, small, tmp_path, fake_format):
+    """One wrong value of one image in one of the inputs is enough, also at the last size."""
+    calls = fake_format(lambda number, y: y)
+    count = len(export(small, tmp_path / 'net.pt2', 'torch-export', dynamic, img_size=64).shapes)
+    assert len(calls) == count == (3 if dynamic == 'size' else 4)
+    for wrong in range(count):
+        calls = fake_format(lambda number, y, wrong=wrong: one_value(y, 3e-4) if number == wrong else y)
+        with pytest.raises(ExportError, match=r'differs from PyTorch by 0\.0003') as e:
+            export(small, tmp_path / 'wrong.pt2', 'torch-export', dynamic, img_size=64)
+        assert str(tuple(calls[wrong].shape)) in str(e.value)
+    assert names_in(tmp_path) == ['net.pt2', 'net.pt2.json']
+
+
+@pytest.mark.parametrize(('half', 'allowed', 'refused'), [(False, 5e-5, 2e-4), (True, 5e-3, 2e-2)])
+def test_the_difference_is_the_largest_and_relative(half, allowed, refused, small, tmp_path, fake_format):
+    """Also where all outputs are negative, large or small."""
+    for scale in (-1e-3, 1., -1e3):
+        torch.nn.init.zeros_(small.fc.weight)
+        small.fc.bias.data = scale * torch.linspace(1, 2, 10)
+        fake_format(lambda number, y: one_value(y, allowed if number == 1 else allowed / 5))
+        report = export(small, tmp_path / 'net.pt2', 'torch-export', half=half, img_size=64, overwrite=True)
+        assert report.difference == pytest.approx(allowed, rel=1e-2)
+        fake_format(lambda number, y: one_value(y, refused))
+        with pytest.raises(ExportError, match='It was not kept'):
+            export(small, tmp_path / 'no.pt2', 'torch-export', half=half, img_size=64)
+
+
+def test_the_photographs_are_compared(small, tmp_path, fake_format):
+    """The last input of the model's own size, as `predict` prepares it."""
+    calls = fake_format(lambda number, y: y)
+    export(small, tmp_path / 'net.pt2', 'torch-export', 'batch')
+    expected = torch.stack([picture_reader(small)(path) for path in shipped_photographs()[:2]])
+    assert torch.equal(calls[-1], expected)
+    assert len({tuple(x.shape) for x in calls}) == 3
+    assert all(0.1 < x.std() < 3 for x in calls), 'no constant input'
+
+
+def test_accuracy_counts_every_image_once(tmp_path, fake_format):
+    """A last batch that is filled up does not count twice."""
+    for i, name in enumerate(('a', 'b')):
+        (tmp_path / 'images' / name).mkdir(parents=True)
+        for number in range(3 if i else 2):
+            Image.new('RGB', (32, 32), (80 * i, 60 * number, 90)).save(tmp_path / 'images' / name / f'{number}.png')
+    model = make_model('resnet18', num_classes=2, stem_width=16, channels=(8, 16, 24, 32))
+    torch.nn.init.zeros_(model.fc.weight)
+    model.fc.bias.data = torch.tensor([0., 1.])  # says b of all
+    fake_format(lambda number, y: y)
+    report = export(
+        model, tmp_path / 'net.pt2', 'torch-export', images=tmp_path / 'images', batch_size=2, img_size=32)
+    assert (report.accuracy, report.pictures) == (60., 5)
+
+
+def test_models_without_classes(small, tmp_path, fake_format):
+    fake_format(lambda number, y: y)
+    with pytest.raises(ExportError, match='FeatureListNet is not a classifier of timm: .* without features_only'):
+        export(timm.create_model('resnet18', features_only=True), tmp_path / 'net.pt2', 'torch-export')
+    with pytest.raises(ExportError, match='Identity is not a classifier of timm'):
+        export(nn.Identity(), tmp_path / 'net.pt2', 'torch-export')
+    small.reset_classifier(0)  # gives features, which any runtime can compute
+    export(small, tmp_path / 'net.pt2', 'torch-export', img_size=64)
+    assert json.loads((tmp_path / 'net.pt2.json').read_text())['label_names'] == []
+
+
+@pytest.mark.parametrize('options', [
+    dict(batch_size='2'), dict(batch_size=1.5), dict(batch_size=True), dict(img_size='64'), dict(img_size=-1)])
+def test_numbers_that_are_none(options, small, tmp_path):
+    with pytest.raises(UsageError, match='must be whole numbers of at least 1'):
+        export(small, tmp_path / 'net.onnx', **options)

@@ -1,5 +1,7 @@
 """Pictures as users have them: grey, rotated, broken, in folders, of one name."""
 import json
+import os
+from pathlib import Path
 
 import pytest
 import timm
@@ -8,6 +10,7 @@ from PIL import Image
 
 import timm_spa  # noqa: F401
 import timm_spa_cli
+from timm_spa._errors import UsageError
 from timm_spa.hub import CheckpointError
 from timm_spa.predict import ModelError, PictureError, class_names, labelled_batches, load_model, predict
 
@@ -159,3 +162,41 @@ def test_weights_that_are_none(value, message, tmp_path):
     torch.save(model.state_dict(), tmp_path / 'w.pth')
     with pytest.raises(CheckpointError, match=f'{message}: bn1.running_var'):
         load_model('spa_mobilenetv2_cifar', tmp_path / 'w.pth', 200)
+
+
+def test_images_outside_of_the_folders_of_classes(tmp_path):
+    (tmp_path / 'cat').mkdir()
+    for name in ('cat/black.png', 'black.png'):
+        Image.new('RGB', (40, 40)).save(tmp_path / name)
+    with pytest.raises(PictureError, match='has images outside of its folders of classes'):
+        labelled_batches(timm.create_model('mobilenetv2_cifar', num_classes=2), tmp_path, 'test', 2)
+
+
+def test_files_that_are_no_images(model, tmp_path):
+    """An animation is its first frame; everything else is an error of its own, and a pipe does not block."""
+    frames = [Image.new('RGB', (40, 40), colour) for colour in ('red', 'blue')]
+    frames[0].save(tmp_path / 'b.gif', save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / 'a.gif')
+    Image.effect_noise((64, 64), 90).save(tmp_path / 'whole.jpg')
+    (tmp_path / 'cut.jpg').write_bytes((tmp_path / 'whole.jpg').read_bytes()[:900])
+    (tmp_path / 'empty.jpg').write_bytes(b'')
+    os.mkfifo(tmp_path / 'pipe.jpg')
+    found = {Path(p.path).name: p for p in predict(model, [tmp_path, tmp_path / 'missing.png'])}
+    assert found['a.gif'].classes == found['b.gif'].classes != []
+    for name, cause in (
+            ('cut.jpg', 'truncated'), ('empty.jpg', 'cannot identify'), ('pipe.jpg', 'a pipe or a device'),
+            ('missing.png', 'No such file')):
+        assert cause in found[name].error
+
+
+def test_what_cannot_be_predicted(model, pictures):
+    for count in (0, -1):
+        with pytest.raises(UsageError, match='top_k must be at least 1'):
+            next(predict(model, [pictures], count))
+    assert len(next(predict(model, [pictures], 10 ** 12)).classes) == 5
+    with pytest.raises(ModelError, match='has no classes'):
+        next(predict(timm.create_model('mobilenetv2_cifar', num_classes=0).eval(), [pictures]))
+    with pytest.raises(ModelError, match='FeatureListNet is not a classifier of timm'):
+        next(predict(timm.create_model('mobilenetv2_cifar', features_only=True), [pictures]))
+    with pytest.raises(UsageError, match='batch size must be at least 1'):
+        labelled_batches(model, pictures, 'test', 0)

@@ -303,6 +303,8 @@ def _as_text(rows: Rows, spec: str, last: Optional[str] = None) -> Rows:
 def _write(folder: str, name: str, rows: Sequence[Tuple[Any, ...]], figure: Optional[Any] = None) -> None:
     from timm_spa.checkpoints.files import replacing
 
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise OSError(f'--out: {folder} is a file. Name a folder to write to.')
     Path(folder).mkdir(parents=True, exist_ok=True)
     with replacing(Path(folder) / f'{name}.csv') as partial, open(partial, 'w', newline='', encoding='utf-8') as f:
         csv.writer(f, lineterminator='\n').writerows(rows)

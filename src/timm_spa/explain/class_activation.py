@@ -112,8 +112,14 @@ def cam(
         torch.manual_seed(0)  # SmoothGrad adds noise
         x = x.detach().clone().requires_grad_()
         layer = layer or last_map_layer(model, x)
-        with getattr(methods, METHODS[method])(model, layer, input_shape=tuple(x.shape[1:])) as extract:
+        outputs: List[Any] = []
+        watched = forward_hooks([(model.get_submodule(layer), lambda m, args, out: outputs.append(out))])
+        with getattr(methods, METHODS[method])(model, layer, input_shape=tuple(x.shape[1:])) as extract, watched:
             scores = model(x)
+            if not outputs or not isinstance(outputs[-1], torch.Tensor) or outputs[-1].ndim != 4:
+                raise ExplainError(
+                    f'The layer {layer!r} gives no feature map (N, C, H, W) in a forward pass. Name a layer before the '
+                    'pooling.')
             if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or not getattr(model, 'num_classes', 1):
                 raise ExplainError(
                     f'{type(model).__name__} gives no scores of classes (N, classes): create it with its classifier, '

@@ -133,6 +133,10 @@ def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_siz
         splits = sorted(p.name for p in Path(images).iterdir() if p.is_dir() and p.name.lower() in SPLITS - found)
         if splits:
             raise PictureError(f'{images} has no folder {split!r}, but {", ".join(splits)}: choose one by --split.')
+    if '' in found:
+        raise PictureError(
+            f'{images} has images outside of its folders of classes. Move each to the folder of its class, or name '
+            'another folder.')
     odd = sorted(found - set(labels))
     if odd and (own_labels(model) or len(found) != model.num_classes):
         raise PictureError(

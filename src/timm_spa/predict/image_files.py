@@ -54,6 +54,9 @@ def read_image(file: Any, mode: str, upright: bool = True) -> Image.Image:
         PictureError: The file cannot be read; the message does not name it.
     """
     try:
+        if isinstance(file, (str, os.PathLike)) and os.path.exists(file) and not (
+                os.path.isfile(file) or os.path.isdir(file)):
+            raise PictureError('it is a pipe or a device, and not a regular file')  # reading it might never end
         with Image.open(file) as image:
             eight = in_eight_bits(image)
             return (ImageOps.exif_transpose(eight) if upright else eight).convert(mode)

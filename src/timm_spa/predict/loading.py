@@ -24,7 +24,8 @@ __all__ = ['ModelError', 'for_inference', 'load_model', 'numbered', 'on_device']
 
 _logger = logging.getLogger(__name__)
 
-# of a config.json, beside the size of images
+WEIGHTS_SUFFIXES = ('.bin', '.pt', '.pth', '.safetensors', '.tar')
+# of a config.json
 PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
@@ -76,8 +77,13 @@ def load_model(
 
 def _published(name: str, num_classes: Optional[int]) -> Any:
     """Creates a model with its published weights."""
+    if os.path.isdir(name) and not timm.is_model(untagged(name)):
+        raise ModelError(
+            f'{name} is a folder. Name the weights file in it, or with local-dir:{name} a folder that has config.json.')
+    if ':' not in name and name.endswith(WEIGHTS_SUFFIXES):
+        raise ModelError(f'{name} does not exist, and is no name of a model. Check the path of the weights file.')
     check_model_name(name, ModelError)
-    located: str = name
+    located = name
     kwargs: Dict[str, Any] = {}
     try:
         located, kwargs = _located(name)
