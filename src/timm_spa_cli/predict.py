@@ -9,7 +9,7 @@ from timm_spa_cli._table import print_json, print_table
 HELP = 'classify pictures with any model that timm can create'
 EXAMPLES = (
     'timm-spa predict beet.jpg --model spa_tf_efficientnet_lite0.grocery81',
-    'timm-spa predict photos --model spa_resnet50 --num-classes 2 --checkpoint runs/first/model_best.pth.tar',
+    'timm-spa predict photos --checkpoint runs/first/model_best.pth.tar',
 )
 SHIPPED_MODEL = 'spa_tf_efficientnet_lite0.grocery81'
 
