@@ -188,7 +188,7 @@ def test_a_repository_with_weights_of_another_format(cache, monkeypatch):
         raise HubFileMissing('the repository has no such file')
 
     created = []
-    monkeypatch.setattr('timm_spa.loading.locate_weights', locate)
+    monkeypatch.setattr('timm_spa.predict.loading.locate_weights', locate)
     monkeypatch.setattr(timm, 'create_model', lambda name, **kwargs: created.append((name, kwargs)) or 1 / 0)
     with pytest.raises(RuntimeError, match='resnet18 could not be loaded: division by zero'):
         load_model('resnet18')

@@ -9,11 +9,11 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from timm_spa.checkpoints.run_files import RunError
 
 import timm_spa_cli
 from timm_spa.hub.convert import convert
 from timm_spa.hub.publish import write_repository
-from timm_spa.hub.run_record import RunError
 from timm_spa.predict import ModelError, class_names, load_model
 
 NET = 'spa_mobilenetv2_cifar'
