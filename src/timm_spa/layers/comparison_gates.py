@@ -6,12 +6,13 @@ from typing import Any, Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import LayerType, get_norm_layer
 
-from .spatial_pyramid_attn import channel_matcher
+from .spatial_pyramid_attn import apply_gate, channel_matcher
 
 __all__ = ['GatherExcite', 'GatherExciteConv', 'NoGate', 'SelfGate', 'SqueezeExcite']
+
+torch.fx.wrap('apply_gate')
 
 
 class NoGate(nn.Module):
@@ -113,4 +114,4 @@ class GatherExciteConv(nn.Module):
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Gates `x` by the gathered map, which is resized to it (nearest)."""
-        return x * self.gate(F.interpolate(self.gather(x), size=x.shape[-2:], mode='nearest').to(x.dtype))
+        return apply_gate(x, self.gate(self.gather(x)))

@@ -10,84 +10,40 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerType, create_act_layer, get_norm_layer
 
+from .pyramid_formulas import gate_formula, is_scripting, is_tracing, pyramid_formula
+
 __all__ = ['SpatialPyramidAttention', 'apply_gate', 'channel_matcher', 'weighted_pyramid']
 
 
 @torch.fx.wrap
 def weighted_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
-    """Averages a map (N, C, H, W) to sizes, the largest first, and sums them there with weights, equation (1)."""
-    if not torch.jit.is_scripting() and x.is_cuda and torch.compiler.is_compiling() and not _is_exporting():
-        return _pyramid_product(x, sizes, weight)
-    pyramid = _average_pool(x, sizes[0]) * weight[0]
+    """Averages `x` (N, C, H, W) to sizes, the largest first, resizes to it and sums with weights, equation (1)."""
+    if not is_scripting():
+        formula = pyramid_formula(x)
+        if formula is not None:
+            return formula(x, sizes, weight)
+    pyramid = F.adaptive_avg_pool2d(x, sizes[0]) * weight[0]
     for i in range(1, len(sizes)):
-        level = _average_pool(x, sizes[i]) * weight[i]
+        level = F.adaptive_avg_pool2d(x, sizes[i]) * weight[i]
         pyramid = pyramid + (level if sizes[i] == 1 else F.interpolate(level, size=sizes[0], mode='nearest'))
     return pyramid
 
 
-def _pyramid_product(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
-    """Does so with a single matrix, for compiled code on a GPU: pooling is slow there, and not part of its kernels."""
-    averages, cell = torch.zeros((), device=x.device), torch.arange(sizes[0], device=x.device)
-    for i, size in enumerate(sizes):
-        rows, columns = (_averages(length, size, weight)[cell * size // sizes[0]] for length in x.shape[2:])
-        averages = averages + weight[i] * torch.kron(rows, columns)
-    pixels, averages = x.flatten(2), averages.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):  # a mean keeps the precision of its map
-        if x.is_contiguous():
-            y = pixels @ averages.transpose(0, 1)
-        else:
-            y = (averages @ pixels.transpose(1, 2)).transpose(1, 2)
-    return y.unflatten(2, (sizes[0], sizes[0]))
-
-
-@torch.jit.unused
-def _is_exporting() -> bool:
-    is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # newer than torch 2.5
-    return torch.onnx.is_in_onnx_export() or is_exporting()
-
-
-def _average_pool(x: torch.Tensor, size: int) -> torch.Tensor:
-    if not torch.jit.is_scripting() and size > 1 and _is_exporting():
-        # exporters freeze adaptive pooling to the size of the example, matrix products hold for every size
-        return _averages(x.shape[2], size, x) @ x @ _averages(x.shape[3], size, x).transpose(0, 1)
-    return F.adaptive_avg_pool2d(x, size)
-
-
-def _averages(length: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    """Returns the matrix (size, length) that averages the cells of adaptive pooling."""
-    place, cell = torch.arange(length, device=like.device), torch.arange(size, device=like.device).unsqueeze(1)
-    start, end = cell * length // size, ((cell + 1) * length + size - 1) // size
-    return ((place >= start) & (place < end)).to(like.dtype) / (end - start).to(like.dtype)
-
-
 @torch.fx.wrap
 def apply_gate(x: torch.Tensor, gate: torch.Tensor, shortcut: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """Multiplies a map (N, C, H, W) by a gate (N, C, P, P) resized to it (nearest), and adds the shortcut, if any."""
-    if not torch.jit.is_scripting() and _broadcasts_rows(x, gate):
-        # the same bits with less memory traffic; in NCHW, torch's resizing is the slower way to repeat columns
-        size = gate.shape[2]
-        gate = (gate.repeat_interleave(x.shape[3] // size, 3) if gate.is_contiguous() else
-                F.interpolate(gate, size=(size, x.shape[3]), mode='nearest').to(gate.dtype))
-        gate, shape = gate.unsqueeze(3), (size, x.shape[2] // size)
-        y = x.unflatten(2, shape)
-        return (y * gate if shortcut is None else torch.addcmul(shortcut.unflatten(2, shape), y, gate)).flatten(2, 3)
+    """Multiplies `x` (N, C, H, W) by a gate (N, C, P, Q) resized to it (nearest), and adds the shortcut, if any."""
+    if not is_scripting():
+        formula = gate_formula(x)
+        if formula is not None:
+            return formula(x, gate, shortcut)
     # on CUDA, autocast resizes in float32: all that follows would be float32 too
-    gate = F.interpolate(gate, size=x.shape[-2:], mode='nearest').to(gate.dtype)
-    return x * gate if shortcut is None else torch.addcmul(shortcut, x, gate)
-
-
-@torch.jit.unused
-def _broadcasts_rows(x: torch.Tensor, gate: torch.Tensor) -> bool:
-    is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()  # which has to hold for other shapes
-    if is_recorded or torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
-        return False  # the gradient of a broadcast is slow in channels_last
-    # from a factor of 41 on, torch's nearest resizing rounds some indices down
-    return all(x.shape[i] % gate.shape[i] == 0 and x.shape[i] <= 40 * gate.shape[i] for i in (2, 3))
+    x = x * F.interpolate(gate, size=x.shape[-2:], mode='nearest').to(gate.dtype)
+    return x if shortcut is None else shortcut + x
 
 
 @torch.fx.wrap
 def _check_shape(name: str, x: torch.Tensor, channels: int) -> None:
-    if not torch.jit.is_tracing() and (x.dim() != 4 or x.shape[1] != channels):
+    if not is_tracing() and (x.dim() != 4 or x.shape[1] != channels):
         raise ValueError(f'{name} must have the shape (N, {channels}, H, W), got {list(x.shape)}.')
 
 
