@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import average_pool, spatial_pyramid_attention
+from oracle import average_pool, resize_nearest, spatial_pyramid_attention
 from timm.layers import GroupNorm1, LayerNorm2d, RmsNorm2d
 
 from timm_spa import SpatialPyramidAttention
-from timm_spa.layers import SqueezeExcite, spatial_pyramid_attn
-from timm_spa.layers.spatial_pyramid_attn import apply_gate
+from timm_spa.layers import SqueezeExcite, pyramid_formulas
+from timm_spa.layers.spatial_pyramid_attn import weighted_pyramid
 from timm_spa.models import GATES, create_gate
 
 VARIANTS = ('a', 'b', 'c')
@@ -121,57 +121,107 @@ def test_layouts_and_modes(size, memory_format, pyramid_sizes):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize('cells', [1, 2, 3, 7])
+def formulas_of(kind, sizes):
+    """The functions of a kind, as the layer calls them."""
+    pyramids = dict(
+        eager=pyramid_formulas._eager_pyramid, compiled=pyramid_formulas._compiled_pyramid,
+        constant=pyramid_formulas._constant_pyramid, free=pyramid_formulas._free_pyramid)
+    gates = dict(
+        eager=pyramid_formulas.GateProduct.apply, compiled=pyramid_formulas._compiled_gate,
+        constant=pyramid_formulas._constant_gate)
+    return lambda x, w: pyramids[kind](x, list(sizes), w), gates.get(kind)
+
+
+KINDS = ('eager', 'compiled', 'constant', 'free')
+SIDES = [(7, 7), (14, 28), (28, 28), (56, 28), (9, 8), (3, 17), (1, 1), (30, 35)]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('size', SIDES)
+@pytest.mark.parametrize('sizes', [(7, 4, 1), (4, 2, 1), (3, 2), (7,), (1,)])
+def test_formulas_of_the_pyramid(sizes, size, kind):
+    """Each against the sums of the oracle: values, and gradients of feature map and weights."""
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(len(sizes), dtype=torch.float64, requires_grad=True)
+    y = formulas_of(kind, sizes)[0](x, weight)
+    levels = [resize_nearest(average_pool(x, n), sizes[0], sizes[0]) for n in sizes]
+    expected = sum(w * level for w, level in zip(weight, levels, strict=True))
+    torch.testing.assert_close(y, expected.expand_as(y))
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, weight), upstream), torch.autograd.grad(expected, (x, weight), upstream))
+
+
+@pytest.mark.parametrize('kind', ['eager', 'compiled', 'constant'])
+@pytest.mark.parametrize('size', SIDES)
+@pytest.mark.parametrize('cells', [(7, 7), (4, 4), (1, 1), (3, 2)])
+@pytest.mark.parametrize('has_shortcut', [False, True])
+def test_formulas_of_the_gate(cells, size, kind, has_shortcut):
+    """Each against the copies of the oracle: values, and gradients of feature map, gate and shortcut."""
+    x, shortcut = (torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    gate = torch.rand(2, 3, *cells, dtype=torch.float64, requires_grad=True)
+    inputs = (x, gate, *([shortcut] if has_shortcut else []))
+    y = formulas_of(kind, (7,))[1](*inputs)
+    expected = x * resize_nearest(gate, *size) + (shortcut if has_shortcut else 0)
+    torch.testing.assert_close(y, expected)
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, inputs, upstream), torch.autograd.grad(expected, inputs, upstream))
+
+
+@pytest.mark.parametrize('cells', [1, 2, 3, 4, 7])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_gate_formulas_give_equal_bits(cells, memory_format):
-    """At every factor between gate and map, with which torch's own resizing rounds some indices down."""
-    for factor in [*range(1, 50), 55, 61, 82, 94]:
-        x = torch.randn(1, 2, cells * factor, 3 * cells).to(memory_format=memory_format)
+def test_resized_gate_is_exact(cells, memory_format):
+    """At every size, with some of which torch's own resizing rounds indices down: 4 to 82, 7 to 287."""
+    for length in [*range(1, 100), 123, 164, 287, 574]:
+        x = torch.ones(1, 2, length, 3).to(memory_format=memory_format)
         gate = torch.rand(1, 2, cells, cells).to(memory_format=memory_format)
-        with torch.no_grad():
-            fast, added = apply_gate(x, gate), apply_gate(x, gate, x)
-        assert torch.equal(fast, apply_gate(x, gate.requires_grad_())), factor
-        assert torch.equal(added, apply_gate(x, gate, x)), factor
+        expected = resize_nearest(gate, length, 3)
+        for kind in ('eager', 'compiled', 'constant'):
+            assert torch.equal(formulas_of(kind, (7,))[1](x, gate), expected), (kind, length)
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize('size', [(7, 7), (14, 28), (9, 8), (3, 17), (1, 1)])
-def test_pooling_of_exporters(dtype, size):
-    """As a product with matrices, for any size, against the sums of the oracle."""
-    x = make_inputs(2, 3, 3, size, size, dtype=dtype)[0]
-    for cells in (1, 2, 4, 7):
-        rows, columns = (spatial_pyramid_attn._averages(n, cells, x) for n in size)
-        assert rel(rows @ x @ columns.T, average_pool(x.double(), cells)) < (1e-12 if dtype.itemsize == 8 else 2e-2)
+def test_edges_of_cells_need_no_division():
+    """The matrices' comparisons, and the cells of adaptive pooling and of nearest resizing by division."""
+    like = torch.zeros((), dtype=torch.float64)
+    for length in range(1, 130):
+        for size in (1, 2, 3, 4, 5, 7, 16, 40):
+            start = torch.arange(size) * length // size
+            end = ((torch.arange(size) + 1) * length + size - 1) // size
+            place = torch.arange(length)
+            expected = ((place >= start[:, None]) & (place < end[:, None])) / (end - start)[:, None].double()
+            assert torch.equal(pyramid_formulas._averages(size, length, like), expected)
+            assert expected.tolist() == pyramid_formulas._average_rows(length, size, size)
+            nearest = pyramid_formulas._membership(size, length, like)
+            assert torch.equal(nearest.argmax(1), place * size // length)
+            assert (nearest.sum(1) == 1).all()
 
 
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('size', [(7, 7), (14, 28), (9, 8), (3, 17), (1, 1)])
-@pytest.mark.parametrize('sizes', [[7, 4, 1], [4, 2, 1], [3, 2], [7]])
-def test_pyramid_of_gpus(sizes, size, memory_format):
-    """As one product, here on the CPU, against the formula of CPUs: values, layout, gradients of map and weights."""
-    x, weight = torch.randn(2, 6, *size, dtype=torch.float64), torch.randn(len(sizes), dtype=torch.float64)
-    inputs = x.to(memory_format=memory_format).requires_grad_(), weight.requires_grad_()
-    found, expected = (
-        function(inputs[0], sizes, inputs[1])
-        for function in (spatial_pyramid_attn._pyramid_product, spatial_pyramid_attn.weighted_pyramid))
-    torch.testing.assert_close(found, expected)
-    assert found.is_contiguous(memory_format=memory_format) or size == (1, 1)
-    y = torch.randn_like(found)
-    torch.testing.assert_close(torch.autograd.grad(found, inputs, y), torch.autograd.grad(expected, inputs, y))
-    half = spatial_pyramid_attn._pyramid_product(x.bfloat16(), sizes, weight)
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('size', [(14, 14), (9, 8)])
+def test_formulas_in_half_precision(size, kind):
+    """The dtype of the feature map is that of the result, and means are not rounded further than it is."""
+    x, weight, gate = torch.randn(2, 8, *size), torch.rand(3), torch.rand(2, 8, 7, 7)
+    pyramid, apply = formulas_of(kind, (7, 4, 1))
+    half = pyramid(x.bfloat16(), weight.bfloat16())
     assert half.dtype == torch.bfloat16
-    assert rel(half, expected) < 2e-2
+    assert rel(half, pyramid(x, weight).double()) < 2e-2
+    if apply is not None:
+        assert apply(x.bfloat16(), gate.bfloat16()).dtype == torch.bfloat16
+        assert rel(apply(x.bfloat16(), gate.bfloat16()), apply(x, gate).double()) < 2e-2
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('name', ['weighted_pyramid', '_pyramid_product'])
-def test_autocast_does_not_round_means(name):
+def test_autocast_does_not_round_means():
     """A mean keeps the precision of its map, as in torch's pooling layers."""
     x, weight = torch.randn(2, 8, 14, 14), torch.rand(3)
-    function = getattr(spatial_pyramid_attn, name)
-    expected = function(x, [7, 4, 1], weight)
+    for kind in ('eager', 'compiled'):
+        function = formulas_of(kind, (7, 4, 1))[0]
+        expected = function(x, weight)
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(function(x, weight), expected)
     with torch.autocast('cpu', torch.bfloat16):
-        assert torch.equal(function(x, [7, 4, 1], weight), expected)
+        assert weighted_pyramid(x, [7, 4, 1], weight).dtype == torch.float32
 
 
 @torch.no_grad()

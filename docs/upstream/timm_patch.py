@@ -4,9 +4,10 @@
     python docs/upstream/timm_patch.py --no-tests    # only the patch and the text
 
 Writes `build/timm_patch/spa.patch` and `build/timm_patch/pull_request.md`. The layer is this project's file with timm's
-imports; names, depths and widths are those of this project's models; the text takes its figures from README, results
-and speed pages. Fails if timm's source has changed where the patch goes in, if the patch is longer than 600 lines, if
-timm's formatter (wruff, set up in timm's pyproject.toml) would change an added line, or if a test fails.
+imports and without the formulas for compilers and exporters; names, depths and widths are those of this project's
+models; the text takes its figures from README, results and speed pages. Fails if timm's source has changed where the
+patch goes in, if the patch is longer than 600 lines, if timm's formatter (wruff, set up in timm's pyproject.toml) would
+change an added line, or if a test fails.
 """
 import argparse
 import difflib
@@ -161,10 +162,17 @@ def layer_file() -> str:
     """
     text = (ROOT / 'src' / 'timm_spa' / 'layers' / 'spatial_pyramid_attn.py').read_text(encoding='utf-8')
     for here, there in (
-            ('from timm.layers import LayerType, create_act_layer, get_norm_layer\n',
+            ('from timm.layers import LayerType, create_act_layer, get_norm_layer\n\n'
+             'from .pyramid_formulas import gate_formula, is_scripting, is_tracing, pyramid_formula\n',
              '\nfrom .create_act import create_act_layer\nfrom .create_norm import get_norm_layer\n'
              'from .typing import LayerType\n'),
             ('block_args=dict(attn_layer=timm_spa.SpatialPyramidAttention)', "block_args=dict(attn_layer='spa')"),
+            ('if not is_tracing()', 'if not torch.jit.is_tracing()'),
+            # timm gets the equations alone
+            ('    if not is_scripting():\n        formula = pyramid_formula(x)\n        if formula is not None:\n'
+             '            return formula(x, sizes, weight)\n', ''),
+            ('    if not is_scripting():\n        formula = gate_formula(x)\n        if formula is not None:\n'
+             '            return formula(x, gate, shortcut)\n', ''),
     ):
         if text.count(here) != 1:
             raise PatchError(f'spatial_pyramid_attn.py has {text.count(here)} times {here!r}, must have it once.')
