@@ -58,11 +58,14 @@ def test_two_models(mode, options, tmp_path, capfd):
         assert entry['parameters'] == count_cost(PAIR[i]).parameters
         assert entry['peak_memory'] > 50e6
         assert entry['construction_seconds'] > 0
+        assert (entry['kept_per_image'] is None) == (mode == 'infer')
         assert (entry['graphs'], entry['graph_breaks']) == ((1, 0) if '--compile-with' in options else (0, 0))
         shown = re.findall(r'[\d.]+', lines[PAIR[i]].partition('3x32x32')[2])
         assert shown[0] == f'{statistics.median(speeds):.1f}'
         assert shown[3] == f'{statistics.median(ratios):.3f}'
-        assert shown[7] == f'{entry["parameters"] / 1e6:.3f}'
+        if mode == 'train':
+            assert shown[6] == f'{entry["kept_per_image"] / 2 ** 20:.1f}'
+        assert shown[8 if mode == 'train' else 7] == f'{entry["parameters"] / 1e6:.3f}'
     assert f'{mode}, ' in out
 
 
@@ -84,7 +87,7 @@ class Fake:
             prepare=lambda: dict(
                 environment=dict(hardware='a machine', python='3', versions=dict(torch='2')), input=[3, 224, 224],
                 parameters=1_000_000, construction_seconds=0.5, graphs=2, graph_breaks=1),
-            memory=lambda: dict(peak_memory=2 ** 20, peak_memory_is='a memory'),
+            memory=lambda: dict(peak_memory=2 ** 20, peak_memory_is='a memory', kept_per_image=3 * 2 ** 20),
         )[what]()
 
     def close(self):
@@ -311,7 +314,25 @@ def test_memory_of_a_gpu(monkeypatch):
     monkeypatch.setattr(work, 'step', lambda: log.append('step'))
     work.warm_up()
     assert log == ['step'] * 3 + ['reset']
-    assert work.memory() == dict(peak_memory=123, peak_memory_is='torch.cuda.max_memory_allocated, since the warm-up')
+    assert work.memory() == dict(
+        kept_per_image=None, peak_memory=123, peak_memory_is='torch.cuda.max_memory_allocated, since the warm-up')
+
+
+@pytest.mark.parametrize('compiler', [None, 'aot_eager'])
+def test_what_training_keeps(compiler, fake):
+    """The inputs of convolution, ReLU and classifier, once each, of one image; no parameters."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 8 * 6, 4))
+    net.pretrained_cfg, net.num_classes = Net.pretrained_cfg, 4
+    torch._dynamo.reset()
+    work = workload(net, mode='train', batch_size=5, compile=compiler)
+    work.warm_up()
+    kept = work.memory()['kept_per_image']
+    image, features, scores = 3 * 8 * 6 * 4, 4 * 8 * 6 * 4, 4 * 4 + 8  # with the label
+    assert image + features <= kept <= image + 2 * features + 2 * scores
+    assert workload(net).memory()['kept_per_image'] is None
+    record = benchmark.measure(['resnet18', 'resnet50'], Settings(rounds=5, mode='train'))
+    assert [row[6] for row in benchmark.table_rows(record)] == ['kept MiB/img', '3.0', '3.0']
+    assert 'kept MiB/img' not in benchmark.table_rows(benchmark.measure(['resnet34'], Settings(rounds=5)))[0]
 
 
 @pytest.mark.parametrize(('settings', 'expected'), [

@@ -127,14 +127,16 @@ def table_rows(record: Dict[str, Any]) -> List[List[str]]:
     """Lays a record of `measure` out in rows of text, a header first."""
     ratios = [key for key in ('ratio', 'ratio_as_built') if key in record['models'][0]]
     titles = {'ratio': f'to {record["base"]}', 'ratio_as_built': f'to {record["base"]}{AS_BUILT}'}
+    trains = record['settings']['mode'] == 'train'
     rows = [[
         'model', 'input', 'img/s', '(quartiles)', *(t for key in ratios for t in (titles[key], '(quartiles)')),
-        'peak MiB', 'parameters (M)', 'construction (s)']]
+        *(['kept MiB/img'] if trains else []), 'peak MiB', 'parameters (M)', 'construction (s)']]
     for entry in record['models']:
         memory = entry['peak_memory']
         rows.append([
             entry['model'], 'x'.join(map(str, entry['input'])), *_figures(entry['images_per_second'], '.1f'),
             *(figure for key in ratios for figure in _figures(entry[key], '.3f')),
+            *([f'{entry["kept_per_image"] / 2 ** 20:.1f}'] if trains else []),
             '-' if memory is None else f'{memory / 2 ** 20:.0f}',
             f'{entry["parameters"] / 1e6:.3f}', f'{entry["construction_seconds"]:.2f}'])
     return rows
@@ -159,6 +161,8 @@ def notes(record: Dict[str, Any]) -> List[str]:
     return [
         f'img/s and its ratio to {record["base"]} in the same round: median, first and third quartile of '
         f'{settings["rounds"]} rounds of at least {settings["min_seconds"]:g} s.',
+        *(['Kept: tensors that the forward pass keeps for the backward pass, per image, without parameters.']
+          if settings['mode'] == 'train' else []),
         f'Peak: {entries[0]["peak_memory_is"]}.',
         f'{mode}, {compiled}, {dtype}, {layout}, batch {settings["batch_size"]}, {settings["device"]}.',
         f'{about["hardware"]}; Python {about["python"]}, {versions}; {record["date"]}.',

@@ -24,7 +24,8 @@ from ._names import check_model_name
 from .environment import environment
 from .layers.fused_branch import CONVS, NORMS, FusedBranch, merge_norms
 
-__all__ = ['BenchmarkError', 'Settings', 'Workload', 'answer', 'parse_model', 'reparameterized']
+__all__ = [
+    'BenchmarkError', 'Settings', 'Workload', 'answer', 'bytes_kept_for_backward', 'parse_model', 'reparameterized']
 
 
 class BenchmarkError(TimmSpaError, RuntimeError):
@@ -123,6 +124,31 @@ def reparameterized(net: nn.Module, images: torch.Tensor) -> nn.Module:
     return net
 
 
+def bytes_kept_for_backward(net: nn.Module, forward: Callable[[], Any]) -> int:
+    """Counts the bytes that a forward pass keeps for the backward pass.
+
+    Tensors that share memory count once. Parameters do not count, as they are kept in any case. The figure is the same
+    on every machine, as long as torch chooses the same formulas.
+
+    Args:
+        net: Network whose parameters are left out.
+        forward: Runs the forward pass with gradients enabled.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept: Dict[int, torch.UntypedStorage] = {}  # holds the memory, so that no address is reused
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = forward()
+    del output
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 class Workload:
     """One model on its device, with an input, ready to be measured; `about` is what the record says of it."""
 
@@ -150,6 +176,7 @@ class Workload:
             self._optimizer = torch.optim.SGD(net.parameters(), lr=0., momentum=0.9)
         if settings.reparam:
             net = reparameterized(net, self.input[:1])
+        self._built = net
         self._net: Callable[[torch.Tensor], torch.Tensor] = net
         if settings.compile:
             # not public: its name since torch 2.7, the older one, and none if it is gone
@@ -161,16 +188,20 @@ class Workload:
 
     def step(self) -> None:
         """Takes a step: a forward pass, or one of training."""
-        autocast = torch.autocast(self._device.type, self._half, enabled=self.settings.amp)
         if self.settings.mode == 'infer':
-            with torch.inference_mode(), autocast:
+            with torch.inference_mode(), self._autocast():
                 self._net(self.input)
             return
         self._optimizer.zero_grad()
-        with autocast:
-            loss = F.cross_entropy(self._net(self.input), self._target)
-        loss.backward()
+        self._loss().backward()
         self._optimizer.step()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._half, enabled=self.settings.amp)
+
+    def _loss(self) -> torch.Tensor:
+        with self._autocast():
+            return F.cross_entropy(self._net(self.input), self._target)
 
     def warm_up(self) -> Dict[str, Any]:
         """Takes the first steps, which compile and choose kernels; returns the compiler's graphs and graph breaks."""
@@ -190,17 +221,22 @@ class Workload:
         return dict(steps=len(found.raw_times) * found.number_per_run, seconds=sum(found.raw_times))
 
     def memory(self) -> Dict[str, Any]:
-        """Returns the peak memory in bytes, None where the system does not say, and what was measured."""
+        """Returns memory in bytes: the peak, None if unknown, and what one image keeps for the backward pass."""
+        kept = None
+        if self.settings.mode == 'train':
+            kept = bytes_kept_for_backward(self._built, self._loss) / self.settings.batch_size
         if self._device.type == 'cuda':
             return dict(
-                peak_memory=torch.cuda.max_memory_allocated(),
+                kept_per_image=kept, peak_memory=torch.cuda.max_memory_allocated(),
                 peak_memory_is='torch.cuda.max_memory_allocated, since the warm-up')
         peak = None
         if os.path.exists('/proc/self/status'):
             # getrusage's figure would be no less than the peak of the process that started this one
             with open('/proc/self/status') as f:
                 peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith('VmHWM:'))
-        return dict(peak_memory=peak, peak_memory_is='peak RSS of its process, with Python, torch and compilation')
+        return dict(
+            kept_per_image=kept, peak_memory=peak,
+            peak_memory_is='peak RSS of its process, with Python, torch and compilation')
 
     def _compiled(self) -> Tuple[int, int]:
         if not self.settings.compile:

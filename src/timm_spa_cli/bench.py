@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         'models', nargs='+', metavar='MODEL', help="name, or with arguments: 'spa_resnet50 pyramid_sizes=1,2'")
     parser.add_argument('--base', metavar='MODEL', help='the one to compare the others with (default: the first)')
-    parser.add_argument('--mode', choices=('infer', 'train'), default='infer', help='train: a whole step with SGD')
+    parser.add_argument(
+        '--mode', choices=('infer', 'train'), default='infer',
+        help='train: a whole step with SGD, and the MiB per image that it keeps for the backward pass')
     compiler = parser.add_mutually_exclusive_group()
     compiler.add_argument('--compile', action='store_const', const='inductor', help='measure with torch.compile')
     compiler.add_argument('--compile-with', dest='compile', metavar='BACKEND', help='with another of its backends')
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     record = benchmark.measure(
         args.models, settings, args.base, shlex.join(args.argv),
         lambda message: print(message, file=sys.stderr) if sys.stderr.isatty() else None)
-    print_table(benchmark.table_rows(record), right_aligned=range(2, 11))
+    print_table(benchmark.table_rows(record), right_aligned=range(2, 12))
     print('\n' + '\n'.join(benchmark.notes(record)))
     if args.json:
         with replacing(args.json) as partial:
