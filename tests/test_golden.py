@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from authors import ConversionError, convert_state_dict
 
 import timm_spa  # noqa: F401
-from timm_spa.hub import ConversionError, convert_state_dict
 
 FOLDER = Path(__file__).parent / 'golden'
 # the authors' model, ours, and the arguments with which ours is theirs

@@ -9,9 +9,9 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from timm_spa.checkpoints.run_files import RunError
 
 import timm_spa_cli
+from timm_spa.checkpoints.run_files import RunError
 from timm_spa.hub.convert import convert
 from timm_spa.hub.publish import write_repository
 from timm_spa.predict import ModelError, class_names, load_model

@@ -1,7 +1,5 @@
-"""Weights in and out of this package's models."""
+"""Hub repositories: model card, configuration, publishing and verification; and weight files for them."""
 from ..checkpoints.reading import CheckpointError, Weights, check_weights, read_checkpoint, read_weights
-from .authors import ConversionError, convert_state_dict
 
 __all__ = [
-    'CheckpointError', 'ConversionError', 'Weights', 'check_weights', 'convert_state_dict', 'read_checkpoint',
-    'read_weights']
+    'CheckpointError', 'Weights', 'check_weights', 'read_checkpoint', 'read_weights']

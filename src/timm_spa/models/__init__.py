@@ -2,6 +2,7 @@
 from ._entrypoints import list_models as list_models
 from ._gate_table import GATES as GATES
 from ._gate_table import create_gate as create_gate
+from ._source_names import SOURCE_NAMES as SOURCE_NAMES
 from .densenet import *
 from .efficientnet import *
 from .gated import *

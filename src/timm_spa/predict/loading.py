@@ -202,7 +202,7 @@ def _is_imagenet(model: Any, weights: Weights, checkpoint: Path) -> bool:
 
     A thousand classes alone say nothing, and a training of one's own leaves args.yaml.
     """
-    if model.num_classes != 1000 or weights.converted_from not in ('plain', 'authors'):
+    if model.num_classes != 1000 or weights.converted_from != 'plain':
         return False
     architecture = model.pretrained_cfg.get('architecture') or ''
     tags = [*timm.list_pretrained(f'{architecture}.*'), str(model.pretrained_cfg.get('tag'))]

@@ -1,21 +1,21 @@
-"""Names of checkpoints from elsewhere, the authors' and torchvision's, and those of this package.
+"""Names of the authors' checkpoints and those of this package.
 
 The authors' repository (https://github.com/13952522076/SPANet_TMM) saves `.pth.tar` files of its own modules. The names
 below are facts of that repository; the tensors are taken over unchanged, but for the pyramid weights, which it keeps in
 five dimensions.
 """
-import re
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Tuple, Union
 
 import torch
 import torch.nn as nn
 
-from ..checkpoints.fit import compare_tensors
-from ..checkpoints.reading import CheckpointError, read_checkpoint
-from ..models import CifarVGG, GatedDenseNet, GatedEfficientNet, GatedPreActResNet, GatedResNet, GatedVGG
+from timm_spa.checkpoints.fit import compare_tensors
+from timm_spa.checkpoints.reading import CheckpointError, read_checkpoint
+from timm_spa.models import CifarVGG, GatedDenseNet, GatedEfficientNet, GatedPreActResNet, GatedResNet, GatedVGG
+from timm_spa.models._source_names import _TORCHVISION_MOBILENETV2, _TORCHVISION_VGG, renamed
 
-__all__ = ['ConversionError', 'convert_state_dict', 'rename_authors', 'rename_efficientnet', 'reorder_authors']
+__all__ = ['ConversionError', 'convert_state_dict', 'rename_authors', 'reorder_authors']
 
 ConversionError = CheckpointError  # one exception to catch for files and tensors that do not fit
 Rules = List[Tuple[str, str]]
@@ -35,25 +35,6 @@ _ATTN_RULES: Rules = [
     (r'\.attn\.matcher\.4\.', '.attn.matcher.bn2.'),
 ]
 
-# MobileNetV2 for ImageNet, laid out as torchvision's: feature 0 is the stem, 1 the block without expansion, 18 the head
-_FEATURES_RULES: Rules = [
-    (r'^features\.0\.0\.', 'conv_stem.'),
-    (r'^features\.0\.1\.', 'bn1.'),
-    (r'^features\.18\.0\.', 'conv_head.'),
-    (r'^features\.18\.1\.', 'bn2.'),
-    (r'^classifier\.1\.', 'classifier.'),
-    (r'^features\.1\.conv\.0\.0\.', 'features.1.conv_dw.'),
-    (r'^features\.1\.conv\.0\.1\.', 'features.1.bn1.'),
-    (r'^features\.1\.conv\.1\.', 'features.1.conv_pw.'),
-    (r'^features\.1\.conv\.2\.', 'features.1.bn2.'),
-    (r'\.conv\.0\.0\.', '.conv_pw.'),
-    (r'\.conv\.0\.1\.', '.bn1.'),
-    (r'\.conv\.1\.0\.', '.conv_dw.'),
-    (r'\.conv\.1\.1\.', '.bn2.'),
-    (r'\.conv\.2\.', '.conv_pwl.'),
-    (r'\.conv\.3\.', '.bn3.'),
-]
-
 # MobileNetV2 for CIFAR
 _LAYERS_RULES: Rules = [
     (r'^conv1\.', 'conv_stem.'),
@@ -71,13 +52,6 @@ _PREACT_RULES: Rules = [
     (r'^linear\.', 'fc.'),
 ]
 
-# VGG for ImageNet, of torchvision
-_VGG_RULES: Rules = [
-    (r'^classifier\.0\.', 'pre_logits.fc1.'),
-    (r'^classifier\.3\.', 'pre_logits.fc2.'),
-    (r'^classifier\.6\.', 'head.fc.'),
-]
-
 # DenseNet for CIFAR
 _DENSE_RULES: Rules = [
     (r'^conv1\.', 'features.conv0.'),
@@ -87,20 +61,6 @@ _DENSE_RULES: Rules = [
     (r'^trans(\d)\.conv\.', r'features.transition\1.conv.'),
     (r'^(dense\d\.\d+)\.bn(\d)\.', r'\1.norm\2.'),
 ]
-
-# EfficientNet-PyTorch (https://github.com/lukemelas/EfficientNet-PyTorch), and what shares its names
-_EFFICIENTNET_RULES: Rules = [
-    (r'^_conv_(stem|head)\.', r'conv_\1.'),
-    (r'^_bn1\.', 'bn2.'),
-    (r'^_bn0\.', 'bn1.'),
-    (r'^_fc\.', 'classifier.'),
-]
-_EXPANDED_LAYERS: Rules = [
-    ('_expand_conv', 'conv_pw'), ('_bn0', 'bn1'), ('_depthwise_conv', 'conv_dw'), ('_bn1', 'bn2'),
-    ('_project_conv', 'conv_pwl'), ('_bn2', 'bn3')]
-_SEPARABLE_LAYERS: Rules = [
-    ('_depthwise_conv', 'conv_dw'), ('_bn1', 'bn1'), ('_project_conv', 'conv_pw'), ('_bn2', 'bn2')]
-
 
 def convert_state_dict(checkpoint: Union[str, Path, Mapping[str, Any]], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Renames the weights of one of the authors' models to those of this package.
@@ -137,29 +97,13 @@ def rename_authors(weights: Mapping[str, torch.Tensor], model: nn.Module) -> Dic
     own = model.state_dict()
     converted = {}
     for name, tensor in weights.items():
-        name = _renamed(name, rules)
+        name = renamed(name, rules)
         if tensor.ndim == 5:
             tensor = tensor.reshape(-1)
         elif tensor.ndim == 2 and name in own and own[name].ndim == 4 and own[name].numel() == tensor.numel():
             tensor = tensor.reshape(own[name].shape)  # a linear layer of theirs that is a convolution of ours
         converted[name] = tensor
     return converted
-
-
-def rename_efficientnet(weights: Mapping[str, torch.Tensor], model: Any) -> Dict[str, torch.Tensor]:
-    """Renames weights of EfficientNet-PyTorch, such as '_blocks.0._bn1.weight', to timm's names."""
-    rules = [*_EFFICIENTNET_RULES]
-    blocks = [(stage, i, block) for stage, blocks in enumerate(model.blocks) for i, block in enumerate(blocks)]
-    for number, (stage, i, block) in enumerate(blocks):
-        layers = _EXPANDED_LAYERS if hasattr(block, 'conv_pwl') else _SEPARABLE_LAYERS
-        rules += [(rf'^_blocks\.{number}\.{theirs}\.', f'blocks.{stage}.{i}.{ours}.') for theirs, ours in layers]
-    return {_renamed(name, rules): tensor for name, tensor in weights.items()}
-
-
-def _renamed(name: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _rules_for(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Rules:
@@ -174,11 +118,11 @@ def _rules_for(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Rules:
     if isinstance(model, GatedResNet):
         return []  # timm and the authors both kept torchvision's names
     if isinstance(model, GatedVGG):
-        return _VGG_RULES
+        return _TORCHVISION_VGG
     if isinstance(model, GatedEfficientNet):
         torchvision_layout = any(name.startswith('features.') for name in weights)
         rules, container, first = (
-            (_FEATURES_RULES, 'features', 1) if torchvision_layout else (_LAYERS_RULES, 'layers', 0))
+            (_TORCHVISION_MOBILENETV2, 'features', 1) if torchvision_layout else (_LAYERS_RULES, 'layers', 0))
         places = [(stage, i) for stage, blocks in enumerate(model.blocks) for i, _ in enumerate(blocks.children())]
         numbering = [
             (rf'^{container}\.{number}\.', f'blocks.{stage}.{i}.')
