@@ -76,9 +76,9 @@ def test_storage(dtype, bits, tmp_path, capsys):
     step = 2.0 ** (10 - bits)  # between neighbours in [512, 1024)
     error = abs(round(1001.0625 / step) * step - 1001.0625)
     out = capsys.readouterr().out
-    assert 'of the model itself' in out
-    said = f'largest error {error:.3g}, in classifier.bias' if error else 'every value is exact'
-    assert said in out
+    assert ': the model itself.' in out
+    message = f'largest error {error:.3g}, in classifier.bias' if error else 'every value is exact'
+    assert message in out
     tensors = safetensors.torch.load_file(output)
     dtypes = {name: str(t.dtype).removeprefix('torch.') for name, t in tensors.items()}
     kinds = {'running_mean': 'float32', 'running_var': 'float32', 'num_batches_tracked': 'int64'}
@@ -91,7 +91,7 @@ def test_storage(dtype, bits, tmp_path, capsys):
 
     before = output.read_bytes()
     assert timm_spa_cli.main(arguments) == 1
-    assert 'is there already; --overwrite' in capsys.readouterr().err
+    assert 'exists already. Add --overwrite' in capsys.readouterr().err
     assert output.read_bytes() == before
     assert timm_spa_cli.main([*arguments, '--overwrite']) == 0
 
@@ -113,7 +113,7 @@ def test_a_file_of_another_model_with_the_same_tensors(tmp_path):
     metadata = dict(model='spa_preresnet18_cifar', model_args='{"pyramid_sizes": [1, 2, 8]}')
     path = saved(one, tmp_path / 'in.safetensors', **metadata)
     for name, kwargs in (('spa_preresnet18_cifar', {}), ('spa_b_preresnet18_cifar', dict(pyramid_sizes=(1, 2, 8)))):
-        with pytest.raises(CheckpointError, match=rf'is of spa_preresnet18_cifar pyramid_sizes=.*, and not of {name}'):
+        with pytest.raises(CheckpointError, match=rf'weights of spa_preresnet18_cifar pyramid_sizes=.*, not of {name}'):
             convert(path, tmp_path / 'o.safetensors', name, **kwargs)
     convert(path, tmp_path / 'o.safetensors', 'spa_preresnet18_cifar', pyramid_sizes=(1, 2, 8))
 
@@ -122,7 +122,7 @@ def test_a_file_of_another_model_with_the_same_tensors(tmp_path):
     ('se_preresnet18_cifar', 'spa_preresnet18_cifar'), ('cbam_mobilenetv2', 'spa_mobilenetv2')])
 def test_other_gates_are_refused(source, target, tmp_path):
     path = saved(timm.create_model(source, num_classes=5), tmp_path / 'in.safetensors')
-    with pytest.raises(CheckpointError, match=f'is of nothing that {target} can be made of'):
+    with pytest.raises(CheckpointError, match=f'does not fit {target}. Compared with '):
         convert(path, tmp_path / 'o.safetensors', target)
     assert not (tmp_path / 'o.safetensors').exists()
 
@@ -140,7 +140,7 @@ def test_a_plain_network_with_layers_called_attn(trained_by_timm, tmp_path):
     assert difference(model, plain) < 1e-6
     torch.save(randomized(model).state_dict(), path)
     assert convert(path, tmp_path / 'again.safetensors', 'gated', base='skresnet18').kind == 'same'
-    with pytest.raises(CheckpointError, match='is of nothing that gated can be made of'):
+    with pytest.raises(CheckpointError, match='does not fit gated. Compared with '):
         convert(path, tmp_path / 'se.safetensors', 'gated', base='skresnet18', gate='se')
     saved(plain, tmp_path / 'plain.safetensors')
     detector = timm_spa.detection.retinanet(
@@ -216,7 +216,7 @@ def test_arguments_that_are_wrong(options, message, tmp_path, capsys):
     assert timm_spa_cli.main(arguments) == 1
     assert message in capsys.readouterr().err
     assert timm_spa_cli.main(['convert', str(source), str(tmp_path / 'o.pth'), '--model', 'spa_mobilenetv2_cifar']) == 1
-    assert 'should be a .safetensors file' in capsys.readouterr().err
+    assert 'must end in .safetensors' in capsys.readouterr().err
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
