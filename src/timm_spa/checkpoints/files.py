@@ -17,27 +17,27 @@ except ImportError:  # Windows
 
 __all__ = ['ReadError', 'WriteError', 'finish_interrupted', 'interrupted', 'read_text', 'replacing']
 
-LARGEST_TEXT = 2_000_000  # bytes; files of a run have some thousand
-STAGING = '.timm_spa-'  # begins the name of a folder that files wait in before they are moved
+LARGEST_TEXT = 2_000_000  # bytes; the files of a training run have a few thousand
+STAGING = '.timm_spa-'  # prefix of the folders for files that are moved later
 OLD, NEW = '.old', '.new'
 
 
 class WriteError(TimmSpaError, OSError):
-    """A file could not be written; the message names it and the cause."""
+    """A file could not be written. The message names the file and the cause."""
 
 
 class ReadError(TimmSpaError, OSError):
-    """A file could not be read as text; the message names it and the cause."""
+    """A file could not be read as text. The message names the file and the cause."""
 
 
 def read_text(path: Union[str, Path]) -> str:
-    """Reads a small text file in UTF-8, with a byte order mark or without; a ReadError says why it cannot be read."""
+    """Reads a small UTF-8 text file, with or without a byte order mark. Raises ReadError with the cause."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
-            raise ReadError(f'{path} cannot be read: it is no regular file.')
+            raise ReadError(f'{path} cannot be read: it is not a regular file.')
         if path.stat().st_size > LARGEST_TEXT:
-            raise ReadError(f'{path} cannot be read: {path.stat().st_size:,} bytes are no file of this kind.')
+            raise ReadError(f'{path} is too large: {path.stat().st_size:,} bytes (limit {LARGEST_TEXT:,}).')
         return path.read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
         if isinstance(e, ReadError):
@@ -72,7 +72,7 @@ def replacing(path: Union[str, Path]) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise WriteError(f'{path} cannot be written: it is no regular file.')
+        raise WriteError(f'{path} cannot be written: it is not a regular file.')
     token = f'{os.getpid()}-{secrets.token_hex(4)}'
     # in an existing folder, which may be on another device than its parent, or in a parent that cannot be written
     partial = path / f'{STAGING}{token}' if path.is_dir() else path.with_name(f'.{path.name}.{token}')
@@ -107,7 +107,7 @@ def _move_in(partial: Path, folder: Path, token: str) -> None:
     """Moves all files of a folder into another one, or none.
 
     The earlier files are moved to a folder `.old` first, then the new ones wait in a folder `.new`, whose existence
-    tells `finish_interrupted` that the earlier ones are not wanted any more.
+    shows `finish_interrupted` that the earlier files can be removed.
     """
     names = sorted(os.listdir(partial))
     old, new = (folder / f'{STAGING}{token}{end}' for end in (OLD, NEW))
@@ -115,7 +115,7 @@ def _move_in(partial: Path, folder: Path, token: str) -> None:
         _finish(folder)
         for name in names:
             if (folder / name).exists() and not (folder / name).is_file():
-                kind = 'a folder' if (folder / name).is_dir() else 'no regular file'
+                kind = 'a folder' if (folder / name).is_dir() else 'not a regular file'
                 raise WriteError(f'{folder / name} cannot be written: it is {kind}.')
         try:
             old.mkdir()
@@ -152,7 +152,7 @@ def _empty(source: Path, folder: Path) -> None:
 
 
 def _discard(old: Path, new: Path) -> None:
-    """Removes the earlier files, and then the folder that says that they are not wanted."""
+    """Removes the earlier files, then the folder `.new`, which marks them as removable."""
     shutil.rmtree(old, ignore_errors=True)
     if not old.exists():
         with contextlib.suppress(OSError):
@@ -160,7 +160,7 @@ def _discard(old: Path, new: Path) -> None:
 
 
 def interrupted(folder: Union[str, Path]) -> List[Path]:
-    """Finds what a process left in a folder that was killed while it replaced the folder's files."""
+    """Returns the hidden folders that a killed process left while it replaced the files of a folder."""
     return sorted(path for end in (OLD, NEW) for path in Path(folder).glob(f'{STAGING}*{end}'))
 
 

@@ -1,7 +1,7 @@
-"""Weight files on the Hub, found within seconds and whole, or refused with one clear error.
+"""Files on the Hub: found in the cache or downloaded, checked for damage, with one clear error within seconds.
 
-Asked for weights without a network, huggingface_hub tries again for half a minute and more, and the error that comes
-out of timm in the end may name a file that nobody asked for. Neither looks at what lies in the cache.
+Without a network, huggingface_hub retries for half a minute or longer, and the final error of timm may name another
+file. Neither library checks the cached file.
 """
 import logging
 import os
@@ -24,11 +24,11 @@ PROBE_TIMEOUT = 5  # seconds, where HF_HUB_ETAG_TIMEOUT is not set
 
 
 class HubWeightsError(TimmSpaError, RuntimeError):
-    """Weights of the Hub can't be had or can't be used; the message names file, repository, cause and ways out."""
+    """A file of the Hub cannot be loaded. The message names file, repository, cause and remedies."""
 
 
 class HubFileMissing(HubWeightsError):
-    """The Hub answers, but the repository has no such file: it may have another one."""
+    """The repository exists, but the file does not."""
 
 
 def without_password(text: str) -> str:
@@ -37,7 +37,7 @@ def without_password(text: str) -> str:
 
 
 def endpoint() -> str:
-    """Returns the address of the Hub, as it may be printed."""
+    """Returns the address of the Hub without passwords, for messages."""
     return without_password(constants.ENDPOINT)
 
 
@@ -52,10 +52,10 @@ def locate_weights(
     try:
         with safetensors.safe_open(path, framework='pt'):
             pass
-    except Exception as e:  # safetensors has its own error, and hands on those of the file system
+    except Exception as e:  # safetensors raises its own error and those of the file system
         raise HubWeightsError(
-            f'Damaged weights: {filename} of {repo_id} is not what was published: it is truncated or no safetensors '
-            f'file ({e}). Delete {os.path.realpath(path)} and load it again with a connection to the Hub.') from e
+            f'Damaged weights: {filename} of {repo_id} is truncated or not a safetensors file ({e}). Delete '
+            f'{os.path.realpath(path)} and load it again with a connection to the Hub.') from e
     return path
 
 
@@ -83,18 +83,18 @@ def locate_file(
     """
     cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
     path = cached if isinstance(cached, str) else ''
-    is_commit = re.fullmatch(r'[0-9a-f]{40}', revision or '')  # which never changes: no need to ask
+    is_commit = re.fullmatch(r'[0-9a-f]{40}', revision or '')  # its files never change: no request needed
     if not (path and is_commit):
         digest, problem, missing = ('', 'HF_HUB_OFFLINE is set', False) if constants.HF_HUB_OFFLINE else _ask(
             hf_hub_url(repo_id, filename, revision=revision), revision)
         if problem is None:
             try:
                 path = hf_hub_download(repo_id, filename, revision=revision, cache_dir=cache_dir)
-            except Exception as e:  # whatever the HTTP library of the day raises, and a full disk
+            except Exception as e:  # errors of the HTTP library, and a full disk
                 problem = f'the download failed: {type(e).__name__}: {without_password(str(e))}'
         if not path:
             raise (HubFileMissing if missing else HubWeightsError)(
-                f'No weights: {filename} of {repo_id} is not in the cache, and {problem}. Three ways out: connect to '
+                f'No weights: {filename} of {repo_id} is not in the cache, and {problem}. Three remedies: connect to '
                 f'{endpoint()} (`hf auth login` first, if the repository is private); or set HF_HUB_OFFLINE=1 '
                 f'and HF_HOME to a cache that holds it (from a connected machine); or name a local file with '
                 f"timm.create_model(..., pretrained=True, pretrained_cfg_overlay=dict(file='model.safetensors')), "
@@ -104,8 +104,8 @@ def locate_file(
         elif path != cached and re.fullmatch(r'[0-9a-f]{64}', digest) and _sha256(path) != digest:
             os.unlink(os.path.realpath(path))  # otherwise the cache would keep serving the damaged file
             raise HubWeightsError(
-                f'Damaged weights: {filename} of {repo_id} is not what was published: its bytes changed on the way '
-                f'(the Hub says SHA-256 {digest}). It is deleted; load it again.')
+                f'Damaged weights: {filename} of {repo_id} changed during the download (expected SHA-256 {digest}). It '
+                'is deleted. Load it again.')
     return path
 
 
@@ -118,18 +118,18 @@ def _ask(url: str, revision: Optional[str]) -> Tuple[str, Optional[str], bool]:
     timeout = constants.HF_HUB_ETAG_TIMEOUT if os.environ.get('HF_HUB_ETAG_TIMEOUT') else PROBE_TIMEOUT
     try:
         return get_hf_file_metadata(url, timeout=timeout).etag or '', None, False
-    except Exception as e:  # huggingface_hub's, and whatever the HTTP library of the day raises
+    except Exception as e:  # errors of huggingface_hub and of the HTTP library
         status = getattr(getattr(e, 'response', None), 'status_code', None)
         if status is None:
             return '', f'the Hub cannot be reached ({type(e).__name__}: {without_password(str(e))})', False
         if isinstance(e, RevisionNotFoundError):
-            reason = f'the repository has no revision {revision!r}'
+            reason = f'revision {revision!r} does not exist in the repository'
         elif isinstance(e, EntryNotFoundError):
-            reason = 'the repository has no such file'
+            reason = 'the file does not exist in the repository'
         elif status in (401, 403, 404):
-            reason = 'the Hub has no such file or repository that this account may read'
+            reason = 'this account cannot read the file or repository, or it does not exist'
         else:
-            reason = 'the Hub does not serve it'
+            reason = 'the Hub did not serve the file'
         return '', f'{reason} (status {status} for {without_password(url)})', isinstance(e, EntryNotFoundError)
 
 

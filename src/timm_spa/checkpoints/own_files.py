@@ -1,4 +1,4 @@
-"""Recognition of files that this package wrote, so that no other file is replaced unasked."""
+"""Recognize files that this package wrote. Other files are replaced only on request."""
 import json
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Union
@@ -9,7 +9,7 @@ __all__ = ['MARK', 'has_mark', 'is_own_figure', 'png_mark', 'refuse_replacing', 
 
 # in config.json of a repository; timm, transformers and the Hub ignore the key
 MARK: Dict[str, str] = dict(written_by='timm_spa')
-SOFTWARE = 'Software'  # the keyword of PNG for the program that made a picture
+SOFTWARE = 'Software'  # PNG keyword for the program that made an image
 
 
 def refuse_replacing(
@@ -29,16 +29,16 @@ def refuse_replacing(
     """
     for path in map(Path, paths):
         if not overwrite and path.is_file() and path.stat().st_size and not is_own(path):
-            raise WriteError(f'{path} is there already; --overwrite replaces it. Or name another place.')
+            raise WriteError(f'{path} exists already. Add --overwrite to replace it, or choose another path.')
 
 
 def has_mark(folder: Union[str, Path]) -> bool:
-    """Returns whether config.json says that this package wrote a folder, a repository's or a detector's."""
+    """Returns whether config.json marks a folder as written by this package: a repository or a detector."""
     try:
         config = json.loads(read_text(Path(folder) / 'config.json'))
     except (ReadError, ValueError, RecursionError):
         return False
-    # a detector's has the version of the package
+    # the config.json of a detector has the version of the package
     return isinstance(config, dict) and (MARK.items() <= config.items() or 'timm_spa' in config)
 
 
@@ -52,7 +52,7 @@ def png_mark() -> Any:
 
 
 def is_own_figure(path: Path) -> bool:
-    """Returns whether a PNG or SVG file says that this package wrote it."""
+    """Returns whether a PNG or SVG file is marked as written by this package."""
     from PIL import Image
 
     try:

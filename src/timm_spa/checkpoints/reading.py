@@ -1,4 +1,4 @@
-"""Files of weights: read without running code from them, named for what they are, checked against a model."""
+"""Read weight files without running code from them, and check them against a model."""
 import argparse
 import dataclasses
 import errno
@@ -23,27 +23,27 @@ __all__ = [
     'CheckpointError', 'Header', 'Weights', 'check_shapes', 'check_weights', 'read_checkpoint', 'read_header',
     'read_weights', 'stored_epoch', 'value_problems', 'write_tensors']
 
-# what is taken of a training checkpoint, the best first
+# entries of a training checkpoint that hold weights, in the order of preference
 _STATE_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
 
 class CheckpointError(TimmSpaError, ValueError):
-    """A file cannot be read as weights, or its weights do not fit; the message names the file and says what it is."""
+    """A file cannot be read as weights, or its weights do not fit. The message names the file and the cause."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights of a file, and what the file says of their training.
+    """Weights of a file, with the file's record of their training.
 
     Attributes:
         state_dict: Tensors by name.
-        used: Where they stood in the file: 'state_dict_ema' or 'model_ema' (averaged over training steps),
-            'state_dict', 'model', or '' for a file of nothing but tensors.
-        sha256: Digest of the file; for a published one that of the file that it was made from.
-        arch: Name of the trained model, if the file has it.
-        epoch: Epoch that they are of, if the file has it.
-        args: Arguments of the training, if the file has them.
-        model_args: Arguments of the model, but for the number of classes, if a published or converted file has them.
+        used: Entry of the file: 'state_dict_ema' or 'model_ema' (averaged over training steps), 'state_dict',
+            'model', or '' for a file that contains tensors only.
+        sha256: Digest of the file; for a published file that of its source.
+        arch: Name of the trained model, if recorded.
+        epoch: Epoch of the weights, if recorded.
+        args: Arguments of the training, if recorded.
+        model_args: Arguments of the model except the number of classes, if recorded by `publish` or `convert`.
         converted_from: Kind of file that `convert` has made it of, if it has.
     """
     state_dict: Dict[str, torch.Tensor]
@@ -63,29 +63,30 @@ def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
         path: A safetensors file, or one that `torch.save` wrote, e.g. timm's `model_best.pth.tar`.
 
     Returns:
-        What the file holds: tensors by name, or for a training checkpoint those among other entries.
+        The content: tensors by name, or the entries of a training checkpoint.
 
     Raises:
-        CheckpointError: The file cannot be read as weights; the message says what it is instead.
+        CheckpointError: The file cannot be read as weights. The message describes the file.
     """
     path = Path(path)
     try:
         if not os.path.lexists(path):
             raise CheckpointError(f'{path} does not exist.')
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise CheckpointError(f'{path} cannot be read as weights: it is no regular file.')
+            raise CheckpointError(f'{path} cannot be read as weights: it is not a regular file.')
         head = _head(path)
         if _is_safetensors(path, head):
             return safetensors.torch.load_file(path)
-        # timm's training checkpoints hold their arguments in this class, which runs no code
+        # timm's training checkpoints store their arguments in this class, which runs no code
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except CheckpointError:
         raise
-    except Exception as e:  # every reader has its own errors for a file that is not its own
+    except Exception as e:  # every reader raises its own errors
         raise CheckpointError(f'{path} cannot be read as weights: {_what_it_is(path, e)}') from e
     if not isinstance(content, Mapping):
-        raise CheckpointError(f'{path} cannot be read as weights: it holds a {type(content).__name__}, no names.')
+        raise CheckpointError(
+            f'{path} cannot be read as weights: expected a dictionary, got a {type(content).__name__}.')
     return dict(content)
 
 
@@ -107,15 +108,16 @@ def read_weights(path: Union[str, Path]) -> Weights:
     state_dict = content[used] if used else content
     if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state_dict.items()):
         raise CheckpointError(
-            f'{path} holds no weights: none of {", ".join(_STATE_KEYS)} is in it, and its entries '
+            f'{path} does not contain weights: {", ".join(_STATE_KEYS)} are missing, and its entries '
             f'({first_few([str(k) for k in content])}) are not all tensors.')
     if not state_dict:
-        raise CheckpointError(f'{path} holds no weights: it is readable, and has no entry.')
-    odd = [name for name, t in state_dict.items() if t.layout != torch.strided or t.is_meta or _is_tiny_float(t)]
-    if odd:
+        raise CheckpointError(f'{path} does not contain weights: it is readable but empty.')
+    unsupported = [
+        name for name, t in state_dict.items() if t.layout != torch.strided or t.is_meta or _is_tiny_float(t)]
+    if unsupported:
         raise CheckpointError(
-            f'{path} has tensors that are sparse, without values, or of 8-bit floating-point numbers, which no model '
-            f'here is made of: {first_few(odd)}.')
+            f'{path} has unsupported tensors: {first_few(unsupported)}. They are sparse, on the meta device, or of an '
+            '8-bit floating-point type. Save them as dense float16 or float32.')
     about: Mapping[str, Any] = content if used else _published_facts(Path(path))
     args, arch, epoch = about.get('args'), about.get('arch'), about.get('epoch')
     with open(path, 'rb') as f:
@@ -124,7 +126,7 @@ def read_weights(path: Union[str, Path]) -> Weights:
         state_dict=clean_state_dict(dict(state_dict)),
         used=used,
         sha256=sha256,
-        # timm writes the name of the class where it has no arguments
+        # timm writes the name of the class if it has no arguments
         arch=arch if isinstance(arch, str) and is_model(arch.partition('.')[0]) else None,
         epoch=epoch if isinstance(epoch, int) else None,
         args=vars(args) if isinstance(args, argparse.Namespace) else {},
@@ -138,7 +140,7 @@ def _is_tiny_float(tensor: torch.Tensor) -> bool:
 
 
 def _published_facts(path: Path) -> Dict[str, Any]:
-    """Reads what `publish` or `convert` noted in a safetensors file, so that to publish it again changes nothing."""
+    """Reads the record of `publish` or `convert` in a safetensors file. Publishing it again then changes nothing."""
     facts = read_header(path).facts if _is_safetensors(path, _head(path)) else {}
     if 'model' not in facts:
         return {}
@@ -153,18 +155,18 @@ def _published_facts(path: Path) -> Dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself.
+    """Header of a safetensors file.
 
     Attributes:
-        facts: Its metadata, texts by name.
-        dtypes: The kinds of numbers in it, as the format calls them, e.g. 'F32'.
+        facts: Metadata, text by name.
+        dtypes: Types of the tensors in the notation of the format, e.g. 'F32'.
     """
     facts: Dict[str, str]
     dtypes: FrozenSet[str]
 
 
 def read_header(path: Union[str, Path]) -> Header:
-    """Reads what a safetensors file says of itself."""
+    """Reads the header of a safetensors file."""
     try:
         with safetensors.safe_open(path, framework='pt') as f:
             names = list(f.keys())  # noqa: SIM118  no mapping
@@ -174,7 +176,7 @@ def read_header(path: Union[str, Path]) -> Header:
 
 
 def stored_epoch(facts: Mapping[str, str]) -> Optional[int]:
-    """Returns the epoch that the metadata of a published file names, None if it names none."""
+    """Returns the epoch in the metadata of a published file, None if it is missing."""
     epoch = facts.get('epoch', '')
     return int(epoch) if re.fullmatch('[0-9]{1,9}', epoch) else None
 
@@ -212,11 +214,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
 
 
 def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:
-    """Loads weights into a model, strictly, after a look at each tensor.
+    """Checks every tensor and loads the weights into a model, strictly.
 
     Args:
         state_dict: Tensors by name.
-        model: The model that they should fit; it holds them afterwards.
+        model: Model that is given the weights.
         source: File or repository of the weights, for the message.
 
     Raises:
@@ -230,29 +232,29 @@ def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, sour
 
 
 def value_problems(state_dict: Mapping[str, torch.Tensor]) -> List[str]:
-    """Returns what no weights can have: values that are not finite, and variances below zero."""
-    odd = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
+    """Returns descriptions of invalid values: values that are not finite, and negative variances."""
+    infinite = [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]
     negative = [name for name, t in state_dict.items() if name.endswith('running_var') and bool((t < 0).any())]
     problems = []
-    if odd:
+    if infinite:
         problems.append(
-            f'{len(odd)} tensors with values that are not finite: {first_few(odd)} (the training diverged before they '
-            'were written; take an earlier checkpoint)')
+            f'{len(infinite)} tensors with values that are not finite: {first_few(infinite)} (the training diverged; '
+            'take an earlier checkpoint)')
     if negative:
-        problems.append(f'{len(negative)} variances below zero: {first_few(negative)} (the file is damaged)')
+        problems.append(f'{len(negative)} negative variances: {first_few(negative)} (the file is damaged)')
     return problems
 
 
 def check_shapes(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:
-    """Checks names, shapes, kinds and number of classes of weights for a model, which may be on the meta device."""
+    """Checks names, shapes, kinds and number of classes of weights. The model may be on the meta device."""
     cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
     classifier = f'{cfg.get("classifier")}.weight'
     own = model.state_dict()
     given = state_dict.get(classifier)
     if classifier in own and given is not None and given.ndim and len(given) != len(own[classifier]):
         raise CheckpointError(
-            f'{source} has {len(given)} classes ({classifier}), and the model has '
-            f'{len(own[classifier])}. Name the right number with --num-classes, or another model.')
+            f'{source} has {len(given)} classes ({classifier}), but the model has {len(own[classifier])}. Set '
+            '--num-classes, or choose another model.')
     misfit = compare_tensors(state_dict, own)
     if misfit:
         raise CheckpointError(f'{source} does not fit {type(model).__name__}; tensors {misfit}.')
@@ -269,38 +271,37 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
 
 def _what_it_is(path: Path, error: Exception) -> str:
     if path.is_dir():
-        return 'it is a folder. Name the file in it.'
+        return 'it is a folder. Give the path of the file in it.'
     if isinstance(error, OSError) and error.strerror and error.errno != errno.EINVAL:  # torch's, for a truncated file
         return f'{error.strerror}.'
     head, size = _head(path), path.stat().st_size
     if not size:
         return 'it is empty. Copy or download it again.'
     if head.startswith(b'version https://git-lfs'):
-        return 'it is a Git LFS pointer, the name of a file that is stored elsewhere. Fetch it with `git lfs pull`.'
+        return 'it is a Git LFS pointer. Fetch the file with `git lfs pull`.'
     if re.match(rb'\s*<(!doctype|html|\?xml)', head, re.IGNORECASE):
-        return 'it is a web page, e.g. what a server sent in place of the file. Download it again.'
+        return 'it is a web page, e.g. an error page of a server. Download it again.'
     if _is_safetensors(path, head):
         missing = _missing_bytes(path, size)
         return (
             f'it is a truncated safetensors file, {missing} bytes are missing. Copy or download it again.' if missing
-            else f'it has the name of a safetensors file, and is none ({error}).')
+            else f'it is not a safetensors file, although its name ends so ({error}).')
     if head.lstrip().startswith(b'{') and b'"weight_map"' in path.read_bytes()[:10_000_000]:
-        return 'it is the index of weights in several files. Join the files that it names to one, and name that.'
+        return 'it is the index of weights in several files. Merge these files into one first.'
     blocked = re.search(r'GLOBAL ([\w.]+)', str(error))
     if blocked or re.match(rb'c[\w.]+\n\w|\((?:[dil]p?\d*\n?|c[\w.]+\n)|[\]}]\.?$|[\x80][\x01-\x05]', head):
-        wants = f' that wants {blocked[1]} when it is read in full' if blocked else ''
+        wants = f' that imports {blocked[1]}' if blocked else ''
         return (
-            f'it is a pickle{wants}, which may run any code and is refused. Whoever wrote it can save its tensors '
-            'alone, as a safetensors file.')
+            f'it is a pickle{wants}, which can run any code. Ask its author for a safetensors file.')
     if head.startswith(b'PK') and not zipfile.is_zipfile(path):
         return 'it is a truncated file of torch.save. Copy or download it again.'
     return (
-        f'it is neither a safetensors file nor one that torch.save wrote with nothing but tensors and plain values '
+        f'it is neither a safetensors file nor a file of torch.save with tensors and plain values only '
         f'({type(error).__name__}).')
 
 
 def _missing_bytes(path: Path, size: int) -> int:
-    """Counts what a safetensors file lacks of the length that its header says; 0 if its header says nothing."""
+    """Returns the number of missing bytes by the header of a safetensors file, 0 if the header is unreadable."""
     with open(path, 'rb') as f:
         header_size = int.from_bytes(f.read(8), 'little')
         if size < 8 or header_size > 100_000_000:  # the limit of the format

@@ -1,4 +1,7 @@
-"""A model as its training recorded it: two nets may have the same tensors, and compute something else."""
+"""Recover the model arguments from a training run.
+
+They are needed because two models with the same tensors can compute different functions.
+"""
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Tuple
@@ -12,14 +15,14 @@ from .reading import Weights
 from .run_files import NUMBER, RunError, checked, read_mapping
 
 __all__ = [
-    'as_json', 'config_beside', 'model_arguments', 'preprocessing', 'read_arguments', 'recorded_model', 'trained_with',
-    'untagged']
+    'as_json', 'config_of_folder', 'model_arguments', 'preprocessing', 'read_arguments', 'recorded_model',
+    'trained_with', 'untagged']
 
-# of args.yaml those that a card or a configuration is made of; there may be others
+# the keys of args.yaml that are read, with their types
 ARGUMENTS: Dict[str, Any] = dict(
     model=str, model_kwargs=dict, num_classes=int, in_chans=int, img_size=int, input_size=[int], gp=str, bn_eps=NUMBER,
     mean=[NUMBER], std=[NUMBER], interpolation=str, crop_pct=NUMBER, seed=int, dataset=str, val_split=str)
-# arguments of timm's train.py that pictures must be prepared with as in training
+# arguments of timm's train.py that prepare images
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
 
 
@@ -29,18 +32,18 @@ def read_arguments(folder: Path) -> Dict[str, Any]:
 
 
 def untagged(name: Any) -> str:
-    """Returns the architecture of a model's name; nothing for None."""
+    """Returns the architecture in a model's name, '' for None."""
     return str(name or '').partition('.')[0]
 
 
 def model_arguments(args: Mapping[str, Any]) -> Dict[str, Any]:
-    """Returns the arguments of `timm.create_model`, but for the number of classes, in those of a training."""
+    """Returns the arguments of `timm.create_model`, except the number of classes, from those of a training."""
     named = dict(in_chans=args.get('in_chans'), global_pool=args.get('gp'), bn_eps=args.get('bn_eps'))
     return {**{key: value for key, value in named.items() if value is not None}, **(args.get('model_kwargs') or {})}
 
 
 def preprocessing(args: Mapping[str, Any], architecture: str) -> Dict[str, Any]:
-    """Returns the fields of a pretrained_cfg that say how a training prepared its pictures."""
+    """Returns the fields of a pretrained_cfg that describe how a training prepared its images."""
     found: Dict[str, Any] = {
         key: tuple(args[key]) if isinstance(args[key], list) else args[key] for key in PREPROCESSING if args.get(key)}
     cfg = get_pretrained_cfg(architecture) or PretrainedCfg()
@@ -61,35 +64,37 @@ def trained_with(
         checkpoint: Path,
         model_name: str = '',
 ) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Finds out how the model of a file of weights was made.
+    """Recovers the arguments of the model in a weight file.
 
     Args:
         weights: The weights.
-        checkpoint: Their file; args.yaml beside it is of the same training.
-        model_name: Model that they are to be of; '' for any.
+        checkpoint: The weight file. An args.yaml in the same folder belongs to the same training.
+        model_name: Expected model; '' for any.
 
     Returns:
-        The arguments of the training, of args.yaml or else of the file, and those of `timm.create_model` but for the
-        number of classes; empty if they are not known.
+        The arguments of the training, from args.yaml or else from the file, and those of `timm.create_model` except
+        the number of classes. Both are empty if unknown.
 
     Raises:
-        RunError: File and args.yaml contradict each other in what the model is, or the weights are of another model.
+        RunError: File and args.yaml name different models, or the weights belong to another model.
     """
-    own, beside = checked(weights.args, ARGUMENTS, checkpoint), read_arguments(checkpoint.parent)
-    said = [(str(checkpoint), weights.arch), (f'args.yaml in {checkpoint.parent}', beside.get('model'))]
-    for source, model in said:
+    own, recorded = checked(weights.args, ARGUMENTS, checkpoint), read_arguments(checkpoint.parent)
+    names = [(str(checkpoint), weights.arch), (f'args.yaml in {checkpoint.parent}', recorded.get('model'))]
+    for source, model in names:
         if model and model_name and untagged(model) != untagged(model_name):
-            raise RunError(f'{source} names the model {untagged(model)}, and not {untagged(model_name)}.')
-    of_file = model_arguments(own) if own else weights.model_args
-    of_run = model_arguments(beside) if beside else None
-    if of_file is not None and of_run is not None and as_json(of_file) != as_json(of_run):
+            raise RunError(
+                f'{source} names the model {untagged(model)}, expected {untagged(model_name)}. Choose the model with '
+                '--model.')
+    file_args = model_arguments(own) if own else weights.model_args
+    run_args = model_arguments(recorded) if recorded else None
+    if file_args is not None and run_args is not None and as_json(file_args) != as_json(run_args):
         raise RunError(
-            f'{checkpoint} was trained with the model arguments {of_file}, and args.yaml beside it has {of_run}: it is '
-            'of another run. Move one of them to a folder of its own.')
-    return beside or own, of_run or of_file or {}
+            f'{checkpoint} was trained with the model arguments {file_args}, but args.yaml in the same folder has '
+            f'{run_args}. The files belong to different runs: move one of them to another folder.')
+    return recorded or own, run_args or file_args or {}
 
 
-def config_beside(checkpoint: Path) -> Dict[str, Any]:
+def config_of_folder(checkpoint: Path) -> Dict[str, Any]:
     """Reads config.json next to a checkpoint, as a repository of the Hub has it; empty if it describes no model."""
     try:
         config = json.loads(read_text(checkpoint.parent / 'config.json'))
@@ -99,27 +104,27 @@ def config_beside(checkpoint: Path) -> Dict[str, Any]:
 
 
 def recorded_model(weights: Weights, checkpoint: Path) -> str:
-    """Returns the architecture that a file of weights names, or args.yaml or config.json next to it.
+    """Returns the architecture named by a weight file, or by args.yaml or config.json in the same folder.
 
     Raises:
-        RunError: None of them names a model of timm, or they name several.
+        RunError: No model of timm is named, or several are.
     """
     folder = checkpoint.parent
-    said = [
+    names = [
         (str(checkpoint), weights.arch), (str(checkpoint), weights.args.get('model')),
         (f'args.yaml in {folder}', read_arguments(folder).get('model')),
-        (f'config.json in {folder}', config_beside(checkpoint).get('architecture'))]
-    found = {source: untagged(model) for source, model in reversed(said) if model}
-    known = {source: model for source, model in found.items() if timm.is_model(model)}
+        (f'config.json in {folder}', config_of_folder(checkpoint).get('architecture'))]
+    recorded = {source: untagged(model) for source, model in reversed(names) if model}
+    known = {source: model for source, model in recorded.items() if timm.is_model(model)}
     if len(set(known.values())) > 1:
         raise RunError(
-            f'{checkpoint} may be of several models: {_listed(known)}. Name the right one with --model, or move the '
-            'files of the others to another folder.')
+            f'The model of {checkpoint} is ambiguous: {_listed(known)}. Choose one with --model, or move the files of '
+            'the others to another folder.')
     if not known:
-        unknown = f' ({_listed(found)}, which timm does not have)' if found else ''
+        unknown = f' ({_listed(recorded)}, unknown to timm)' if recorded else ''
         raise RunError(
-            f'{checkpoint} does not say which model its weights are of, and neither does an args.yaml or a config.json '
-            f'next to it{unknown}. Name the model with --model.')
+            f'The model of {checkpoint} is unknown: neither the file nor args.yaml or config.json in the same folder '
+            f'names it{unknown}. Choose it with --model.')
     return next(iter(known.values()))
 
 
@@ -129,5 +134,5 @@ def _listed(models: Mapping[str, str]) -> str:
 
 
 def as_json(kwargs: Mapping[str, Any]) -> str:
-    """Returns arguments as text that can be compared and stored."""
+    """Returns arguments as text, for comparison and storage."""
     return json.dumps(kwargs, sort_keys=True, default=str)

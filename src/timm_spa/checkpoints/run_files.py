@@ -18,7 +18,7 @@ TEXT = (str, int, float)  # a name that YAML reads as a number is one
 
 
 class RunError(TimmSpaError, ValueError):
-    """A file of a run does not hold what it should; the message names the file and what is wrong."""
+    """A file of a training run is invalid. The message names the file and the cause."""
 
 
 def read_mapping(path: Path) -> Dict[str, Any]:
@@ -32,27 +32,28 @@ def read_mapping(path: Path) -> Dict[str, Any]:
         cause = ' '.join(str(e).split())
         raise RunError(cause if isinstance(e, ReadError) else f'{path} cannot be read: {cause}') from e
     if not isinstance(content, dict):
-        raise RunError(f'{path} should hold names with values, and holds a {type(content).__name__}.')
+        raise RunError(f'{path}: expected names with values, got a {type(content).__name__}.')
     return content
 
 
 class _Loader(yaml.SafeLoader):
-    """Knows no merge keys, which can grow without end."""
+    """A YAML loader without merge keys, which can grow without limit."""
 
     def flatten_mapping(self, node: Any) -> None:
-        """Leaves a merge key as it is, which then is an error."""
+        """Keeps a merge key, which is then an error."""
 
 
 def load_yaml(text: str) -> Any:
-    """Reads a YAML document that may come from anywhere.
+    """Reads an untrusted YAML document.
 
-    A ValueError says that it is larger than a description of a run, once what it repeats by a name is written out.
+    Raises:
+        ValueError: The document is nested too deeply, or too large once its aliases are written out.
     """
     try:
         content = yaml.load(text, _Loader)  # noqa: S506  derived from SafeLoader
         _count(content, {})
     except RecursionError:
-        raise ValueError('it is nested too deeply.') from None
+        raise ValueError('It is nested too deeply.') from None
     return content
 
 
@@ -66,12 +67,14 @@ def _count(value: Any, counted: Dict[int, Optional[int]]) -> int:
             _count(part, counted) for part in (value.values() if isinstance(value, dict) else value))
     size = counted[id(value)]
     if size is None or size > LARGEST_DOCUMENT:
-        raise ValueError('it repeats parts of itself without end.' if size is None else f'it holds {size:,} values.')
+        raise ValueError(
+            'It contains a recursive YAML alias.' if size is None else
+            f'It has {size:,} values (limit {LARGEST_DOCUMENT:,}).')
     return size
 
 
 def checked(content: Dict[str, Any], kinds: Dict[str, Any], path: Union[str, Path]) -> Dict[str, Any]:
-    """Returns the content of a file after a check of the kinds of some of its values, where they are not None."""
+    """Checks the types of some values of a file, where they are not None, and returns the content."""
     for key, kind in kinds.items():
         if content.get(key) is not None:
             check(content[key], kind, key, path)
@@ -84,7 +87,7 @@ def check(value: Any, kind: Any, name: str, path: Union[str, Path]) -> None:
         unknown = [k for k in value if k not in kind] if isinstance(value, dict) else [value]
         if unknown:
             shown = ', '.join(str(k)[:60] for k in unknown[:6])
-            raise RunError(f'{path}: {name!r} takes {", ".join(kind)}, and has {shown}.')
+            raise RunError(f'{path}: {name!r} takes {", ".join(kind)}, got {shown}.')
         for key, part in value.items():
             check(part, kind[key], f'{name}: {key}', path)
     elif isinstance(kind, list) and isinstance(value, (list, tuple)):
@@ -93,4 +96,4 @@ def check(value: Any, kind: Any, name: str, path: Union[str, Path]) -> None:
     elif isinstance(kind, list) or not isinstance(value, kind) or isinstance(value, bool):
         right = {NUMBER: 'number', TEXT: 'text'}.get(kind) if isinstance(kind, tuple) else (
             'list' if isinstance(kind, list) else kind.__name__)
-        raise RunError(f'{path}: {name!r} should be a {right}, and is {reprlib.repr(value)}.')
+        raise RunError(f'{path}: {name!r} must be a {right}, got {reprlib.repr(value)}.')

@@ -1,9 +1,9 @@
-"""Function-preserving start of a gated model from the weights of the plain one.
+"""Function-preserving start of a gated model from the weights of the plain model.
 
-A gate is sigmoid(conv(...)). With the weights of that conv zero it is 1/2 everywhere. The gated map is linear in a few
-parameters of the block: scale and shift of a norm layer (also with a ReLU behind it, which commutes with doubling), or
-the weights of a convolution. Twice these make the gated model equal to the plain one: doubling and halving are exact in
-binary floating point.
+A gate is sigmoid(conv(...)). If the weights of this convolution are zero, the gate is 1/2 everywhere. The gated feature
+map is linear in a few parameters of the block: scale and shift of a norm layer (also if a ReLU follows, which commutes
+with doubling), or the weights of a convolution. Doubling these parameters makes the gated model equal to the plain
+model. Doubling and halving are exact in binary floating point.
 """
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
@@ -18,9 +18,9 @@ _COMMUTE_WITH_DOUBLING = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity)
 def gated_modules(model: nn.Module) -> Iterator[Tuple[str, Any]]:
     """Yields name and module of everything in a model that has a gate, its child `attn`.
 
-    `gated_parameters` names the tensors in which the gated map is linear, relative to the module or, if it has one, to
-    its `gated_prefix`; `inverse_parameters` those that undo the doubling for what else reads it; `gated_activation` the
-    activation between the two, if there is one.
+    `gated_parameters` names the tensors in which the gated feature map is linear, relative to the module or to its
+    `gated_prefix`. `inverse_parameters` names tensors that undo the doubling for other readers of the feature map.
+    `gated_activation` names an activation between these tensors and the gate.
     """
     for name, module in model.named_modules():
         if hasattr(module, 'gated_parameters') and module.attn.gate_name != 'none':
@@ -51,12 +51,14 @@ def neutral_factors(model: nn.Module, gates: Mapping[str, Any]) -> Dict[str, flo
     for name, module in gated_modules(model):
         gate, prefix = gates[module.attn.gate_name], getattr(module, 'gated_prefix', name)
         if gate.doublings is None:
-            raise ValueError(f'No weights make {name}.attn neutral: the gate {module.attn.gate_name!r} has none.')
+            raise ValueError(
+                f'{name}.attn cannot be neutral: the gate {module.attn.gate_name!r} has no neutral weights. Train from '
+                'scratch with neutral=False.')
         act = getattr(module, getattr(module, 'gated_activation', ''), None)
         if act is not None and not isinstance(act, _COMMUTE_WITH_DOUBLING):
             raise ValueError(
-                f'No weights make {name}.attn neutral behind a {type(act).__name__}, which does not commute with '
-                'doubling. Use ReLU, LeakyReLU or PReLU as act_layer, or train from scratch.')
+                f'{name}.attn cannot be neutral after a {type(act).__name__}, which does not commute with doubling. '
+                'Use ReLU, LeakyReLU or PReLU as act_layer, or train from scratch.')
         factors.update({f'{prefix}.{key}': 2. ** gate.doublings for key in module.gated_parameters})
         factors.update({f'{prefix}.{key}': .5 ** gate.doublings for key in getattr(module, 'inverse_parameters', ())})
         factors.update({f'{name}.attn.{key}': 0. for key in gate.zeros})
@@ -69,7 +71,7 @@ def warm_start(
         gates: Mapping[str, Any],
         neutral: bool = True,
 ) -> Dict[str, torch.Tensor]:
-    """Adds gates to the weights of a plain model, which are not changed; gates as they are if not `neutral`."""
+    """Returns the weights of a plain model with those of the gates added, neutral or as initialized."""
     warm = dict(state_dict)
     for name, module in gated_modules(model):
         warm.update({f'{name}.attn.{key}': value for key, value in module.attn.state_dict().items()})
@@ -86,7 +88,7 @@ def checkpoint_filter_fn(
         plain_filter: Optional[Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]] = None,
         neutral: bool = True,
 ) -> Dict[str, torch.Tensor]:
-    """Prepares a checkpoint for loading: one without the gates' weights is a plain model's, and gets a warm start."""
+    """Prepares a checkpoint for loading. A checkpoint without weights of gates is a plain model's: a warm start."""
     if has_gates(state_dict, model):
         return state_dict
     plain = plain_filter(state_dict) if plain_filter else state_dict

@@ -16,7 +16,7 @@ from .._names import check_model_name
 from ..checkpoints.config_file import class_labels
 from ..checkpoints.hub_files import HubFileMissing, locate_file, locate_weights
 from ..checkpoints.reading import Weights, check_weights, read_weights
-from ..checkpoints.run_arguments import config_beside, preprocessing, recorded_model, trained_with, untagged
+from ..checkpoints.run_arguments import config_of_folder, preprocessing, recorded_model, trained_with, untagged
 from ..models._builder import WEIGHTS_FILENAME
 from ..training.log import read_classes
 
@@ -148,7 +148,7 @@ def _of_checkpoint(name: Optional[str], checkpoint: Path, num_classes: Optional[
     if name is not None:
         check_model_name(name, ModelError)
     weights = read_weights(checkpoint)
-    config = config_beside(checkpoint)
+    config = config_of_folder(checkpoint)
     if name is None:
         name = recorded_model(weights, checkpoint)
     is_name = ':' not in name
