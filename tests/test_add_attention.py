@@ -230,10 +230,10 @@ def test_a_failure_on_the_way_leaves_the_model_unchanged(name, monkeypatch):
     before = snapshot(model)
     factors = timm_spa.models.gated.__globals__['neutral_factors']
 
-    def unknown_tensor(model):
-        found = factors(model)
-        keys = list(found)
-        return {**{key: found[key] for key in keys[:len(keys) // 2]}, 'unknown': 2.}
+    def unknown_tensor(model, gates):
+        known = factors(model, gates)
+        keys = list(known)
+        return {**{key: known[key] for key in keys[:len(keys) // 2]}, 'unknown': 2.}
 
     monkeypatch.setitem(timm_spa.models.gated.__globals__, 'neutral_factors', unknown_tensor)
     with pytest.raises(KeyError, match='unknown'):

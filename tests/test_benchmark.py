@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
     file = tmp_path / 'out.json'
     file.write_text('before')
     with disk_of(100):
-        assert bench('resnet18', '--rounds', 2, '--json', file) == 1
+        assert bench('resnet18', '--rounds', 2, '--json', file, '--overwrite') == 1
     captured = capsys.readouterr()
     assert 'File too large' in captured.err
     assert 'to resnet18' in captured.out

@@ -322,7 +322,9 @@ def test_import_brings_in_models_and_layers_only():
         'import sys, timm, timm.data; before = set(sys.modules); import timm_spa; '
         'print(*sorted({m for m in set(sys.modules) - before}))')
     new = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
-    allowed = ('timm_spa', 'timm_spa.layers', 'timm_spa.models', 'timm_spa._errors', 'timm_spa._timm_release')
+    allowed = (
+        'timm_spa', 'timm_spa.checkpoints', 'timm_spa.layers', 'timm_spa.models', 'timm_spa._errors', 'timm_spa._names',
+        'timm_spa._timm_release')
     assert 'timm_spa.models.resnet' in new
     assert [m for m in new if m not in allowed and not m.startswith(tuple(a + '.' for a in allowed[1:]))] == []
 

@@ -26,6 +26,7 @@ PRIVATE = {
     ('timm.models._efficientnet_builder', 'efficientnet_init_weights'): 'timm 1.0.31',
     ('timm.models._efficientnet_builder', 'resolve_bn_args'): 'timm 1.0.31',
     ('timm.models._efficientnet_builder', 'round_channels'): 'timm 1.0.31',
+    ('timm.models._features', 'FeatureGetterNet'): 'timm 1.0.31',
     ('timm.models._hub', 'load_state_dict_from_path'): 'timm 1.0.31',
     ('timm.models._hub', 'save_config_for_hf'): 'timm 1.0.31',
     ('torch._dynamo', 'config'): 'torch 2.6 and 2.14; the option of it has a fallback',

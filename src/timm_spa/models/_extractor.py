@@ -1,9 +1,10 @@
-"""Feature extractors of timm as parts of the whole network: which gates and weights they have of it."""
+"""Feature extractors of timm as parts of the whole network: their gates and weights."""
 from typing import Any, Dict, List
 
 import torch
 import torch.nn as nn
-from timm.models._features import FeatureGetterNet, FeatureHookNet
+from timm.models import FeatureHookNet
+from timm.models._features import FeatureGetterNet
 
 from ..checkpoints.warm_start import gate_weights, gated_modules, has_gates
 
@@ -14,11 +15,11 @@ EXTRACTOR_ARGUMENTS = ('features_only', 'out_indices', 'feature_cls', 'feature_c
 
 
 class Part:
-    """A feature extractor beside the whole network.
+    """A feature extractor and the whole network that it is a part of.
 
     Attributes:
-        places: Names in the extractor of the modules that have gates in the whole network. An extractor that ends
-            before the first of them has none.
+        places: Names, in the extractor, of the modules that have gates in the whole network. The list is empty for an
+            extractor that ends before the first of them.
     """
 
     def __init__(self, extractor: nn.Module, whole: nn.Module):

@@ -22,7 +22,7 @@ from timm.layers import GroupNorm1
 from timm.models import generate_default_cfgs, register_model
 from timm.models.byobnet import RepVggBlock
 from timm.models.ghostnet import GhostModule
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
 from .._names import check_model_name
 from ..checkpoints.warm_start import gate_weights, gated_modules, neutral_factors
@@ -181,6 +181,8 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
 
 def _check_parameters(name: str, module: nn.Module) -> None:
     """Raises a ValueError if a tensor that a neutral gate doubles is computed from others before every call."""
+    from torch.nn.utils import prune  # `import timm_spa` does not need it
+
     own = module.state_dict(keep_vars=True)
     computed = [key for key in scaled_parameters(module) if key not in own]
     if parametrize.is_parametrized(module):
