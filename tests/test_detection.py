@@ -552,7 +552,7 @@ def test_bad_checkpoints(tmp_path):
             load_detector(tmp_path)
     model = retinanet('resnet18', **SMALL)
     with pytest.raises(DetectionError, match='1 categories for a detector of 3 classes'):
-        save_detector(model, tmp_path, [dict(id=1, name='a')])
+        save_detector(model, tmp_path, [dict(id=1, name='a')], overwrite=True)
     save_detector(model, tmp_path, [dict(id=i, name=str(i)) for i in range(3)], overwrite=True)
     config = json.loads((tmp_path / 'config.json').read_text())
     for changes in (
