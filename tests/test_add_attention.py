@@ -171,20 +171,20 @@ def changed(change, name='layer2.0.bn2', model='resnet18'):
 
 COMPUTED = [
     (changed(lambda m: prune.l1_unstructured(m, 'weight', 0.5)), {},
-     'layer2.0.bn2 can not be gated: its weight is computed.*torch.nn.utils.prune.remove on it first'),
+     'layer2.0.bn2 cannot be gated: its weight is computed.*torch.nn.utils.prune.remove on it first'),
     (changed(lambda m: prune.l1_unstructured(m, 'bias', 0.5), 'layer4.1.bn2'), {}, 'layer4.1.bn2 .*its bias .*prune'),
     (changed(lambda m: prune.l1_unstructured(m, 'weight', 0.5), 'layer2.0.conv2'), dict(where='layer*.conv2'),
-     'layer2.0.conv2 can not be gated: its weight'),
+     'layer2.0.conv2 cannot be gated: its weight'),
     (changed(torch.nn.utils.weight_norm, 'layer2.0.conv2'), dict(where='layer*.conv2'), 'utils.remove_weight_norm'),
     (changed(torch.nn.utils.spectral_norm, 'layer2.0.conv2'), dict(where='layer*.conv2'), 'utils.remove_spectral_norm'),
     (changed(torch.nn.utils.parametrizations.weight_norm, 'layer2.0.conv2'), dict(where='layer*.conv2'),
-     'layer2.0.conv2 can not be gated: .*parametrize.remove_parametrizations'),
+     'layer2.0.conv2 cannot be gated: .*parametrize.remove_parametrizations'),
     (changed(lambda m: prune.l1_unstructured(m, 'weight', 0.5), 'stages.2.blocks.5.conv_dw', 'convnext_atto'), {},
-     'stages.2.blocks.5.conv_dw can not be gated'),
+     'stages.2.blocks.5.conv_dw cannot be gated'),
     (changed(lambda m: prune.l1_unstructured(m, 'bias', 0.5), 'stages.1.0.conv_1x1.bn', 'repvgg_a0'), {},
-     'stages.1.0 can not be gated: its conv_1x1.bn.bias'),
+     'stages.1.0 cannot be gated: its conv_1x1.bn.bias'),
     (changed(lambda m: prune.l1_unstructured(m, 'weight', 0.5), 'blocks.1.0.ghost2.cheap_operation.0', 'ghostnet_100'),
-     {}, 'blocks.1.0.ghost2 can not be gated: its cheap_operation.0.weight'),
+     {}, 'blocks.1.0.ghost2 cannot be gated: its cheap_operation.0.weight'),
 ]
 
 
@@ -249,7 +249,7 @@ def test_the_last_gate_that_can_not_be_made_leaves_the_model_unchanged():
     model = timm.create_model('resnet18', norm_layer=LayerNorm2d)
     model.layer4[1].bn2 = GroupNorm1(512)
     before = snapshot(model)
-    with pytest.raises(ValueError, match='can not learn'):
+    with pytest.raises(ValueError, match='cannot learn'):
         timm_spa.add_attention(model, pyramid_sizes=(1,), rd_ratio=1 / 128)
     assert_same(snapshot(model), before)
 
@@ -264,27 +264,27 @@ def tied():
     ('resnet18', dict(gate='spam'), "gate must be one of ((?!_[bc]').)*'spa'((?!_[bc]').)* got 'spam'"),
     ('resnet18', dict(gate='spa_b'), "reads the block's input.*spa_b_resnet50"),
     ('resnet18', dict(gate='se_c'), "reads the block's input.*se_c_preresnet18_cifar"),
-    ('resnet18', dict(gate='ge'), "No weights make the gate 'ge' neutral.*neutral=False"),
-    ('resnet18', dict(where='layer5.0.bn2'), r"no module 'layer5.0.bn2'.*layer\d.0.bn2"),
-    ('resnet18', dict(where='layer1'), 'layer1 is a Sequential, which can not be gated'),
+    ('resnet18', dict(gate='ge'), "The gate 'ge' cannot be neutral.*neutral=False"),
+    ('resnet18', dict(where='layer5.0.bn2'), r"No module of the model matches 'layer5.0.bn2'.*layer\d.0.bn2"),
+    ('resnet18', dict(where='layer1'), 'layer1 is a Sequential, which cannot be gated'),
     ('resnet18', dict(where=['layer1.0', 'fc']), 'fc is a Linear'),
     ('resnet18', dict(pyramid_sizes=(0, 4)), 'pyramid_sizes'),
     ('resnetv2_50x1_bit', {}, r'stages.0.blocks.0.conv3 is a StdConv2d'),
-    ('vit_tiny_patch16_224', {}, 'VisionTransformer has no block.*where=.*resnet, .*convnext'),
-    ('swin_tiny_patch4_window7_224', {}, 'no block of a type that is known'),
+    ('vit_tiny_patch16_224', {}, 'VisionTransformer does not contain a block of a known type.*where=.*resnet, .*convnext'),
+    ('swin_tiny_patch4_window7_224', {}, 'does not contain a block of a known type'),
     ('spa_resnet18', {}, 'has gates already'),
-    ('resnet18', dict(where=[]), 'where names nothing. Name blocks, .* leave it out'),
-    ('resnet18', dict(where=''), 'The model itself is a ResNet, which can not be gated'),
-    ('resnet18', dict(where='*'), 'act1 is a ReLU, which can not be gated'),
-    ('resnet18', dict(where=re.compile('.*')), 'act1 is a ReLU, which can not be gated'),
+    ('resnet18', dict(where=[]), 'where is empty. Give names of blocks, .* leave it out'),
+    ('resnet18', dict(where=''), 'The model itself is a ResNet, which cannot be gated'),
+    ('resnet18', dict(where='*'), 'act1 is a ReLU, which cannot be gated'),
+    ('resnet18', dict(where=re.compile('.*')), 'act1 is a ReLU, which cannot be gated'),
     ('repvgg_a0', dict(where='stages.*.conv_kxk.bn'),
-     r'stages.0.0.conv_kxk.bn is inside of stages.0.0, a RepVggBlock, which timm fuses.* Name the block itself'),
-    ('mobileone_s0', dict(where='stages.0.0.conv_kxk.0.bn'), 'inside of stages.0.0, a MobileOneBlock.* outside of it'),
-    (tied, {}, 'layer1.0.bn2 is used in more than one place'),
+     r'stages.0.0.conv_kxk.bn is inside stages.0.0, a RepVggBlock that timm fuses.* Choose the block itself'),
+    ('mobileone_s0', dict(where='stages.0.0.conv_kxk.0.bn'), 'inside stages.0.0, a MobileOneBlock.* outside of it'),
+    (tied, {}, 'layer1.0.bn2 is used several times'),
     (lambda: torch.nn.Conv2d(3, 8, 3), dict(where=''), 'a single Conv2d'),
     (lambda: freeze_batch_norm_2d(timm.create_model('resnet18')), {}, 'layer1.0.bn2 is a FrozenBatchNorm2d'),
 ])
-def test_errors_leave_the_model_as_it_was(model, kwargs, message):
+def test_errors_leave_the_model_unchanged(model, kwargs, message):
     model = timm.create_model(model) if isinstance(model, str) else model()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     kinds = [type(module) for module in model.modules()]
@@ -304,7 +304,7 @@ def test_refuses_a_model_wrapped_for_several_processes(wrap):
             model = fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh('cpu', (1,)))
         else:
             model = torch.nn.parallel.DistributedDataParallel(model)
-        with pytest.raises(ValueError, match='Add attention before (DistributedDataParallel|FSDPModule)'):
+        with pytest.raises(ValueError, match='(DistributedDataParallel|FSDPModule) does not see .* before wrapping'):
             timm_spa.add_attention(model)
     finally:
         torch.distributed.destroy_process_group()

@@ -129,7 +129,7 @@ def test_refuses_what_it_cannot_do(reason, caplog):
     with caplog.at_level(logging.WARNING):
         other = reparameterize_model(model, inplace=True)
     assert type(other.layer1[0]).__name__ == 'GatedBottleneck'
-    assert 'GatedBottleneck is left as it is by fuse()' in caplog.text
+    assert 'GatedBottleneck is unchanged by fuse()' in caplog.text
     assert reason in caplog.text
     assert len(caplog.records) == 1
     assert isinstance(other.layer1[1], FusedBranch)

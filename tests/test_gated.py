@@ -107,7 +107,7 @@ def test_gates_without_weights(gate, tmp_path):
     plain = random_net('densenet121')
     loading = written(plain, tmp_path / 'model.safetensors')
     if gate == 'ge':
-        with pytest.raises(ValueError, match='No weights make the gate .* neutral=False'):
+        with pytest.raises(ValueError, match='The gate .* cannot be neutral.*neutral=False'):
             timm.create_model('gated', base='densenet121', gate=gate, **loading)
     else:
         model = timm.create_model('gated', base='densenet121', gate=gate, **loading)

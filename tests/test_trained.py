@@ -271,7 +271,7 @@ def test_a_configuration_cannot_name_an_address(base, tmp_path, hub):
     config['model_args']['base'] = base
     path.write_text(json.dumps(config))
     (problem,) = verify(tmp_path / 'out').problems
-    assert f'is the name of a model of timm, and not {base!r}' in problem
+    assert f'must be the name of a timm model, got {base!r}' in problem
     with pytest.raises(ModelError, match='name of a model of timm'):
         load_model(f'local-dir:{tmp_path / "out"}')
     assert not hub.requests

@@ -16,7 +16,7 @@ torch.fx.wrap('apply_gate')
 
 
 class NoGate(nn.Module):
-    """The gate of the plain net: none."""
+    """No gate, for the plain network."""
     reads_block_input = False
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -25,7 +25,7 @@ class NoGate(nn.Module):
 
 
 class SelfGate(nn.Module):
-    """One of timm's attention layers, which read the map that they gate."""
+    """One of timm's attention layers, which read the feature map that they gate."""
     reads_block_input = False
 
     def __init__(self, layer: nn.Module):

@@ -111,7 +111,8 @@ class FusedBranch(nn.Module):
 def _only_conv(modules: Iterable[nn.Module]) -> Any:
     merged = merge_norms(modules)
     if len(merged) != 1 or type(merged[0]) not in CONVS:
-        raise ValueError(f'{", ".join(type(m).__name__ for m in modules)} is no convolution with a norm layer to merge')
+        kinds = ', '.join(type(m).__name__ for m in modules)
+        raise ValueError(f'{kinds} is not a convolution with a norm layer to merge')
     return merged[0]
 
 
@@ -142,5 +143,5 @@ def fuse_branch(block: nn.Module, **parts: Any) -> nn.Module:
                 raise ValueError(f'{name or "it"} is {reason}')
         return FusedBranch(block.attn, **parts)
     except ValueError as e:
-        _logger.warning(f'{type(block).__name__} is left as it is by fuse(): {e}.')
+        _logger.warning(f'{type(block).__name__} is unchanged by fuse(): {e}.')
         return block

@@ -1,4 +1,4 @@
-"""The model families, each on the timm family of the same name. Importing them registers their models with timm."""
+"""Model families, each built on the timm family of the same name. The import registers their models with timm."""
 from ._entrypoints import list_models as list_models
 from ._gate_table import GATES as GATES
 from ._gate_table import create_gate as create_gate

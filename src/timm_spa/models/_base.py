@@ -1,4 +1,4 @@
-"""What every gated family adds to its timm base class."""
+"""Base class of the gated networks, and helpers to take over modules of timm."""
 from typing import Any, Callable, Dict, List
 
 import torch
@@ -25,12 +25,15 @@ class GatedNet:
 
 
 def adopt(module: nn.Module, original: nn.Module) -> None:
-    """Initializes a module with all of another one, not to be used any more, in place of `super().__init__`."""
+    """Initializes a module with the content of another one, in place of `super().__init__`.
+
+    The original must not be used afterwards.
+    """
     nn.Module.__init__(module)
     module.__dict__.update(original.__dict__)
 
 
 def divide_reduction(feature_info: List[Dict[str, Any]], first: int, others: int) -> None:
-    """Corrects timm's reduction, of the first map and of others, where stem and pooling keep the resolution."""
+    """Divides the reduction in timm's feature info, where stem and pooling keep the resolution."""
     for i, info in enumerate(feature_info):
         info['reduction'] //= others if i else first

@@ -1,4 +1,4 @@
-"""Where `add_attention` puts the gates: the block types of timm that it knows, and the last layer of their branches."""
+"""Block types of timm that `add_attention` knows, and the last layer of their residual branches."""
 import re
 from fnmatch import fnmatchcase
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -50,7 +50,7 @@ BLOCK_TYPES: Dict[str, Dict[str, Tuple[str, ...]]] = {
 
 
 def default_places(model: nn.Module) -> Iterator[str]:
-    """Yields the names of the modules behind which gates stand, for every block of a known type in a model."""
+    """Yields the names of the modules that are followed by a gate, for every block of a known type in a model."""
     for name, module in model.named_modules():
         if isinstance(module, VGG):
             yield from _flat_places(_join(name, 'features'), module.features)
@@ -64,34 +64,34 @@ def default_places(model: nn.Module) -> Iterator[str]:
 
 
 def named_places(modules: Dict[str, nn.Module], where: Any) -> List[str]:
-    """Returns the names of the modules behind which gates stand, for the `where` of `add_attention`.
+    """Returns the names of the modules that are followed by a gate, for the `where` of `add_attention`.
 
     Args:
         modules: Modules of the model by name.
         where: Names, wildcards or regular expressions, or one of these. Only '' is the model itself.
 
     Raises:
-        ValueError: Nothing has such a name, or none is given.
+        ValueError: No module matches, or `where` is empty.
     """
     names: List[str] = []
     patterns = [where] if isinstance(where, (str, re.Pattern)) else list(where)
     if not patterns:
         raise ValueError(
-            'where names nothing. Name blocks, norm layers or convolutions, or leave it out for all blocks.')
+            'where is empty. Give names of blocks, norm layers or convolutions, or leave it out for all blocks.')
     for pattern in patterns:
-        found = [
+        matches = [
             name for name in modules
             if (fnmatchcase(name, pattern) if isinstance(pattern, str) else pattern.fullmatch(name))
             and (name or pattern == '')]
-        if not found:
+        if not matches:
             text = pattern if isinstance(pattern, str) else pattern.pattern
-            raise ValueError(f'The model has no module {text!r}.{did_you_mean(text, modules)}')
-        names += [_place_in_block(name, modules[name]) or name for name in found]
+            raise ValueError(f'No module of the model matches {text!r}.{did_you_mean(text, modules)}')
+        names += [_place_in_block(name, modules[name]) or name for name in matches]
     return list(dict.fromkeys(names))
 
 
 def _place_in_block(name: str, block: Any) -> Optional[str]:
-    """Returns the name of the module behind which a block's gate stands.
+    """Returns the name of the module that is followed by the gate of a block.
 
     Args:
         name: Name of the block in its model.

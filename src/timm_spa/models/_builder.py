@@ -169,9 +169,9 @@ def build_model(
 ) -> Any:
     """Builds a model through timm's builder, with its weights already found if they are on the Hub.
 
-    The class gets `make_gate` in place of the three arguments that describe the gates of a net: a function of the gated
-    channels, the channels of the block's input, norm layer, device and dtype. `plain_filter` brings weights of the
-    plain model to timm's names, if they may have others.
+    `gate`, `pyramid_sizes` and `rd_ratio` become one argument of the class, `make_gate`: a function of the gated
+    channels, the channels of the block's input, norm layer, device and dtype. `plain_filter` renames weights of the
+    plain model where their names can differ from timm's.
     """
     weights = Weights('')
     source = None

@@ -1,4 +1,4 @@
-"""Entry points of models that differ only in their gate."""
+"""Registration of models that differ only in their gate."""
 import sys
 from fnmatch import fnmatchcase
 from typing import Any, Callable, Dict, Iterable, List, Tuple

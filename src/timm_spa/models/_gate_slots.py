@@ -1,4 +1,4 @@
-"""The modules that hold the gates of `add_attention`, and how each takes the place of a layer of timm.
+"""Modules that hold the gates of `add_attention`, and their attachment to layers of timm.
 
 A gate stands behind the last norm layer or convolution of a residual branch: before the residual sum, before layer
 scale, stochastic depth and the activation. timm's norm-activation layers have a slot between the two, `drop`, which
@@ -50,7 +50,7 @@ class GateSlot(nn.Module):
         self.attn = attn
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Gates the normalized map (N, C, H, W)."""
+        """Gates the normalized feature map (N, C, H, W)."""
         return self.attn(self.drop(x))
 
 
@@ -86,11 +86,11 @@ class GatedConv2dSame(_Gated, Conv2dSame):
 
 
 class GatedGhostModule(_Gated, GhostModule):
-    """GhostNet's module with a gate on both of its maps, the second of which is computed from the first."""
+    """GhostNet's module with a gate on its two feature maps. The second is computed from the first."""
     if TYPE_CHECKING:  # TorchScript would read it
         primary_conv: nn.Module
         cheap_operation: nn.Module
-    inverse_parameters = ('cheap_operation.0.weight',)  # reads the first map
+    inverse_parameters = ('cheap_operation.0.weight',)  # reads the first feature map
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps (N, C', H, W) to (N, C, H / stride, W / stride)."""
@@ -99,7 +99,7 @@ class GatedGhostModule(_Gated, GhostModule):
 
 
 CONVS: Dict[type, Any] = {nn.Conv2d: GatedConv2d, Conv2dSame: GatedConv2dSame}
-# norm layers of maps (N, C, H, W), and the layer of norm and activation that each becomes
+# norm layers of feature maps (N, C, H, W), and the norm-activation layers that replace them
 NORMS: Dict[type, Callable[[Any], nn.Module]] = {
     nn.BatchNorm2d: lambda norm: BatchNormAct2d(norm.num_features, apply_act=False),
     nn.SyncBatchNorm: lambda norm: SyncBatchNormAct(norm.num_features),
@@ -113,7 +113,7 @@ NORM_ACTS = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d, GroupNormAc
 
 
 def linear_parameters(module: Any) -> Tuple[str, ...]:
-    """Returns the names of the tensors that scale a module's output when they are all scaled alike."""
+    """Returns the names of the tensors that scale the output of a module if all are scaled by the same factor."""
     if isinstance(module, GhostModule):
         names = [f'{conv}.1.{key}' for conv in ('primary_conv', 'cheap_operation') for key in ('weight', 'bias')]
         return tuple(names)
@@ -142,14 +142,14 @@ def gated_channels(module: Any) -> int:
 
 
 def attach(name: str, module: Any, attn: nn.Module) -> nn.Module:
-    """Returns what takes the place of a module, with the gate in it."""
+    """Returns the module with the gate attached, or its replacement."""
     parameters = linear_parameters(module)
     if type(module) in CONVS:
         return CONVS[type(module)](module, attn, parameters)
     if isinstance(module, GhostModule):
         return GatedGhostModule(module, attn, parameters)
     if isinstance(module, RepVggBlock):
-        module.attn = attn  # timm's own place for it, behind the sum of the branches, which fusing keeps
+        module.attn = attn  # timm's own slot, after the sum of the branches; fusing keeps it
         module.gated_parameters = parameters
         return module
     if type(module) in NORMS:

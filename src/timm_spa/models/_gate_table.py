@@ -165,6 +165,6 @@ def _check_not_constant(gate: str, layer: Any, channels: int, rd_ratio: float) -
             continue
         if count == 1:
             raise ValueError(
-                f'The gate {gate!r} of {channels} channels can not learn: its norm layer {name}, a '
+                f'The gate {gate!r} of {channels} channels cannot learn: its norm layer {name}, a '
                 f'{type(norm).__name__}, subtracts the mean of a single value and leaves a constant. Use a larger '
                 f'rd_ratio than {rd_ratio:g}, larger pyramid_sizes, or batch norm as norm_layer.')

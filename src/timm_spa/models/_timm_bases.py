@@ -1,4 +1,4 @@
-"""What timm's own entry points do for pretrained weights only, so that `gated` does it for every checkpoint."""
+"""Steps of timm's entry points for pretrained weights. `gated` takes them for every checkpoint."""
 import contextlib
 import inspect
 import re
@@ -11,11 +11,11 @@ from timm.models import model_entrypoint
 
 __all__ = ['plain_filter', 'pretrained_arguments']
 
-# timm passes these with pretrained=True only: the same file would be another function with and without it
+# timm passes these with pretrained=True only. Without them, the same weights compute another function.
 _PRETRAINED_ARGUMENTS: Dict[str, Dict[str, Any]] = {'fbnetc_100': dict(bn_eps=1e-3)}
-# names of the functions in timm's files that bring published weights to the names of its models
+# functions in timm's model files that rename the tensors of published weights
 FILTERS = ('checkpoint_filter_fn', '_filter_fn', '_filter_torchvision_pretrained')
-# tensors of timm's published weights that its models do not have, for which timm loads the whole file non-strictly
+# tensors of timm's published weights that its models lack; timm loads these files non-strictly
 _UNUSED = {
     'timm.models.dla': r'level\d+\.(?:tree\d\.)*project\.\d+\..*',
     'timm.models.inception_v3': r'AuxLogits\..*',
@@ -23,12 +23,12 @@ _UNUSED = {
 
 
 def pretrained_arguments(name: str) -> Dict[str, Any]:
-    """Returns the arguments that timm gives a model for its pretrained weights, and not without them."""
+    """Returns the arguments that timm passes to a model only with pretrained=True."""
     return dict(_PRETRAINED_ARGUMENTS.get(name, {}))
 
 
 def plain_filter(name: str, model: nn.Module) -> Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]:
-    """Returns a function that brings weights of a model of timm to the names that the model has now."""
+    """Returns a function that renames published weights of a timm model to its present names."""
     file = model_entrypoint(name).__module__
     rename: Optional[Callable[..., Any]] = next(
         (getattr(sys.modules[file], name) for name in FILTERS if hasattr(sys.modules[file], name)), None)

@@ -5,8 +5,8 @@ Papers:
   * `Densely Connected Convolutional Networks` - https://arxiv.org/abs/1608.06993
 
 The gate acts on the raw output of a layer's last convolution, before it is concatenated; variants B and C read all
-channels that come into the layer, as they are. Transitions have none. The reduction is 3, in the 32x32 nets of the
-authors as in the ImageNet nets here, for which there is no precedent. There is no fused form for inference.
+channels that come into the layer, as they are. Transitions have none. The reduction is 3, in the 32x32 networks of the
+authors as in the ImageNet networks here, for which there is no precedent. There is no fused form for inference.
 """
 import re
 from typing import Any, Callable, Dict, List, Mapping
@@ -73,7 +73,7 @@ class GatedDenseNet(GatedNet, DenseNet):
         """
         Args:
             make_gate: Makes the gate of a layer, see `build_model`.
-            cifar: The shape of net for 32x32 images: a stem of one 3x3 convolution that keeps the resolution.
+            cifar: Build the network for 32x32 images: a stem of one 3x3 convolution that keeps the resolution.
             in_chans: Channels of the images.
             norm_layer: Norm layer, of the gates too.
             **kwargs: Arguments of timm's DenseNet.

@@ -126,8 +126,8 @@ class GatedEfficientNet(GatedNet, EfficientNet):
         Args:
             block_args: Stages of block arguments, as timm's `decode_arch_def` makes them.
             make_gate: Makes the gate of a block, see `build_model`.
-            cifar: The shape of net for 32x32 images: the stem keeps the resolution, and blocks of stride 1 that change
-                the channels have a projected shortcut.
+            cifar: Build the network for 32x32 images: the stem keeps the resolution, and blocks of stride 1 that
+                change the channels have a projected shortcut.
             output_stride: Resolution of the input over that of the last feature map, limited by dilation.
             **kwargs: Arguments of timm's EfficientNet.
         """
@@ -191,7 +191,7 @@ def _create_efficientnet(
     if cifar:
         stages[1] = (6, 24, 2, 1, 3)
     arch_def = [
-        # timm's block for an expansion of 1 leaves the expanding convolution out, the authors' CIFAR net has it
+        # timm's block for an expansion of 1 leaves the expanding convolution out, the authors' CIFAR network has it
         [f'ds_r{n}_k{k}_s{s}_c{c}' if t == 1 and not cifar else f'ir_r{n}_k{k}_s{s}_e{t}_c{c}']
         for t, c, n, s, k in stages]
     round_chs_fn = partial(round_channels, multiplier=width)

@@ -61,20 +61,20 @@ def add_attention(
         rd_ratio: float = 1. / 16,
         neutral: bool = True,
 ) -> nn.Module:
-    """Adds a gate at the end of every residual branch of a CNN, and leaves its outputs as they are until it is trained.
+    """Adds a gate at the end of every residual branch of a CNN. Its outputs are unchanged until it is trained.
 
-    Every gate is made neutral: the weights of its last layer are zero, it is 1/2 everywhere, and the parameters in
-    which the gated map is linear are doubled. Feature extractors (`features_only=True`) take attention too, but those
-    made by torch.fx, which have no blocks any more. The gates of a network without batch norm have group norm.
+    Every gate starts neutral: the weights of its last layer are zero, so the gate is 1/2 everywhere, and the parameters
+    in which the gated feature map is linear are doubled. Feature extractors (`features_only=True`) are supported,
+    except those made by torch.fx, which have no blocks. Gates of a network without batch norm use group norm.
 
     Args:
-        model: CNN of timm, with its weights loaded. It is changed in place.
+        model: CNN of timm with its weights. It is changed in place.
         gate: Name of the gate: 'spa', 'se', 'se_bias', 'cbam', 'gc', 'ge_conv', 'ge' (with `neutral=False`), or 'none'.
-        where: Names of blocks, norm layers or convolutions, as they are, with wildcards or as regular expressions;
-            every block of a type that is known if None.
+        where: Names of blocks, norm layers or convolutions: exact names, wildcards or regular expressions. None for
+            every block of a known type.
         pyramid_sizes: Side lengths of SPA's averages, in cells.
         rd_ratio: Reduced width of the gates over their channels.
-        neutral: Keep the outputs; gates as they are initialized if False, to train from scratch.
+        neutral: Keep the outputs. If False, the gates stay as initialized, to train from scratch.
 
     Returns:
         The same model.
@@ -91,17 +91,18 @@ def add_attention(
     modules = dict(model.named_modules())
     kinds = {kind.__name__ for module in modules.values() for kind in type(module).__mro__}
     for wrapper in kinds.intersection(WRAPPERS):
-        raise ValueError(f'Add attention before {wrapper}, which does not know parameters that are added later.')
+        raise ValueError(
+            f'{wrapper} does not see parameters that are added later. Add attention before wrapping the model.')
     names = list(default_places(model)) if where is None else named_places(modules, where)
     if next(gated_modules(model), None) is not None:
-        raise ValueError(f'{type(model).__name__} has gates already. Add attention to the plain network.')
+        raise ValueError(f'{type(model).__name__} has gates already. Add attention to the plain model.')
     if not names:
         files = [module.rpartition('.')[2].lstrip('_') for module in BLOCK_TYPES]
         raise ValueError(
-            f'{type(model).__name__} has no block of a type that is known here. Name norm layers or convolutions with '
-            f'where=[...], or take a network with the blocks of one of these files of timm: {", ".join(files)}.')
+            f'{type(model).__name__} does not contain a block of a known type. Choose norm layers or convolutions with '
+            f'where=[...], or a network with the blocks of one of these files of timm: {", ".join(files)}.')
     _check_places(model, modules, names, neutral)
-    # a network without batch norm gets none; one group needs no statistics either, and goes with every width
+    # no batch norm in a network without it; group norm of one group needs no statistics and fits every width
     norm_layer = nn.BatchNorm2d if any(isinstance(m, BATCH_NORMS) for m in modules.values()) else GroupNorm1
     gates = {}
     for name in names:
@@ -140,17 +141,17 @@ def _restore(module: nn.Module, attributes: Dict[str, Any], children: Dict[str, 
 def _check_gate(gate: str, neutral: bool) -> None:
     if gate in GATES and reads_block_input(gate):
         raise ValueError(
-            f"The gate {gate!r} reads the block's input, which timm's blocks do not hand on. The models that have it: "
+            f"The gate {gate!r} reads the block's input, which timm's blocks do not pass on. Use one of its models: "
             f'{", ".join(list_models(f"{gate}_*"))}.')
     if gate not in GATES:
         valid = ', '.join(repr(name) for name in GATES if not reads_block_input(name))
         raise ValueError(f'gate must be one of {valid}, got {gate!r}.')
     if neutral and GATES[gate].doublings is None:
-        raise ValueError(f'No weights make the gate {gate!r} neutral: it has none. Use neutral=False.')
+        raise ValueError(f'The gate {gate!r} cannot be neutral: it has no weights. Use neutral=False.')
 
 
 def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[str], neutral: bool) -> None:
-    """Raises a ValueError that names the first module that can't be gated."""
+    """Raises a ValueError that names the first module that cannot be gated."""
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     tensors = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in names:
@@ -159,24 +160,26 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
         padded = getattr(module, 'padding_mode', 'zeros')  # by another function than F.conv2d
         if type(module) not in (*NORMS, *NORM_ACTS, *CONVS, GhostModule, RepVggBlock) or padded != 'zeros':
             raise ValueError(
-                f'{name or "The model itself"} is a {kind}, which can not be gated: it is no norm layer of maps '
-                '(N, C, H, W), no convolution whose output is linear in its weights, and no block of a known type.')
+                f'{name or "The model itself"} is a {kind}, which cannot be gated. Choose a norm layer of feature maps '
+                '(N, C, H, W), a convolution that is linear in its weights, or a block of a known type.')
         if isinstance(module, GhostModule) and type(module.primary_conv[-1]) not in (nn.Identity, nn.ReLU):
-            raise ValueError(f'{name} has an activation which is not linear from 0 on: its gate can not be neutral.')
+            raise ValueError(
+                f'{name} has an activation that does not commute with doubling: its gate cannot be neutral.')
         if isinstance(module, RepVggBlock) and not (module.reparam_conv is None and type(module.attn) is nn.Identity):
-            raise ValueError(f'{name} is a {kind} that is fused already or has an attention of its own.')
+            raise ValueError(f'{name} is a {kind} that is already fused or has attention.')
         if not name and not isinstance(module, RepVggBlock):
-            raise ValueError(f'The model is a single {kind}, which can not be replaced in itself.')
+            raise ValueError(f'The model is a single {kind}, which cannot be replaced. Wrap it in nn.Sequential.')
         for ancestor in (name[:i] for i, character in enumerate(name) if character == '.'):
             if any(hasattr(modules[ancestor], method) for method in ('fuse', 'reparameterize', 'switch_to_deploy')):
                 remedy = 'the block itself' if isinstance(modules[ancestor], RepVggBlock) else 'a module outside of it'
                 raise ValueError(
-                    f'{name} is inside of {ancestor}, a {type(modules[ancestor]).__name__}, which timm fuses for '
-                    f'inference: its gate would be lost then. Name {remedy}.')
+                    f'{name} is inside {ancestor}, a {type(modules[ancestor]).__name__} that timm fuses for inference. '
+                    f'The gate would be lost. Choose {remedy}.')
         if uses[id(module)] > 1 or any(tensors[id(p)] > 1 for p in module.parameters(recurse=False)):
-            raise ValueError(f'{name} is used in more than one place of the model, or shares its weights.')
+            raise ValueError(f'{name} is used several times in the model, or shares its weights, and cannot be gated.')
         if neutral and not linear_parameters(module):
-            raise ValueError(f'{name} is a {kind} without affine parameters: its gate can not be neutral.')
+            raise ValueError(
+                f'{name} is a {kind} without affine parameters: its gate cannot be neutral. Use neutral=False.')
 
 
 def _check_parameters(name: str, module: nn.Module) -> None:
@@ -199,8 +202,8 @@ def _check_parameters(name: str, module: nn.Module) -> None:
         remedy = 'the function that undoes this'
     key = computed[0] if computed else 'weight'
     raise ValueError(
-        f'{name} can not be gated: its {key} is computed from other tensors before every call (pruning, weight norm, '
-        f'spectral norm or another parametrization). Call {remedy} on it first, and add these after the gates.')
+        f'{name} cannot be gated: its {key} is computed from other tensors before every call (pruning, weight norm, '
+        f'spectral norm or another parametrization). Call {remedy} on it first, and apply it again afterwards.')
 
 
 default_cfgs = generate_default_cfgs({'gated.warm_a1_in1k': warm_cfg('resnet50.a1_in1k')})
@@ -208,7 +211,7 @@ default_cfgs = generate_default_cfgs({'gated.warm_a1_in1k': warm_cfg('resnet50.a
 
 @register_model
 def gated(pretrained: bool = False, base: str = 'resnet50.a1_in1k', **kwargs: Any) -> nn.Module:
-    """Any CNN of timm with `add_attention`, by data alone, for timm's scripts and the Hub; see `create_gated`."""
+    """Any CNN of timm with `add_attention`, described by plain data for scripts and the Hub. See `create_gated`."""
     return create_gated('gated', pretrained, base=base, **kwargs)
 
 
@@ -241,23 +244,23 @@ def create_gated(
         where: Modules to gate, see `add_attention`.
         pyramid_sizes: Side lengths of SPA's averages, in cells.
         rd_ratio: Reduced width of the gates over their channels.
-        neutral: Keep the function of the plain net, see `add_attention`; if None, where its weights are loaded.
+        neutral: Keep the function of the plain network, see `add_attention`; if None, where its weights are loaded.
         **kwargs: Arguments of `base`.
 
     Returns:
         The model, or its feature extractor for `features_only=True`.
 
     Raises:
-        HubWeightsError: The weights are on the Hub, and could not be had, are damaged or do not fit.
+        HubWeightsError: The weights are on the Hub, and could not be loaded, are damaged or do not fit.
         RuntimeError: `base` is no model of timm, or has no weights.
         ValueError: See `add_attention`.
         WeightsError: The weights do not fit.
     """
-    if not isinstance(base, str) or ':' in base:  # an address, which a config.json from anywhere could have
-        raise RuntimeError(f'The base of {variant} is the name of a model of timm, and not {base!r}.')
+    if not isinstance(base, str) or ':' in base:  # an untrusted config.json could hold an address
+        raise RuntimeError(f'base of {variant} must be the name of a timm model, got {base!r}.')
     name = base.partition('.')[0]
     check_model_name(name, RuntimeError, f'The base of {variant} is unknown. ')
-    kwargs.pop('pretrained_model_args', None)  # the published arguments, which are those given here
+    kwargs.pop('pretrained_model_args', None)  # the published arguments; those given here are the same
     cfg = attached_cfg(variant, base, pretrained_cfg, pretrained_cfg_overlay)
     kwargs = {**pretrained_arguments(name), **kwargs}
     features_only = kwargs.get('features_only', False)

@@ -189,7 +189,7 @@ spa_c_resnet34 = register('spa_c_resnet34')
 spa_c_resnet50 = register('spa_c_resnet50')
 spa_c_resnet101 = register('spa_c_resnet101')
 spa_c_resnet152 = register('spa_c_resnet152')
-# tables III and VI compare with these; timm has the plain nets and seresnet50
+# tables III and VI compare with these; timm has the plain networks and seresnet50
 ge_resnet50 = register('ge_resnet50')
 cbam_resnet50 = register('cbam_resnet50')
 gc_resnet50 = register('gc_resnet50')

@@ -4,7 +4,7 @@ Papers:
   * `Spatial Pyramid Attention for Deep Convolutional Neural Networks` - https://doi.org/10.1109/TMM.2021.3068576
   * `Identity Mappings in Deep Residual Networks` - https://arxiv.org/abs/1603.05027
 
-The nets of the paper's tables II and IV, as its authors' code has them: the gate acts on the last convolution's raw
+The networks of the paper's tables II and IV, as its authors' code has them: the gate acts on the last convolution's raw
 output; variants B and C (and SE+, SE++) read the block's raw input, before its first norm layer; the projection of the
 shortcut reads that norm layer's activated output; no norm layer stands before the final pooling.
 
