@@ -371,7 +371,7 @@ class TestTools:
         model = trained(name)
         self.check(torch.jit.script(model), model, 1e-4)
         features = timm.create_model(name, features_only=True, feature_cls='fx')
-        with pytest.raises(ValueError, match='has no block'):
+        with pytest.raises(ValueError, match='does not contain a block of a known type'):
             timm_spa.add_attention(features)
         self.check(torch.fx.symbolic_trace(model), model, 1e-4)
 

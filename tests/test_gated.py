@@ -190,7 +190,7 @@ def test_published_and_verified(tmp_path, capsys):
 
 @pytest.mark.parametrize(('name', 'kwargs', 'error', 'message'), [
     ('gated', dict(base='resnett50'), RuntimeError, "The base of gated is unknown. .* Did you mean .*resnet50"),
-    ('gated', dict(base='vit_tiny_patch16_224'), ValueError, 'no block of a type that is known'),
+    ('gated', dict(base='vit_tiny_patch16_224'), ValueError, 'does not contain a block of a known type'),
     ('gated', dict(base='spa_resnet18'), ValueError, 'has gates already'),
     ('gated', dict(gate='spa_c'), ValueError, "reads the block's input"),
     ('gated.warm_a1_in1k', dict(base='resnet50.a2_in1k'), ValueError, "not of base='resnet50.a2_in1k'"),

@@ -405,7 +405,7 @@ def test_gates_that_would_be_constant_are_refused(gate, norm_layer, pyramid_size
         return create_gate(gate, 8, 6, pyramid_sizes, width / 8, norm_layer=norm_layer)
 
     if (gate, norm_layer, pyramid_sizes, width) in CONSTANT:
-        with pytest.raises(ValueError, match=f'gate {gate!r} of 8 channels can not learn: its norm layer .*larger'):
+        with pytest.raises(ValueError, match=f'gate {gate!r} of 8 channels cannot learn: its norm layer .*larger'):
             create()
         return
     differs = 0.
