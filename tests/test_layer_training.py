@@ -20,7 +20,7 @@ SIDES = [(14, 14), (9, 11)]  # that the pyramid's sizes divide, but for one, and
 
 def kept(net, x, call=None):
     """MiB kept for the backward pass of an image."""
-    return bytes_kept_for_backward(net, lambda: (call or net)(x)) / MIB / len(x)
+    return bytes_kept_for_backward(net, lambda: (net if call is None else call)(x)) / MIB / len(x)
 
 
 def bottleneck(name, stage=1):
