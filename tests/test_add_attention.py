@@ -14,10 +14,10 @@ from timm.utils import ModelEmaV3
 from torch.distributed.fsdp import fully_shard
 
 import timm_spa
+from timm_spa.checkpoints.warm_start import gated_modules
 from timm_spa.layers import SpatialPyramidAttention
 from timm_spa.models import GATES
 from timm_spa.models._block_types import BLOCK_TYPES
-from timm_spa.checkpoints.warm_start import gated_modules
 
 IMAGES = torch.randn(2, 3, 112, 56, generator=torch.Generator().manual_seed(0))
 # a name for each family and kind of block, and the number of its gates
