@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures used by several test files."""
 import contextlib
 import resource
 import shutil
@@ -8,21 +8,21 @@ from hub_server import OWNER, Hub, point_at
 from published import CARDS, NAME, SHIPPED
 
 from timm_spa.hub.publish import write_repository
-from timm_spa.training import runner as run
+from timm_spa.training import runner
 
 
 @pytest.fixture(scope='session')
 def timm_scripts():
-    """The folder of timm's scripts: from TIMM_SCRIPTS, the cache, or a checked download."""
+    """Folder of timm's scripts: from TIMM_SCRIPTS, the cache, or a verified download."""
     try:
-        return run.find_script('train').parent
-    except run.ScriptError as e:
+        return runner.find_script('train').parent
+    except runner.ScriptError as e:
         pytest.skip(str(e))
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A Hub on this machine that is the only one that huggingface_hub knows, with an empty cache and no token."""
+    """A local Hub server that huggingface_hub uses, with an empty cache and without a token."""
     hub = Hub()
     point_at(monkeypatch, hub.url, tmp_path / 'home' / 'hub')
     yield hub
@@ -31,7 +31,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def disk_of():
-    """A context in which no file can grow beyond a size, as if the disk were full then."""
+    """A context manager that limits the file size to simulate a full disk."""
     @contextlib.contextmanager
     def limited(size):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -46,7 +46,7 @@ def disk_of():
 
 @pytest.fixture(scope='module')
 def dry_run(tmp_path_factory):
-    """What `--dry-run` writes for the shipped weights."""
+    """The folder that `publish --dry-run` writes for the shipped weights."""
     run = tmp_path_factory.mktemp('run')
     shutil.copy(SHIPPED, run / 'best.safetensors')
     for name in ('args.yaml', 'summary.csv', 'run.json', 'card.yaml', 'scales.png'):
@@ -58,7 +58,7 @@ def dry_run(tmp_path_factory):
 
 @pytest.fixture
 def weights_to_publish(dry_run, tmp_path):
-    """A repository's folder that a test may change; its card need not be made again."""
+    """The weights in a copy of the dry-run folder that a test may modify."""
     shutil.copytree(dry_run, tmp_path / 'repository')
     return tmp_path / 'repository' / 'model.safetensors'
 

@@ -1,9 +1,9 @@
-"""Which of many cases `make test` runs, and which are left to `make test-slow`."""
+"""Marks that divide test cases between `make test` and `make test-slow`."""
 import pytest
 
 
 def slow_unless(quick, cases):
-    """Marks every case as slow for which `quick` is false, a function of its first argument."""
+    """Marks a case as slow if `quick` returns False for its first argument."""
     params = [
         case if hasattr(case, 'marks') else pytest.param(*case if isinstance(case, tuple) else [case])
         for case in cases]

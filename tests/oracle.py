@@ -1,7 +1,7 @@
-"""Spatial Pyramid Attention once more, from the equations of the paper and nothing else.
+"""Reference implementation of Spatial Pyramid Attention, written from the equations of the paper.
 
-Every pooled cell, every enlarged pixel and every norm layer is written out with plain arithmetic in float64. It is
-slow, differentiable, and uses neither the package nor torch's pooling, resizing, convolution and norm layers.
+Pooling, resizing and norm layers are computed with plain arithmetic in float64. The implementation is slow and
+differentiable. It uses neither the package nor torch's pooling, resizing, convolution and norm layers.
 """
 import math
 
@@ -9,7 +9,7 @@ import torch
 
 
 def average_pool(x, size):
-    """Cell (i, j) is the mean of rows floor(i H / n) to ceil((i + 1) H / n), and of columns likewise."""
+    """Cell (i, j) is the mean over rows floor(i H / n) to ceil((i + 1) H / n) and the corresponding columns."""
     height, width = x.shape[-2:]
     rows = []
     for i in range(size):
@@ -50,7 +50,7 @@ def relu(x):
 
 
 def spatial_pyramid_attention(p, x, block_input, variant, pyramid_sizes, training):
-    """Equations (1) to (5), from the parameters `p` of a layer by name."""
+    """Computes equations (1) to (5). `p` holds the parameters of a layer by name."""
     source = x if variant == 'a' else block_input
     if 'matcher.fc1.weight' in p:
         source = relu(batch_norm(conv1x1(source, p['matcher.fc1.weight']), p, 'matcher.bn1', training))

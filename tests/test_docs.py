@@ -1,4 +1,4 @@
-"""The pages are built without a warning, and the Python code of README and pages runs as it stands."""
+"""README and docs: code blocks run, links work, and the HTML pages build without warnings."""
 import json
 import os
 import re
@@ -21,13 +21,13 @@ NOTEBOOK = ROOT / 'docs' / 'finetune.ipynb'
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 
-def blocks(page):
+def code_blocks(page):
     return re.findall(r'^```python\n(.*?)^```', page.read_text(encoding='utf-8'), re.M | re.S)
 
 
-@pytest.mark.parametrize('page', [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize('page', [page for page in PAGES if code_blocks(page)], ids=lambda page: page.name)
 def test_code(page, monkeypatch, capsys):
-    """The blocks of a page one after another. Weights of the Hub are left out: random ones are as good to run it."""
+    """Runs the code blocks of a page in order. Random weights replace weights from the Hub."""
     create = timm.create_model
 
     def without_hub(name, pretrained=False, **kwargs):
@@ -35,7 +35,7 @@ def test_code(page, monkeypatch, capsys):
 
     monkeypatch.setattr(timm, 'create_model', without_hub)
     names = {'timm': timm, 'torch': torch}
-    for block in blocks(page):
+    for block in code_blocks(page):
         exec(block, names)
         if 'add_attention' in block and 'print' in block:
             assert re.match(r'tensor\(0\.', capsys.readouterr().out)
@@ -43,15 +43,15 @@ def test_code(page, monkeypatch, capsys):
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_links_to_files(page):
-    """Links and pictures that are no addresses are files of the project."""
+    """Relative links and images exist."""
     text = re.sub(r'^```(?!\{image).*?^```', '', page.read_text(encoding='utf-8'), flags=re.M | re.S)
     links = re.findall(r'\]\(([^)#]+)[^)]*\)', text) + re.findall(r'\{image\} (\S+)', page.read_text(encoding='utf-8'))
     missing = [link for link in links if '://' not in link and not (page.parent / link).exists()]
     assert not missing
 
 
-def test_notebook_is_shown_as_it_ran():
-    """Its outputs are those of one run from top to bottom, without an error or a path of a machine."""
+def test_notebook_outputs_are_of_one_run():
+    """The cells ran once from top to bottom. Their outputs contain no errors and no local paths."""
     cells = [cell for cell in json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells'] if cell['cell_type'] == 'code']
     assert [cell['execution_count'] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell['outputs']]
@@ -61,7 +61,7 @@ def test_notebook_is_shown_as_it_ran():
 
 @pytest.mark.slow
 def test_notebook_runs(tmp_path):
-    """In one process, without a network; what it says of the result is checked."""
+    """Runs the notebook in one process without a network, and checks the printed results."""
     cells = json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
     code = '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code')
     done = subprocess.run(
@@ -75,7 +75,7 @@ def test_notebook_runs(tmp_path):
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
-    """The pages as HTML, built without a warning."""
+    """Builds the HTML pages and fails on warnings."""
     out = tmp_path_factory.mktemp('docs') / 'out'
     done = subprocess.run(
         [sys.executable, '-m', 'sphinx', '--fail-on-warning', '--quiet', str(ROOT / 'docs'), str(out)],
@@ -91,43 +91,44 @@ def test_pages_are_built(built):
 
 
 class Page(HTMLParser):
-    """Addresses in a page, and the names that others can point at."""
+    """Collects the links of an HTML page and its anchors."""
 
     def __init__(self, path):
         super().__init__()
-        self.names, self.links = set(), []
+        self.anchors, self.links = set(), []
         self.feed(path.read_text(encoding='utf-8'))
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
-        self.names.update(values[key] for key in ('id', 'name') if values.get(key))
+        self.anchors.update(values[key] for key in ('id', 'name') if values.get(key))
         self.links += [values[key] for key in ('href', 'src') if values.get(key)]
 
 
 def dead_links(folder):
-    """Returns the links within a folder of HTML files that lead to no file, or to no place in it."""
+    """Returns the links between HTML files of a folder whose file or anchor does not exist."""
     pages = {path.resolve(): Page(path) for path in sorted(folder.rglob('*.html'))}
     dead = []
     for path, page in pages.items():
         for link in page.links:
-            address = urlsplit(link)
-            if address.scheme or address.netloc:
+            url = urlsplit(link)
+            if url.scheme or url.netloc:
                 continue
-            target = (path.parent / unquote(address.path)).resolve() if address.path else path
-            name = unquote(address.fragment)
-            if not target.is_file() or name and target in pages and name not in pages[target].names:
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            anchor = unquote(url.fragment)
+            if not target.is_file() or anchor and target in pages and anchor not in pages[target].anchors:
                 dead.append((path.name, link))
     return dead
 
 
-def test_links_within_the_built_pages(built):
+def test_links_between_built_pages(built):
     assert dead_links(built) == []
     results = Page(built / 'results.html').links
-    assert 'training.html' in results, 'a file that a page includes is that page'
-    assert any(re.fullmatch(r'_downloads/.*ablate\.csv', link) for link in results), 'other files are copied'
+    assert 'training.html' in results, 'links to an included file lead to the page that includes it'
+    copied = [link for link in results if re.fullmatch(r'_downloads/.*ablate\.csv', link)]
+    assert copied, 'linked files outside of docs are copied'
 
 
-def test_a_dead_link_is_seen(tmp_path):
+def test_dead_links_are_detected(tmp_path):
     (tmp_path / 'b.html').write_text('<p id="place">')
     (tmp_path / 'a.html').write_text(
         '<a href="b.html#place"><a href="b.html#other"><a href="c.html"><img src="d.png"><a href="#here">'
@@ -135,8 +136,8 @@ def test_a_dead_link_is_seen(tmp_path):
     assert [link for _, link in dead_links(tmp_path)] == ['b.html#other', 'c.html', 'd.png', '#here']
 
 
-def test_gates_that_the_page_names():
-    """Every gate that the page of add_attention offers can be added."""
+def test_gates_on_the_page_of_add_attention():
+    """Every gate that the page lists can be added."""
     text = (ROOT / 'docs' / 'add_attention.md').read_text(encoding='utf-8')
     offered = re.search(r'`gate` is one of (.*?) \(', text, re.S)[1]
     for gate in re.findall('`(.+?)`', offered):
@@ -146,24 +147,24 @@ def test_gates_that_the_page_names():
 @pytest.mark.parametrize('path', [
     ROOT / 'CITATION.cff', ROOT / '.pre-commit-config.yaml', *sorted((ROOT / '.github').rglob('*.yml'))],
     ids=lambda path: path.name)
-def test_files_of_the_repository_are_yaml(path):
+def test_repository_files_are_valid_yaml(path):
     assert yaml.safe_load(path.read_text(encoding='utf-8'))
 
 
 def test_table_of_models():
-    """It names every network with SPA-A, with parameters and multiply-adds as they are counted for `timm-spa list`."""
+    """Lists every SPA-A model, with the parameters and multiply-adds of models.json."""
     counted = json.loads(LIST.read_text())
-    named = []
+    listed = []
     for line in (ROOT / 'docs' / 'models.md').read_text().splitlines():
         cells = line.strip('| ').split(' | ')
         if len(cells) != 6 or '`spa_' not in cells[1]:
             continue
         names = []
-        for word in re.findall(r'`([^`]+)`', cells[1]):  # later ones may be endings: `spa_resnet18` `34`
+        for word in re.findall(r'`([^`]+)`', cells[1]):  # may be only a suffix: `spa_resnet18` `34`
             last = names[-1] if names else ''
-            meant = [word, *(last[:i] + word + end for i in range(len(last), 0, -1) for end in ('', '_cifar'))]
-            names.append(next(name for name in meant if name in counted))
-        named += names
+            candidates = [word, *(last[:i] + word + end for i in range(len(last), 0, -1) for end in ('', '_cifar'))]
+            names.append(next(name for name in candidates if name in counted))
+        listed += names
         for cell, key, unit in ((cells[2], 'parameters', 1e6), (cells[3], 'macs', 1e9)):
             figures = re.findall(r'[\d.]+', cell)
             if '(' in cell:  # for another number of classes
@@ -171,4 +172,4 @@ def test_table_of_models():
             for name, figure in zip(names, figures, strict=len(figures) > 1):
                 digits = len(figure.partition('.')[2])
                 assert f'{counted[name][key] / unit:.{digits}f}' == figure, (name, key)
-    assert sorted(named) == sorted(n for n in timm_spa.list_models('spa_*') if not re.match('spa_[bc]_', n))
+    assert sorted(listed) == sorted(n for n in timm_spa.list_models('spa_*') if not re.match('spa_[bc]_', n))

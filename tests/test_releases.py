@@ -1,4 +1,4 @@
-"""What depends on releases of timm and torch: the oldest ones, names that are not public, warnings."""
+"""Releases of timm and torch: lowest versions, private names, warnings."""
 import ast
 import importlib
 import os
@@ -15,9 +15,8 @@ from timm_spa import _timm_release
 
 ROOT = Path(__file__).parent.parent
 DEPENDENCIES = ('accelerate', 'huggingface_hub', 'safetensors', 'timm', 'torch', 'torchvision')
-# Names that are not public, where they are used, and the releases in which each was tried. There is no public way to
-# subclass these blocks of timm, to read a folder's weights or write its configuration alone, or to see torch.compile's
-# recompilations.
+# Private names that the package uses, and the releases in which each was tested. timm and torch have no public API for
+# subclassing these blocks, reading weights from a folder, writing only config.json, or counting recompilations.
 PRIVATE = {
     ('timm.models._efficientnet_blocks', 'ConvBnAct'): 'timm 1.0.31',
     ('timm.models._efficientnet_blocks', 'DepthwiseSeparableConv'): 'timm 1.0.31',
@@ -29,7 +28,7 @@ PRIVATE = {
     ('timm.models._features', 'FeatureGetterNet'): 'timm 1.0.31',
     ('timm.models._hub', 'load_state_dict_from_path'): 'timm 1.0.31',
     ('timm.models._hub', 'save_config_for_hf'): 'timm 1.0.31',
-    ('torch._dynamo', 'config'): 'torch 2.6 and 2.14; the option of it has a fallback',
+    ('torch._dynamo', 'config'): 'torch 2.6 and 2.14; the option that is set has a fallback',
     ('torch._dynamo', 'utils.counters'): 'torch 2.6 and 2.14',
     ('torch._inductor', 'aoti_compile_and_package'): 'torch 2.6 and 2.14; documented, in spite of its name',
     ('torch._inductor', 'aoti_load_package'): 'torch 2.6 and 2.14; documented, in spite of its name',
@@ -37,7 +36,7 @@ PRIVATE = {
 
 
 def private_names(tree):
-    """Modules and names of other packages with a part that begins with an underscore."""
+    """Yields the private modules and names of other packages that a file uses."""
     def is_private(dotted):
         return dotted.partition('.')[0] in DEPENDENCIES and re.search(r'\._[a-z]', dotted)
 
@@ -53,32 +52,33 @@ def private_names(tree):
                 yield f'{package}.{module}', '.'.join(rest)
 
 
-def test_private_names_are_those_of_the_table():
+def test_all_private_names_are_listed():
     used = set()
     for path in [*(ROOT / 'src').rglob('*.py'), *(ROOT / 'train_scripts').rglob('*.py')]:
         used |= set(private_names(ast.parse(path.read_text(encoding='utf-8'))))
-    # of 'torch._dynamo.config.x' the walk also yields 'torch._dynamo' and 'torch._dynamo.config'
+    # for 'torch._dynamo.config.x' the walk also yields 'torch._dynamo' and 'torch._dynamo.config'
     longest = {(m, n) for m, n in used if n and not any(m == o and p.startswith(f'{n}.') for o, p in used)}
     assert longest == set(PRIVATE)
 
 
 @pytest.mark.parametrize(('module', 'name'), PRIVATE, ids='.'.join)
-def test_private_names_are_there(module, name):
-    found = importlib.import_module(module)
+def test_private_names_exist(module, name):
+    value = importlib.import_module(module)
     for part in name.split('.'):
         try:
-            found = getattr(found, part)
+            value = getattr(value, part)
         except AttributeError:
             try:
-                found = importlib.import_module(f'{module}.{part}')
+                value = importlib.import_module(f'{module}.{part}')
             except ImportError:
                 package = module.partition('.')[0]
                 pytest.fail(
-                    f'{package} {metadata.version(package)} has no {module}.{name}, which {PRIVATE[module, name]} had')
+                    f'{module}.{name} not found in {package} {metadata.version(package)}, '
+                    f'last tested with {PRIVATE[module, name]}')
 
 
 def run_with_timm(tmp_path, version, program):
-    """Runs a program where timm is an empty package of some version."""
+    """Runs a program with an empty timm package of the given version."""
     (tmp_path / 'timm').mkdir()
     (tmp_path / 'timm' / '__init__.py').write_text(f'__version__ = {version!r}\n')
     paths = [str(tmp_path), str(ROOT / 'src')]
@@ -88,37 +88,37 @@ def run_with_timm(tmp_path, version, program):
 
 
 @pytest.mark.parametrize('version', ['0.9.16', '1.0.9', '1.0.30'])
-def test_a_timm_that_is_too_old_is_one_line(tmp_path, version):
+def test_old_timm_raises_an_error_of_one_line(tmp_path, version):
     done = run_with_timm(tmp_path, version, 'import timm, timm_spa')
     assert done.stderr.splitlines()[-1] == (
-        'timm_spa._timm_release.TimmTooOldError: timm_spa needs timm 1.0.31 or newer, and finds '
-        f'{version}: pip install --upgrade timm')
+        'timm_spa._timm_release.TimmTooOldError: timm_spa requires timm 1.0.31 or newer, but '
+        f'{version} is installed: pip install --upgrade timm')
 
 
 @pytest.mark.parametrize('version', ['1.0.31', '1.0.32.dev0', '1.1'])
-def test_newer_ones_are_not(monkeypatch, version):
+def test_newer_timm_is_accepted(monkeypatch, version):
     monkeypatch.setattr(timm, '__version__', version)
     importlib.reload(_timm_release)
 
 
-def test_the_command_line_says_it_in_one_line(tmp_path):
+def test_command_line_prints_one_line_for_an_old_timm(tmp_path):
     done = run_with_timm(tmp_path, '1.0.20', 'import timm_spa_cli; raise SystemExit(timm_spa_cli.main(["recipes"]))')
     assert done.returncode == 1
     assert done.stderr == (
-        'timm-spa: timm_spa needs timm 1.0.31 or newer, and finds 1.0.20: pip install --upgrade timm\n')
+        'timm-spa: timm_spa requires timm 1.0.31 or newer, but 1.0.20 is installed: pip install --upgrade timm\n')
 
 
-def test_the_oldest_timm_is_that_of_the_package():
+def test_oldest_timm_is_the_bound_in_pyproject():
     assert f'"timm>={_timm_release.OLDEST},<2"' in (ROOT / 'pyproject.toml').read_text(encoding='utf-8')
 
 
-def test_timm_does_not_load_this_package():
-    """No entry point but the command: `import timm` works whatever is wrong here."""
+def test_importing_timm_does_not_load_this_package():
+    """The command is the only entry point, so a bug in this package cannot break `import timm`."""
     assert {entry.group for entry in metadata.distribution('timm_spa').entry_points} == {'console_scripts'}
 
 
-def test_no_warnings_of_ours():
-    """Not of torch.jit or an HTTP library either, whose deprecations are not the user's business."""
+def test_package_raises_no_warnings():
+    """Includes deprecation warnings of dependencies, e.g. of torch.jit or an HTTP library."""
     program = (
         'import timm, torch, warnings\n'
         'for kind in (DeprecationWarning, FutureWarning, UserWarning):\n'

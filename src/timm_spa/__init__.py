@@ -1,5 +1,5 @@
-"""Spatial Pyramid Attention for timm: importing this package registers its models with timm."""
-from . import _timm_release as _timm_release  # refuses a timm that is too old for what follows
+"""Spatial Pyramid Attention for timm. Importing this package registers its models with timm."""
+from . import _timm_release as _timm_release  # fails early if timm is too old
 from . import models
 from .layers import SpatialPyramidAttention
 from .models import add_attention, list_models

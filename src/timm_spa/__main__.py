@@ -1,4 +1,4 @@
-"""`python -m timm_spa`: the command line."""
+"""Command line, run by `python -m timm_spa`."""
 import sys
 
 from timm_spa_cli import main

@@ -1,11 +1,11 @@
-"""The base of every error that this package raises for its readers."""
+"""Base classes of the errors of this package."""
 
 __all__ = ['TimmSpaError', 'UsageError']
 
 
 class TimmSpaError(Exception):
-    """Something that was asked for cannot be done; the message names it, and what to do about it."""
+    """Base class for errors that are shown to the user."""
 
 
 class UsageError(TimmSpaError, ValueError):
-    """An argument is none of those that are known."""
+    """Invalid argument of a function or command."""

@@ -1,4 +1,4 @@
-"""What a name was perhaps meant to be."""
+"""Checks of model names, and suggestions for misspelled names."""
 import difflib
 from typing import Iterable, Type
 
@@ -8,13 +8,13 @@ __all__ = ['check_model_name', 'did_you_mean']
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.4) -> str:
-    """Returns ' Did you mean ...?' with the most similar of the known names, or nothing if none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
-    return f' Did you mean {" or ".join(near)}?' if near else ''
+    """Returns ' Did you mean ...?' with the most similar known names, or an empty string without a similar name."""
+    matches = difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
+    return f' Did you mean {" or ".join(matches)}?' if matches else ''
 
 
 def check_model_name(name: str, error: Type[Exception], prefix: str = '') -> None:
-    """Raises an error with the most similar names if timm has no such model; addresses such as 'hf-hub:...' pass."""
+    """Raises `error` if timm does not know the model. Names with a source such as 'hf-hub:...' are not checked."""
     architecture = name.partition('.')[0]
     if ':' not in name and not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models(), cutoff=0.7)

@@ -1,4 +1,4 @@
-"""What comes with the package: photographs, and recipes and launch configurations of train_scripts."""
+"""Files of the package: demo photographs, recipes and launch configurations of accelerate."""
 from pathlib import Path
 from typing import Dict, List
 
@@ -9,7 +9,7 @@ __all__ = ['find_recipe', 'shipped_files', 'shipped_photographs']
 
 
 def shipped_files() -> Dict[str, Path]:
-    """Returns recipes by name, and launch configurations as 'accelerate/NAME'."""
+    """Returns the paths of recipes by NAME, and of launch configurations by 'accelerate/NAME'."""
     package = Path(__file__).parent
     root = package if (package / 'recipes').is_dir() else package.parents[1] / 'train_scripts'
     files = {path.stem: path for path in sorted((root / 'recipes').glob('*.yaml'))}
@@ -18,12 +18,12 @@ def shipped_files() -> Dict[str, Path]:
 
 
 def shipped_photographs() -> List[Path]:
-    """Returns the test photographs of the demo, named after their classes, in the order of their names."""
+    """Returns the demo photographs, sorted by file name. The file names are the class names."""
     return sorted((Path(__file__).parent / 'images').glob('*.jpg'))
 
 
 def find_recipe(name: str) -> Path:
-    """Returns the file of a recipe or launch configuration, by its name in `shipped_files`."""
+    """Returns the path of a recipe or launch configuration, by its name in `shipped_files`."""
     files = shipped_files()
     if name not in files:
         raise UsageError(f'There is no recipe {name!r}.{did_you_mean(name, files, 1)} There are: {", ".join(files)}.')

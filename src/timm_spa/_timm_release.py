@@ -1,4 +1,4 @@
-"""Refuses a timm that is too old, by one line in place of whatever name it lacks first."""
+"""Fails early if timm is too old."""
 import timm
 from torch.torch_version import TorchVersion
 
@@ -6,13 +6,13 @@ from ._errors import TimmSpaError
 
 __all__ = ['OLDEST', 'TimmTooOldError']
 
-OLDEST = '1.0.31'  # as in pyproject.toml; the first that writes a model's arguments into config.json
+OLDEST = '1.0.31'  # as in pyproject.toml; first release that writes model arguments to config.json
 
 
 class TimmTooOldError(TimmSpaError, ImportError):
-    """The installed timm lacks what this package extends."""
+    """The installed timm is older than `OLDEST`."""
 
 
 if TorchVersion(timm.__version__) < OLDEST:
     raise TimmTooOldError(
-        f'timm_spa needs timm {OLDEST} or newer, and finds {timm.__version__}: pip install --upgrade timm')
+        f'timm_spa requires timm {OLDEST} or newer, but {timm.__version__} is installed: pip install --upgrade timm')

@@ -1,4 +1,4 @@
-"""What a measured number depends on beside its arguments: hardware and versions."""
+"""Hardware and versions, recorded with every measurement."""
 import os
 import platform
 from importlib import metadata
@@ -11,9 +11,11 @@ __all__ = ['environment', 'hardware']
 
 
 def hardware(device: Optional[str] = None) -> str:
-    """Names what torch computes on: accelerators, or the processor with the threads that torch uses.
+    """Returns the names of the GPUs, or the name of the CPU with its number of threads.
 
-    With a device that one and the version of CUDA, else all of the machine. With 'cpu', CUDA is not asked for anything.
+    Args:
+        device: Device to describe, e.g. 'cuda:0' or 'cpu'. CUDA is not initialized for 'cpu'. Defaults to all GPUs, or
+            to the CPU on a machine without a GPU.
     """
     if device is not None and device != 'cpu':
         return f'{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}'
@@ -29,7 +31,7 @@ def hardware(device: Optional[str] = None) -> str:
 
 
 def environment(packages: Sequence[str], device: Optional[str] = None) -> Dict[str, Any]:
-    """Collects the texts 'hardware' and 'python', and 'versions' of distributions by name."""
+    """Returns 'hardware', the 'python' version, and the 'versions' of the given packages."""
     return dict(
         hardware=hardware(device), python=platform.python_version(),
         versions={name: metadata.version(name) for name in packages})

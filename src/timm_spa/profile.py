@@ -1,6 +1,6 @@
-"""Size and cost of a model, counted and not looked up.
+"""Parameters, multiply-adds and activations of models.
 
-`python -m timm_spa.profile` counts every model again, into the file that `timm-spa list` reads.
+`python -m timm_spa.profile` counts all models and writes models.json, which `timm-spa list` reads.
 """
 import json
 from pathlib import Path
@@ -20,12 +20,12 @@ LIST = Path(__file__).parent / 'models.json'
 
 
 class ModelCost(NamedTuple):
-    """What a model costs, for one image.
+    """Cost of a model for one image.
 
     Attributes:
         parameters: Number of parameters.
         macs: Multiply-adds of convolutions and linear layers.
-        activations: Values that convolutions and linear layers give out, as timm's cards count them.
+        activations: Number of output values of convolutions and linear layers, as in timm's model cards.
     """
     parameters: int
     macs: int
@@ -33,15 +33,12 @@ class ModelCost(NamedTuple):
 
 
 def count_cost(model_name: str, input_size: Optional[Sequence[int]] = None, **kwargs: Any) -> ModelCost:
-    """Counts a model on the meta device, without memory for its weights.
+    """Counts the cost of a model on the meta device, without memory for its weights.
 
     Args:
-        model_name: Name of a model that timm knows.
-        input_size: Channels, height and width of an image; the model's own if None.
+        model_name: Name of a timm model.
+        input_size: Channels, height and width of the image. Defaults to the model's input size.
         **kwargs: Arguments of `timm.create_model`.
-
-    Returns:
-        The counts, for one image.
     """
     model = timm.create_model(model_name, device=torch.device('meta'), **kwargs).eval()
     activations: List[int] = []
@@ -56,7 +53,7 @@ def count_cost(model_name: str, input_size: Optional[Sequence[int]] = None, **kw
 
 
 def describe(model_name: str) -> Dict[str, Any]:
-    """Returns what `timm-spa list` shows of a model."""
+    """Returns the row of a model in models.json."""
     cost, cfg = count_cost(model_name), timm.get_pretrained_cfg(model_name, allow_unregistered=False)
     return dict(
         parameters=cost.parameters, macs=cost.macs, input='x'.join(map(str, cfg.input_size[1:])), tag=cfg.tag,
@@ -64,7 +61,7 @@ def describe(model_name: str) -> Dict[str, Any]:
 
 
 def main() -> None:
-    """Writes what `timm-spa list` shows of every model."""
+    """Writes models.json."""
     rows = [f'  {json.dumps(name)}: {json.dumps(describe(name))}' for name in list_models()]
     with replacing(LIST) as partial:
         partial.write_text('{\n' + ',\n'.join(rows) + '\n}\n', encoding='utf-8')
