@@ -268,7 +268,7 @@ def pull_request() -> str:
         f"| `{name}` | {costs[name]['parameters']:,} | {costs[name]['macs'] / 1e9:.2f} |" for name in NAMES)
     return (HERE / 'pull_request.md').read_text(encoding='utf-8').format(
         accuracy=table('README.md', '| top-1 (%) | plain | SE | SPA-A |'),
-        runs=table('train_scripts/results/README.md', '| data | net | attention |'),
+        runs=table('train_scripts/results/README.md', '| data | model | attention |'),
         cpu=table('README.md', '| eager float32, channels_last, 2 CPU threads |'),
         gpu=table('tests/benchmarks/speed.md', '| | img/s | ratio |'),
         size=size,
