@@ -1,4 +1,4 @@
-"""Configuration of Sphinx: `make docs` builds the pages into build/docs."""
+"""Sphinx configuration. `make docs` builds the pages in build/docs."""
 import os
 from importlib import metadata
 from pathlib import Path
@@ -15,27 +15,27 @@ myst_enable_extensions = ['deflist', 'dollarmath', 'amsmath', 'colon_fence']
 myst_heading_anchors = 3
 html_theme = 'furo'
 html_title = f'timm_spa {version}'
-exclude_patterns = ['*.ipynb', 'upstream']  # not pages of this project
+exclude_patterns = ['*.ipynb', 'upstream']  # the notebook, and texts for timm
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented'
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 nitpicky = False
-autodoc_mock_imports = ['mmcv', 'mmdet']  # timm_spa.detection.mmdet cannot be imported without compiled operators
+autodoc_mock_imports = ['mmcv', 'mmdet']  # timm_spa.detection.mmdet requires compiled operators
 
 DOCS = Path(__file__).resolve().parent
-# files outside this folder that a page includes
+# files outside of this folder, and the pages that include them
 PAGES = {'train_scripts/README.md': 'training', 'train_scripts/results/README.md': 'results'}
 
 
 class LinksToFiles(SphinxTransform):
-    """Links to files of the project, which are right in the repository: to the page that shows one, else to a copy."""
+    """Resolves links to repository files: to the page that includes the file, or to a copy of it."""
 
     default_priority = 5
 
     def apply(self, **kwargs):
-        """Replaces the references of a page."""
+        """Replaces the links of a page."""
         for node in list(self.document.findall(addnodes.pending_xref)):
             path = Path(node.source or self.document['source']).parent / node['reftarget']
             path = next((file for file in (path, path.with_name(f'{path.name}.md')) if file.is_file()), None)
