@@ -1,10 +1,10 @@
-# `make demo` and `make test` do all their own set-up, in .venv; a second call reuses it.
+# `make demo` and `make test` set up .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HOSTS := .venv-hosts
-# the tests run in two processes, whose threads would get in each other's way
+# one thread per process, because the tests run in two processes
 SERIAL := OMP_NUM_THREADS=1
 
 .PHONY: demo test test-slow hosts quality timm-suite timm-patch test-lowest test-newest sbom docs clean
@@ -18,7 +18,7 @@ test: $(READY) quality
 test-slow: $(READY)
 	$(SERIAL) $(BIN)/python -m pytest -m slow -n 2
 
-# other people's tools with our nets, in an environment of their own; writes the table of docs/works_with.md
+# tests of our models in other tools, in a separate environment; writes the table of docs/works_with.md
 hosts: $(HOSTS)/.ready
 	$(SERIAL) $(HOSTS)/bin/python -m pytest tests/hosts -m slow -n 2 --dist loadfile --table tests/hosts/table.md
 	$(SERIAL) $(HOSTS)/bin/python -m pytest tests/test_mmdet.py
@@ -27,16 +27,16 @@ quality: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# timm's own model tests on our names: all of them, or NAMES="spa_resnet50 spa_mobilenetv2"
+# timm's model tests on our names: all names, or NAMES="spa_resnet50 spa_mobilenetv2"
 timm-suite: $(READY)
 	$(BIN)/python tests/timm_suite.py $(NAMES)
 
-# a patch that brings SPA-A into timm's newest source, and timm's model tests with it, in build/timm_patch
+# writes build/timm_patch/spa.patch, which adds SPA-A to timm's newest source, and runs timm's tests with it
 timm-patch: $(READY)
 	$(BIN)/python docs/upstream/timm_patch.py
 
-# the quick tests with the lowest versions that pyproject.toml allows for the package, and with the newest that go together:
-# each makes an environment of its own, of 6 GB, which `make clean` removes
+# the quick tests with the lowest versions that pyproject.toml allows, and with the newest compatible versions; each target
+# creates its own environment of 6 GB, which `make clean` removes
 test-lowest: VERSIONS := --extra app --no-deps --resolution lowest-direct
 test-newest: VERSIONS := --extra test --resolution highest
 test-lowest test-newest: ENVIRONMENT = build/$@
@@ -49,7 +49,7 @@ test-lowest test-newest:
 		--constraint $(ENVIRONMENT)/constraints.txt --editable ".[train,test]"
 	$(SERIAL) PATH="$(CURDIR)/$(ENVIRONMENT)/bin:$$PATH" $(ENVIRONMENT)/bin/python -m pytest -m "not slow" -n 2
 
-# components, licences and digests of all that the tests and the package need, into build/sbom
+# writes components, licenses and digests of all dependencies of package and tests to build/sbom
 sbom: $(READY)
 	$(PYTHON) -m venv --clear build/sbom/tools
 	build/sbom/tools/bin/python -m pip install --quiet cyclonedx-bom pip-licenses uv
@@ -61,7 +61,7 @@ sbom: $(READY)
 	build/sbom/tools/bin/uv pip compile build/sbom/versions.txt --quiet --generate-hashes --no-deps --no-annotate \
 		--no-header --python $(BIN)/python --output-file build/sbom/requirements.txt
 
-# the pages, into build/docs
+# builds the pages in build/docs
 docs: $(READY)
 	$(BIN)/python -m sphinx --fail-on-warning --quiet docs build/docs
 
