@@ -18,4 +18,4 @@ def check_model_name(name: str, error: Type[Exception], prefix: str = '') -> Non
     architecture = name.partition('.')[0]
     if ':' not in name and not timm.is_model(architecture):
         hint = did_you_mean(architecture, timm.list_models(), cutoff=0.7)
-        raise error(f'{prefix}There is no model {name!r}.{hint}')
+        raise error(f'{prefix}Unknown model {name!r}.{hint or " timm.list_models() lists all names."}')

@@ -26,5 +26,5 @@ def find_recipe(name: str) -> Path:
     """Returns the path of a recipe or launch configuration, by its name in `shipped_files`."""
     files = shipped_files()
     if name not in files:
-        raise UsageError(f'There is no recipe {name!r}.{did_you_mean(name, files, 1)} There are: {", ".join(files)}.')
+        raise UsageError(f'Unknown recipe {name!r}.{did_you_mean(name, files, 1)} Available: {", ".join(files)}.')
     return files[name]
