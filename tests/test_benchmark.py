@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (['resnet18', 'spa_resnet5'], "There is no model 'spa_resnet5'"),
+    (['resnet18', 'spa_resnet5'], "Unknown model 'spa_resnet5'"),
     (['resnet18', 'resnet34', '--base', 'resnet50'], "the base 'resnet50' is none of the models to measure: resnet18"),
     (['spa_resnet18 pyramid_sizes'], "'pyramid_sizes' is not of the form key=value"),
     (['resnet18', '--device', 'cuda'], 'finds no CUDA device'),
@@ -258,7 +258,7 @@ def test_models_of_other_packages(monkeypatch, tmp_path, capsys):
         "    return timm.create_model('resnet18', **kwargs)\n")
     small = ('other_resnet18 num_classes=2', '--img-size', 32, '--batch-size', 1, '--rounds', 1, '--min-seconds', 0)
     assert bench(*small) == 1
-    assert "There is no model 'other_resnet18'" in capsys.readouterr().err
+    assert "Unknown model 'other_resnet18'" in capsys.readouterr().err
     assert bench(*small, '--import', 'other_models') == 1
     assert "--import other_models: ModuleNotFoundError: No module named 'other_models'" in capsys.readouterr().err
     monkeypatch.syspath_prepend(tmp_path)

@@ -135,7 +135,7 @@ def test_predict_reports_broken_pictures_and_goes_on(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(('model', 'message'), [
-    ('spa_resnet5', "There is no model 'spa_resnet5'. Did you mean spa_resnet50"),
+    ('spa_resnet5', "Unknown model 'spa_resnet5'. Did you mean spa_resnet50"),
     ('spa_mobilenetv2_075', 'No pretrained weights exist'),
 ])
 def test_a_model_that_cannot_be_loaded(model, message, capsys):

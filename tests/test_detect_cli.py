@@ -445,7 +445,7 @@ def test_bad_arguments(tmp_path, data, capsys):
     assert detect('train', '--data', tmp_path / 'none', '--output', tmp_path) == 1
     assert "one JSON file of the part 'train'" in capsys.readouterr().err
     assert detect('train', '--data', data, '--output', tmp_path, '--model', 'spa_resnet51') == 1
-    assert "There is no model 'spa_resnet51'" in capsys.readouterr().err
+    assert "Unknown model 'spa_resnet51'" in capsys.readouterr().err
     unknown = ('train', '--data', data, '--output', tmp_path, *SMALL, '--detector-kwargs', '{"no_such": 1}')
     assert detect(*unknown) == 1
     assert 'retinanet has no argument no_such.' in capsys.readouterr().err

@@ -139,7 +139,7 @@ def test_a_step_with_one_small_image(detector):
 def test_bad_backbones():
     with pytest.raises(DetectionError, match='no map of stride 16: the strides of its maps are 1, 1, 2, 4, 8'):
         retinanet('spa_preresnet18_cifar', **SMALL)
-    with pytest.raises(DetectionError, match="There is no model 'spa_resnet51'. Did you mean spa_resnet"):
+    with pytest.raises(DetectionError, match="Unknown model 'spa_resnet51'. Did you mean spa_resnet"):
         retinanet('spa_resnet51', **SMALL)
     with pytest.raises(DetectionError, match='from 0 to 5, got 6'):
         Backbone(create_body('resnet18', False), (8, 16, 32), 6)

@@ -301,7 +301,7 @@ def test_command_line(tmp_path, capsys):
 
 def test_an_unknown_model(tmp_path, capsys):
     assert timm_spa_cli.main(['export', 'spa_resnet19', str(tmp_path / 'net.onnx'), '--to', 'onnx']) == 1
-    assert "There is no model 'spa_resnet19'. Did you mean" in capsys.readouterr().err
+    assert "Unknown model 'spa_resnet19'. Did you mean" in capsys.readouterr().err
     assert not names_in(tmp_path)
 
 

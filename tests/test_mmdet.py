@@ -161,7 +161,7 @@ def test_weights_from_a_file(build, tmp_path):
 
 def test_bad_arguments(build):
     for kwargs, message in (
-            (dict(model='spa_resnet51'), "There is no model 'spa_resnet51'"),
+            (dict(model='spa_resnet51'), "Unknown model 'spa_resnet51'"),
             (dict(model='resnet18', frozen_stages=5), 'frozen_stages is a number from -1 to 4, got 5'),
             (dict(model='resnet18', out_indices=(3, 7)), 'resnet18 cannot be the backbone of a detector'),
             (dict(model='resnet18', depth=50), 'depth')):

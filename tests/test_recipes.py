@@ -45,7 +45,7 @@ def test_a_recipe_by_name(arguments, tmp_path, capfd):
     path = ' '.join(config).replace('=', ' ').split()[-1]
     assert yaml.safe_load(Path(path).read_text()) == yaml.safe_load(shipped_files()['finetune_warm'].read_text())
     assert run.main(['train', '--timm-scripts', str(tmp_path), '--config', 'recipe:none']) == 2
-    assert "There is no recipe 'none'" in capfd.readouterr().err
+    assert "Unknown recipe 'none'" in capfd.readouterr().err
 
 
 @pytest.fixture(scope='module')

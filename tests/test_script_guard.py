@@ -367,7 +367,7 @@ def test_names_in_the_order_of_outputs():
     ('train', ['DATA', '--config', 'broken.yaml'], r'--config broken\.yaml cannot be read as YAML'),
     ('train', ['DATA', '--config', 'typo.yaml'], "key 'num_classess', .*Did you mean num_classes"),
     ('train', ['DATA', '--output', 'file'], '--output file cannot be used: file is no folder'),
-    ('train', ['DATA', '--model', 'spa_resnet5'], "no model 'spa_resnet5'. Did you mean spa_resnet50"),
+    ('train', ['DATA', '--model', 'spa_resnet5'], "Unknown model 'spa_resnet5'. Did you mean spa_resnet50"),
     ('inference', ['DATA', '--model', 'spa_resnet5'], 'Did you mean spa_resnet50'),
     ('validate', ['DATA', '--model', 'spa_resnet5'], 'Did you mean spa_resnet50'),
     ('benchmark', ['--model', 'spa_resnet5'], 'Did you mean spa_resnet50'),
@@ -451,7 +451,7 @@ def test_checkpoints_of_a_run_are_not_overwritten(here):
 
 
 @pytest.mark.parametrize(('script', 'kwargs', 'message'), [
-    ('train', dict(model_name='spa_resnet5'), "no model 'spa_resnet5'. Did you mean spa_resnet50"),
+    ('train', dict(model_name='spa_resnet5'), "Unknown model 'spa_resnet5'. Did you mean spa_resnet50"),
     ('train', dict(model_name=MODEL, basee=1), "'spa_mobilenetv2_cifar' cannot be created: .*'basee'"),
     ('validate', dict(model_name=f'{MODEL}.nope'), r'Invalid pretrained tag \(nope\)'),
     ('train', dict(model_name='resnet18', pretrained=True, pretrained_cfg_overlay=dict(file='file')),

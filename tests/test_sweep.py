@@ -165,7 +165,7 @@ def test_results_that_are_no_evidence(tmp_path, capsys, change, message):
 
 
 @pytest.mark.parametrize(('args', 'message'), [
-    (['--models', 'spa_resnet51'], "There is no model 'spa_resnet51'"),
+    (['--models', 'spa_resnet51'], "Unknown model 'spa_resnet51'"),
     (['--models', 'spa_resnet50', '--', '--seed', '3'], '--seed is set for each run'),
     (['--models', 'spa_resnet50', '--parallel', '0'], '--parallel must be at least 1'),
     (['--models', 'spa_resnet50', '--launch', 'none.yaml'], 'none.yaml is no configuration of accelerate'),
