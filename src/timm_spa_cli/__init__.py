@@ -6,6 +6,7 @@ module with `HELP`, `add_arguments` and `run`.
 import argparse
 import importlib
 import json
+import keyword
 import os
 import sys
 from importlib import metadata
@@ -17,7 +18,7 @@ __all__ = ['main']
 
 VERBS = (
     'list', 'demo', 'predict', 'explain', 'app', 'detect', 'export', 'card', 'publish', 'verify', 'convert', 'recipes',
-    'bench')
+    'bench', 'with')
 
 EXIT_CODES = 'Exit code: 0 if all was done, 1 if anything that was asked for could not be, 2 for wrong arguments.'
 
@@ -45,7 +46,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('--traceback', action='store_true', help='show where an error comes from')
     verbs = parser.add_subparsers(dest='verb', required=True, metavar='VERB')
     for name in VERBS:
-        module = importlib.import_module(f'.{name}', __name__)
+        module = importlib.import_module(f'.{name}_' if keyword.iskeyword(name) else f'.{name}', __name__)
         verb = verbs.add_parser(
             name, help=module.HELP, description=f'{module.HELP[0].upper()}{module.HELP[1:]}.',
             epilog='\n  '.join(['example:', *module.EXAMPLES]), formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple, Type
 
-import timm
 import torch
 import torch.nn as nn
-from timm.models import (
+from timm.models import (  # not `timm.X`: timm may still be importing
     PretrainedCfg,
     build_model_with_cfg,
     get_pretrained_cfg,
+    list_pretrained,
     load_pretrained,
     load_state_dict,
     resolve_pretrained_cfg,
@@ -77,7 +77,7 @@ def warm_cfgs(name: str, plain: str, default: str = '') -> Dict[str, PretrainedC
 
     The tag `default`, or timm's own, comes first. If there is none, it is one configuration without weights.
     """
-    sources = timm.list_pretrained(f'{plain}.*')
+    sources = list_pretrained(f'{plain}.*')
     if not sources:
         return {f'{name}.untrained': untrained_cfg(plain)}
     first = f'{plain}.{default or get_pretrained_cfg(plain).tag}'
@@ -118,7 +118,7 @@ def attached_cfg(
     start = PretrainedCfg()
     if not fields.get('source'):
         registered = f'{variant}.{fields.get("tag")}'
-        if registered in timm.list_pretrained(f'{variant}.*'):
+        if registered in list_pretrained(f'{variant}.*'):
             known: Any = get_pretrained_cfg(registered)
             fields = {key: value for key, value in fields.items() if value != getattr(known, key, None)}
             source = known.hf_hub_id.removeprefix('timm/')
