@@ -1,8 +1,8 @@
-"""Tests of other tools ("hosts") with our models, and the table of their results: `make hosts`.
+"""Tests of other people's tools with our nets, and the table that is made of a run of them: `make hosts`.
 
-A test of a host is marked `host(name, distribution, catch=...)` and takes `kind`, one of `networks.KINDS`. A kind that
-the host does not support is an expected failure. A test marked `limit(text, distribution)` expects an error for every
-kind, including the plain model.
+A test of a host is marked `host(name, distribution, catch=...)` and takes `kind`, one of `nets.KINDS`; what works
+for some kinds only is an expected failure for the others. What works for no kind, the plain net included, is a test
+marked `limit(text, distribution)`, which expects the error.
 """
 import datetime
 import importlib.metadata
@@ -11,47 +11,47 @@ import platform
 from pathlib import Path
 
 import pytest
-from networks import KINDS
+from nets import KINDS
 
 TABLE = """<!-- written by `make hosts` -->
-| host | version | SPA | `add_attention` | plain | note |
+| host | version | SPA | `add_attention` | plain | mind |
 |---|---|---|---|---|---|
 {rows}
 
 {date}, on Linux, Python {python}, timm {timm}, torch {torch}, without a GPU.
 
-## Failures that also occur with the plain model
+## What fails for plain nets too
 
 {limits}
 """
 
 
 def pytest_addoption(parser):
-    parser.addoption('--table', type=Path, help='file for the table of hosts, written if no test fails or is skipped')
+    parser.addoption('--table', type=Path, help='file to write the table of hosts to, if no test fails or is skipped')
 
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'host(name, distribution, catch): a row of the table of hosts')
-    config.addinivalue_line('markers', 'limit(text, distribution): a failure that also occurs with the plain model')
+    config.addinivalue_line('markers', 'limit(text, distribution): what fails for plain nets too')
     config.pluginmanager.register(Table(config), 'table of hosts')
 
 
 def pytest_collection_modifyitems(items):
-    is_missing = importlib.util.find_spec('transformers') is None
+    absent = importlib.util.find_spec('transformers') is None
     for item in items:
         if item.path.parent.name != 'hosts':
             continue
-        if is_missing:
-            item.add_marker(pytest.mark.skip(reason='the hosts are not installed: run `make hosts`'))
-        for name in ('host', 'limit'):  # pytest-xdist returns reports, but not marks
+        if absent:
+            item.add_marker(pytest.mark.skip(reason='the hosts are not installed here: `make hosts`'))
+        for name in ('host', 'limit'):  # reports, and not marks, come back from the processes of pytest-xdist
             marker = item.get_closest_marker(name)
             if marker:
-                entry = [*marker.args, marker.kwargs.get('catch', ''), item.callspec.params['kind']]
-                item.user_properties.append((name, entry))
+                about = [*marker.args, marker.kwargs.get('catch', ''), item.callspec.params['kind']]
+                item.user_properties.append((name, about))
 
 
 class Table:
-    """Collects the results of each host from the test reports."""
+    """Collects what the reports say of each host."""
 
     def __init__(self, config):
         self.path = None if hasattr(config, 'workerinput') else config.getoption('--table', None)
@@ -62,13 +62,13 @@ class Table:
         self.complete &= report.passed or fails_as_expected
         if report.when != 'call':
             return
-        for name, entry in report.user_properties:
+        for name, about in report.user_properties:
             if name == 'host':
-                host, distribution, catch, kind = entry
+                host, distribution, catch, kind = about
                 cells = self.rows.setdefault((host, distribution, catch), {})
                 cells[kind] = cells.get(kind, True) and report.passed
             elif name == 'limit':
-                self.limits[entry[0]] = entry[1]
+                self.limits[about[0]] = about[1]
 
     def pytest_sessionfinish(self, exitstatus):
         if self.path and exitstatus == 0 and self.complete:
@@ -87,4 +87,4 @@ class Table:
     def pytest_terminal_summary(self, terminalreporter):
         if self.path:
             terminalreporter.write_line(
-                f'{self.path}: {"written" if self.complete else "unchanged, because a test failed or was skipped"}')
+                f'{self.path}: {"written" if self.complete else "left as it was, for a test failed or was skipped"}')

@@ -1,29 +1,29 @@
-"""Runs two processes that share a batch. The first process saves the outputs and gradients."""
+"""Two processes on one machine that share a batch; the first saves what the net computed."""
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from networks import KINDS, images, make
+from nets import KINDS, images, make
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 
-def distributed_data_parallel(model):
-    hosted = DistributedDataParallel(model)
+def distributed_data_parallel(net):
+    hosted = DistributedDataParallel(net)
     return hosted, lambda grad: grad, 'module.'
 
 
-def fully_sharded_2(model):
+def fully_sharded_2(net):
     mesh = init_device_mesh('cpu', (2,))
-    for block in [*model.layer1, *model.layer2, *model.layer3, *model.layer4]:
+    for block in [*net.layer1, *net.layer2, *net.layer3, *net.layer4]:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh), lambda grad: grad.full_tensor(), ''
+    return fully_shard(net, mesh=mesh), lambda grad: grad.full_tensor(), ''
 
 
-def fully_sharded_1(model):
-    hosted = FullyShardedDataParallel(model, use_orig_params=True)
+def fully_sharded_1(net):
+    hosted = FullyShardedDataParallel(net, use_orig_params=True)
     return hosted, lambda grad: grad, '_fsdp_wrapped_module.'
 
 
@@ -36,10 +36,10 @@ def work(rank, folder):
     for kind in KINDS:
         for name, wrap in HOSTS.items():
             try:
-                model, full, prefix = wrap(make(kind))
-                logits = model(images(4)[2 * rank:2 * rank + 2])
+                net, full, prefix = wrap(make(kind))
+                logits = net(images(4)[2 * rank:2 * rank + 2])
                 logits.square().mean().backward()
-                gradients = {n.removeprefix(prefix): full(p.grad) for n, p in model.named_parameters()}
+                gradients = {n.removeprefix(prefix): full(p.grad) for n, p in net.named_parameters()}
                 results[kind, name] = dict(logits=logits.detach(), gradients=gradients)
             except RuntimeError as e:
                 results[kind, name] = str(e)

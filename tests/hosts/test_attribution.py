@@ -1,24 +1,24 @@
-"""Attribution: grad-cam, torchcam, captum."""
+"""Where a net looks: grad-cam, torchcam, captum."""
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import KINDS, check_backward, images, make
+from nets import KINDS, check_backward, images, make
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize('kind', KINDS)]
-IMAGE = images(1, 128)
+PICTURE = images(1, 128)
 
 
-def most_likely_class(model):
+def likeliest(net):
     with torch.no_grad():
-        return model(IMAGE).argmax().item()
+        return net(PICTURE).argmax().item()
 
 
-def grad_cam(model):
-    """Computes Grad-CAM of the last feature map for the most likely class, scaled to 0 to 1."""
-    features = model.forward_features(IMAGE)
-    features.retain_grad()
-    model.forward_head(features).max().backward()
-    heat = (features.grad.mean((2, 3), keepdim=True) * features).sum(1).relu().detach()
+def grad_cam(net):
+    """Grad-CAM of the last map and the likeliest class by its definition, between 0 and 1."""
+    maps = net.forward_features(PICTURE)
+    maps.retain_grad()
+    net.forward_head(maps).max().backward()
+    heat = (maps.grad.mean((2, 3), keepdim=True) * maps).sum(1).relu().detach()
     return (heat - heat.min()) / (heat.max() - heat.min())
 
 
@@ -27,9 +27,9 @@ def test_grad_cam(kind):
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    model = make(kind)
-    with GradCAM(model, [model.layer4]) as cam:
-        heat = cam(IMAGE, [ClassifierOutputTarget(most_likely_class(model))])
+    net = make(kind)
+    with GradCAM(net, [net.layer4]) as cam:
+        heat = cam(PICTURE, [ClassifierOutputTarget(likeliest(net))])
     expected = F.interpolate(grad_cam(make(kind))[None], (128, 128), mode='bilinear')[0]
     torch.testing.assert_close(torch.from_numpy(heat), expected, rtol=0, atol=0.01)  # OpenCV resizes in fixed point
 
@@ -38,9 +38,9 @@ def test_grad_cam(kind):
 def test_torchcam(kind):
     from torchcam.methods import GradCAM
 
-    model = make(kind)
-    with GradCAM(model, target_layer='layer4') as extractor:
-        heat, = extractor(most_likely_class(make(kind)), model(IMAGE))
+    net = make(kind)
+    with GradCAM(net, target_layer='layer4') as extractor:
+        heat, = extractor(likeliest(make(kind)), net(PICTURE))
     torch.testing.assert_close(heat, grad_cam(make(kind)), rtol=0, atol=1e-3)
 
 
@@ -48,14 +48,14 @@ def test_torchcam(kind):
 def test_captum(kind):
     from captum.attr import IntegratedGradients, LayerGradCam
 
-    model = make(kind)
-    target = most_likely_class(model)
-    heat = LayerGradCam(model, model.layer4).attribute(IMAGE, target=target)[0].relu().detach()
+    net = make(kind)
+    target = likeliest(net)
+    heat = LayerGradCam(net, net.layer4).attribute(PICTURE, target=target)[0].relu().detach()
     heat = (heat - heat.min()) / (heat.max() - heat.min())
     torch.testing.assert_close(heat, grad_cam(make(kind)), rtol=0, atol=1e-3)
-    zeros = torch.zeros_like(IMAGE)
-    attribution = IntegratedGradients(model).attribute(IMAGE, zeros, target=target, n_steps=64)
+    zeros = torch.zeros_like(PICTURE)
+    attribution = IntegratedGradients(net).attribute(PICTURE, zeros, target=target, n_steps=64)
     with torch.no_grad():
-        difference = (model(IMAGE) - model(zeros))[0, target]
-    torch.testing.assert_close(attribution.sum().float(), difference, rtol=0.05, atol=0.01)
-    check_backward(model, model(images()).square().mean(), kind)
+        gained = (net(PICTURE) - net(zeros))[0, target]
+    torch.testing.assert_close(attribution.sum().float(), gained, rtol=0.05, atol=0.01)
+    check_backward(net, net(images()).square().mean(), kind)

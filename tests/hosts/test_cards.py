@@ -1,4 +1,4 @@
-"""Python blocks of the model cards run unchanged, in a folder with the repository files and with a Hub."""
+"""Every Python block of every card runs as it stands: beside the files of its repository, and from a Hub."""
 import re
 import shutil
 from importlib import resources
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def run_blocks(card, folder, monkeypatch):
-    """Runs the code blocks of a card in a folder, and returns the variables of each block."""
+    """Runs the blocks of a card in a folder, and returns the names of each."""
     shutil.copy(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg', folder / 'picture.jpg')
     monkeypatch.chdir(folder)
     values = []
@@ -28,7 +28,7 @@ def run_blocks(card, folder, monkeypatch):
 
 
 def check_answers(by_timm, by_transformers, cfg):
-    """transformers returns the predictions of timm with readable class names, and trains in float32."""
+    """transformers answers what timm does, with names for people, and trains in float32."""
     names = [(cfg.label_descriptions or {}).get(name, name) for name in cfg.label_names]
     expected = [(names[i], p) for i, p in zip(
         by_timm['classes'][0].tolist(), by_timm['probabilities'][0].tolist(), strict=True)]
@@ -39,14 +39,14 @@ def check_answers(by_timm, by_transformers, cfg):
 
 
 @pytest.mark.parametrize('card', CARDS, ids=lambda path: path.name)
-def test_card_in_a_repository_folder(card, tmp_path, monkeypatch):
+def test_in_a_folder_of_the_repository(card, tmp_path, monkeypatch):
     shutil.copytree(card, tmp_path / 'repository')
     shutil.copy(weights_of(card), tmp_path / 'repository' / 'model.safetensors')
     values = run_blocks((card / 'README.md').read_text(), tmp_path / 'repository', monkeypatch)
     check_answers(values[0], values[-1], timm.get_pretrained_cfg(card.name))
 
 
-def test_card_from_the_hub(hub, tmp_path, monkeypatch):
+def test_from_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', OWNER)
     publish(SHIPPED, SHIPPED.stem, 'org/name')
     repository = hub.repositories['org/name']

@@ -1,8 +1,8 @@
-"""Backbones: torchvision's detectors and feature extractors, segmentation_models_pytorch."""
+"""Nets as backbones: torchvision's detectors and feature extractors, segmentation_models_pytorch."""
 import pytest
 import timm
 import torch
-from networks import KINDS, NAMES, check_backward, images, make
+from nets import KINDS, NAMES, check_backward, images, make
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize('kind', KINDS)]
 
@@ -18,25 +18,25 @@ def test_faster_rcnn(kind):
     model = FasterRCNN(
         backbone, num_classes=2, rpn_anchor_generator=AnchorGenerator(((16, 32),), ((1.0,),)),
         box_roi_pool=MultiScaleRoIAlign(['0'], 7, 2), min_size=64, max_size=64)
-    calls = []
-    backbone.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output.detach())))
+    seen = []
+    backbone.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output.detach())))
     boxes = dict(boxes=torch.tensor([[8., 8., 40., 40.]]), labels=torch.tensor([1]))
     losses = model.train()(list(images().sigmoid()), [boxes, boxes])
     check_backward(model, sum(losses.values()), kind)
-    (pixels, features), = calls
-    torch.testing.assert_close(features, make(kind, num_classes=0, global_pool='').train()(pixels).detach())
+    (pixels, maps), = seen
+    torch.testing.assert_close(maps, make(kind, num_classes=0, global_pool='').train()(pixels).detach())
 
 
 @pytest.mark.host('torchvision, create_feature_extractor', 'torchvision')
 def test_feature_extractor(kind):
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    model = make(kind)
-    extractor = create_feature_extractor(model, {'layer2': 'middle', 'layer4': 'last'})
-    features, bare = extractor(images()), make(kind)
-    torch.testing.assert_close(features['last'], bare.forward_features(images()))
-    torch.testing.assert_close(features['middle'], bare.forward_intermediates(images(), indices=[2])[1][0])
-    check_backward(extractor, features['last'].square().mean(), kind)
+    net = make(kind)
+    extractor = create_feature_extractor(net, {'layer2': 'middle', 'layer4': 'last'})
+    maps, bare = extractor(images()), make(kind)
+    torch.testing.assert_close(maps['last'], bare.forward_features(images()))
+    torch.testing.assert_close(maps['middle'], bare.forward_intermediates(images(), indices=[2])[1][0])
+    check_backward(extractor, maps['last'].square().mean(), kind)
 
 
 @pytest.mark.host('segmentation_models_pytorch, Unet', 'segmentation-models-pytorch', catch='names begin with `tu-`')

@@ -1,18 +1,18 @@
-"""DDP and FSDP2 with two processes: logits of the first process, and gradients of the whole batch."""
+"""DDP and FSDP2 over two processes: the logits of each, and the gradient of the whole batch."""
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from networks import KINDS, check_backward, images, make
+from nets import KINDS, check_backward, images, make
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize('kind', KINDS)]
 
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
-    """Results by kind and host, from a single run of two processes, which is slow to start."""
+    """By kind and host, from one run of two processes: to start them takes the most time."""
     folder = tmp_path_factory.mktemp('parallel')
     worker = Path(__file__).with_name('parallel_worker.py')
     processes = [
@@ -25,10 +25,10 @@ def results(tmp_path_factory):
 
 def check(result, kind):
     assert isinstance(result, dict), result
-    model = make(kind)
-    torch.testing.assert_close(result['logits'], model(images(4)[:2]).detach())
-    check_backward(model, model(images(4)).square().mean(), kind)
-    expected = {name: p.grad for name, p in model.named_parameters()}
+    net = make(kind)
+    torch.testing.assert_close(result['logits'], net(images(4)[:2]).detach())
+    check_backward(net, net(images(4)).square().mean(), kind)
+    expected = {name: p.grad for name, p in net.named_parameters()}
     torch.testing.assert_close(result['gradients'], expected, rtol=1e-4, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""transformers: classification from a published folder, pipeline, Trainer, backbone and detector."""
+"""transformers: classifiers from a published folder, a pipeline, the Trainer, a backbone and a detector."""
 from importlib import resources
 
 import pytest
@@ -6,18 +6,18 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from networks import KINDS, NAMES, check_backward, gates, images, make
+from nets import KINDS, NAMES, check_backward, gates, images, make
 from PIL import Image
 
 from timm_spa.hub.publish import write_repository
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize('kind', KINDS)]
-IMPORT_FIRST = '`import timm_spa` first; otherwise the error message refers to the timm version'
+IMPORT_FIRST = '`import timm_spa` first, or transformers blames the version of timm'
 
 
 @pytest.fixture
 def repository(kind, tmp_path):
-    """A folder written like `timm-spa publish --dry-run`, with float16 weights."""
+    """A folder as `timm-spa publish --dry-run` writes it, with weights in float16."""
     (name, kwargs), run = NAMES[kind], tmp_path / 'run'
     run.mkdir()
     state = {key: v.half() if v.is_floating_point() else v for key, v in make(kind, num_classes=3).state_dict().items()}
@@ -36,8 +36,8 @@ def bare(repository):
 
 @pytest.mark.host(
     'transformers, AutoModelForImageClassification', 'transformers',
-    catch=f'{IMPORT_FIRST}; for a float16 file without `dtype` in config.json use `dtype=torch.float32`, '
-          'otherwise AdamW returns NaN')
+    catch=f'{IMPORT_FIRST}; `dtype=torch.float32` for a float16 file whose config.json has no `dtype`, or AdamW gives '
+          'NaN')
 def test_classification(kind, repository, bare):
     from transformers import AutoModelForImageClassification
 
@@ -45,7 +45,7 @@ def test_classification(kind, repository, bare):
     torch.testing.assert_close(hosted(images()).logits, bare(images()))
     check_backward(hosted, hosted(images(), labels=torch.tensor([0, 2])).loss, kind)
     torch.optim.AdamW(hosted.parameters(), 1e-3).step()
-    assert all(p.isfinite().all() for p in hosted.parameters()), 'in float16 they would be NaN'
+    assert all(p.isfinite().all() for p in hosted.parameters()), 'in float16 they are not'
 
 
 @pytest.mark.host('transformers, pipeline', 'transformers', catch=IMPORT_FIRST)
@@ -67,41 +67,41 @@ def test_trainer(kind, repository, tmp_path):
 
     model = AutoModelForImageClassification.from_pretrained(repository)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    dataset = [dict(pixel_values=image, labels=i % 3) for i, image in enumerate(images(8))]
+    pictures = [dict(pixel_values=image, labels=i % 3) for i, image in enumerate(images(8))]
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             str(tmp_path / 'out'), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, report_to='none',
             save_strategy='no', disable_tqdm=True, use_cpu=True),
-        train_dataset=dataset)
+        train_dataset=pictures)
     trainer.train()
     assert all(p.isfinite().all() and not torch.equal(p, before[name]) for name, p in model.named_parameters())
     bare = make(kind, num_classes=3)
     bare.load_state_dict({name.removeprefix('timm_model.'): v for name, v in model.state_dict().items()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(trainer.predict(dataset).predictions), bare(images(8)))
+        torch.testing.assert_close(torch.from_numpy(trainer.predict(pictures).predictions), bare(images(8)))
 
 
-@pytest.mark.host('transformers, TimmBackbone', 'transformers', catch='use `local-dir:FOLDER` for a folder')
+@pytest.mark.host('transformers, TimmBackbone', 'transformers', catch='a folder is named `local-dir:FOLDER`')
 def test_timm_backbone(kind, repository):
     from transformers import TimmBackbone
 
     name = f'local-dir:{repository}'
     hosted = TimmBackbone.from_pretrained(name, out_indices=(1, 2, 3, 4)).eval()
     bare = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)).eval()
-    features = hosted(images()).feature_maps
-    torch.testing.assert_close(list(features), bare(images()))
-    check_backward(hosted, sum(m.square().mean() for m in features), kind)
+    maps = hosted(images()).feature_maps
+    torch.testing.assert_close(list(maps), bare(images()))
+    check_backward(hosted, sum(m.square().mean() for m in maps), kind)
 
 
 @pytest.mark.host(
     'transformers, DETR', 'transformers',
-    catch='replaces norm layers together with the gates of `add_attention`: use a `spa_` model')
+    catch='replaces the norm layers, and with them the gates that `add_attention` attached: take a `spa_` name')
 def test_detr(kind, request):
     from transformers import DetrConfig, DetrForObjectDetection, TimmBackboneConfig
 
     if kind == 'add_attention':
-        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason='DETR removes the gates'))
+        request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason='the gates are gone'))
     backbone = TimmBackboneConfig(backbone=NAMES[kind][0], out_indices=[1, 2, 3, 4])
     torch.manual_seed(0)
     model = DetrForObjectDetection(DetrConfig(
@@ -110,14 +110,14 @@ def test_detr(kind, request):
     assert bool(gates(model)) == (kind != 'plain')
     hosted = model.model.backbone.model
     bare = timm.create_model(NAMES[kind][0], features_only=True, out_indices=(1, 2, 3, 4), **NAMES[kind][1]).eval()
-    hosted.load_state_dict(bare.state_dict(), strict=False)  # frozen norm layers have no num_batches_tracked
+    hosted.load_state_dict(bare.state_dict(), strict=False)  # frozen norm layers count no batches
     labels = [dict(class_labels=torch.tensor([1]), boxes=torch.tensor([[.5, .5, .2, .2]])) for _ in range(2)]
     model.train()
-    calls = []
-    hosted.register_forward_hook(lambda module, inputs, output: calls.append((inputs[0], output)))
+    seen = []
+    hosted.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     check_backward(model, model(images(), labels=labels).loss, kind)
-    (pixels, features), = calls
-    torch.testing.assert_close([m.detach() for m in features], [m.detach() for m in bare(pixels)])
+    (pixels, maps), = seen
+    torch.testing.assert_close([m.detach() for m in maps], [m.detach() for m in bare(pixels)])
 
 
 @pytest.mark.limit('transformers, `TimmBackbone.from_pretrained(FOLDER)` without `local-dir:`', 'transformers')
