@@ -1,6 +1,7 @@
 """The nets that every host gets: one with SPA, one that attention was added to, and the plain one."""
 import timm
 import torch
+import torch.nn as nn
 
 import timm_spa
 
@@ -15,14 +16,26 @@ NAMES = {
 
 
 def make(kind, **kwargs):
-    """Makes a net whose gates act: neutral ones would hide what a host does to them."""
+    """Makes a network whose gates and norm layers act: neutral ones would hide what a host does to them."""
     torch.manual_seed(0)
     if kind == 'add_attention':
         net = timm_spa.add_attention(timm.create_model('resnet18', **ACTIVE, **kwargs), neutral=False)
     else:
         net = timm.create_model(NAMES[kind][0], **ACTIVE, **kwargs)
     assert (len(gates(net)) == 8) == (kind != 'plain')
-    return net.eval()
+    return set_norms(net).eval()
+
+
+def set_norms(net):
+    """Gives every batch norm statistics, scales and shifts that are neither 0 nor 1, as training does."""
+    generator = torch.Generator().manual_seed(2)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                for tensor, low, high in ((module.running_mean, -.3, .3), (module.running_var, .5, 2.),
+                                          (module.weight, .5, 1.5), (module.bias, -.2, .2)):
+                    tensor.uniform_(low, high, generator=generator)
+    return net
 
 
 def gates(net):

@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from nets import KINDS, NAMES, check_backward, images, make
+from nets import KINDS, NAMES, check_backward, images, make, set_norms
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize('kind', KINDS)]
 
@@ -45,6 +45,7 @@ def test_unet(kind):
 
     name, kwargs = NAMES[kind]
     model = smp.Unet(f'tu-{name}', encoder_weights=None, classes=2, **kwargs).eval()
+    set_norms(model)
     bare = timm.create_model(name, features_only=True, **kwargs).eval()
     bare.load_state_dict(model.encoder.model.state_dict())
     torch.testing.assert_close(model.encoder(images())[1:], bare(images()))

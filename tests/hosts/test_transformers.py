@@ -82,35 +82,75 @@ def test_trainer(kind, repository, tmp_path):
         torch.testing.assert_close(torch.from_numpy(trainer.predict(pictures).predictions), bare(images(8)))
 
 
-@pytest.mark.host('transformers, TimmBackbone', 'transformers', catch='a folder is named `local-dir:FOLDER`')
+def backbone_of(repository):
+    """The network that timm makes of a folder, as a feature extractor, as the pages tell to."""
+    return timm.create_model(f'local-dir:{repository}', pretrained=True, features_only=True, out_indices=(1, 2, 3, 4))
+
+
+@pytest.mark.host(
+    'transformers, TimmBackbone.from_pretrained', 'transformers',
+    catch='resets the running statistics of every batch norm; a folder is named `local-dir:FOLDER`')
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason='the statistics are reset')
+def test_timm_backbone_from_pretrained(kind, repository):
+    from transformers import TimmBackbone
+
+    hosted = TimmBackbone.from_pretrained(f'local-dir:{repository}', out_indices=(1, 2, 3, 4)).eval()
+    torch.testing.assert_close(list(hosted(images()).feature_maps), backbone_of(repository).eval()(images()))
+
+
+@pytest.mark.host(
+    'transformers, TimmBackbone with the state of timm\'s feature extractor', 'transformers',
+    catch='`backbone._backbone.load_state_dict(timm.create_model(NAME, pretrained=True, features_only=True, '
+          'out_indices=...).state_dict())`')
 def test_timm_backbone(kind, repository):
     from transformers import TimmBackbone
 
-    name = f'local-dir:{repository}'
-    hosted = TimmBackbone.from_pretrained(name, out_indices=(1, 2, 3, 4)).eval()
-    bare = timm.create_model(name, pretrained=True, features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    hosted = TimmBackbone.from_pretrained(f'local-dir:{repository}', out_indices=(1, 2, 3, 4)).eval()
+    bare = backbone_of(repository).eval()
+    hosted._backbone.load_state_dict(bare.state_dict())
     maps = hosted(images()).feature_maps
-    torch.testing.assert_close(list(maps), bare(images()))
+    assert all(torch.equal(hosted_map, bare_map) for hosted_map, bare_map in zip(maps, bare(images()), strict=True))
     check_backward(hosted, sum(m.square().mean() for m in maps), kind)
+
+
+def make_detr(**kwargs):
+    from transformers import DetrConfig, DetrForObjectDetection
+
+    torch.manual_seed(0)
+    return DetrForObjectDetection(DetrConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5, num_labels=2, **kwargs))
+
+
+@pytest.mark.host(
+    'transformers, `use_pretrained_backbone=True`', 'transformers',
+    catch='ignored without a message: the weights are random; load them as in the row of DETR')
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason='the option is ignored')
+def test_use_pretrained_backbone(kind, repository):
+    model = make_detr(backbone=f'local-dir:{repository}', use_pretrained_backbone=True)
+    weight = dict(backbone_of(repository).named_parameters())['conv1.weight']
+    torch.testing.assert_close(model.model.backbone.model.conv1.weight, weight)
 
 
 @pytest.mark.host(
     'transformers, DETR', 'transformers',
-    catch='replaces the norm layers, and with them the gates that `add_attention` attached: take a `spa_` name')
-def test_detr(kind, request):
-    from transformers import DetrConfig, DetrForObjectDetection, TimmBackboneConfig
+    catch='`backbone_config=TimmBackboneConfig(backbone=NAME, out_indices=[1, 2, 3, 4])`, then '
+          '`model.model.backbone.model.load_state_dict(timm.create_model(NAME, pretrained=True, features_only=True, '
+          'out_indices=(1, 2, 3, 4)).state_dict(), strict=False)`; replaces the norm layers, and with them the gates '
+          'that `add_attention` attached: take a `spa_` name')
+def test_detr(kind, request, repository):
+    """With `backbone_config`, transformers does not ask the Hub whether it has the model."""
+    from transformers import TimmBackboneConfig
 
     if kind == 'add_attention':
         request.applymarker(pytest.mark.xfail(strict=True, raises=AssertionError, reason='the gates are gone'))
-    backbone = TimmBackboneConfig(backbone=NAMES[kind][0], out_indices=[1, 2, 3, 4])
-    torch.manual_seed(0)
-    model = DetrForObjectDetection(DetrConfig(
-        backbone_config=backbone, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5, num_labels=2))
+    model = make_detr(backbone_config=TimmBackboneConfig(
+        backbone=f'local-dir:{repository}', out_indices=[1, 2, 3, 4]))
     assert bool(gates(model)) == (kind != 'plain')
-    hosted = model.model.backbone.model
-    bare = timm.create_model(NAMES[kind][0], features_only=True, out_indices=(1, 2, 3, 4), **NAMES[kind][1]).eval()
-    hosted.load_state_dict(bare.state_dict(), strict=False)  # frozen norm layers count no batches
+    bare, hosted = backbone_of(repository).eval(), model.model.backbone.model
+    missing = hosted.load_state_dict(bare.state_dict(), strict=False)
+    assert not missing.missing_keys
+    assert all(key.endswith('num_batches_tracked') for key in missing.unexpected_keys), 'frozen layers count none'
     labels = [dict(class_labels=torch.tensor([1]), boxes=torch.tensor([[.5, .5, .2, .2]])) for _ in range(2)]
     model.train()
     seen = []
@@ -118,6 +158,27 @@ def test_detr(kind, request):
     check_backward(model, model(images(), labels=labels).loss, kind)
     (pixels, maps), = seen
     torch.testing.assert_close([m.detach() for m in maps], [m.detach() for m in bare(pixels)])
+
+
+@pytest.mark.limit(
+    'transformers, `AutoBackbone.from_pretrained(NAME)`, and `backbone=NAME` with `backbone_kwargs`, without a network: '
+    'take `AutoBackbone.from_config(TimmBackboneConfig(backbone=NAME))` and `backbone_config=TimmBackboneConfig(...)`',
+    'transformers')
+def test_auto_backbone_asks_the_hub(kind, monkeypatch):
+    from huggingface_hub import HfApi
+    from transformers import AutoBackbone, TimmBackboneConfig
+
+    def no_network(*args, **kwargs):
+        raise ConnectionError('no network')
+
+    monkeypatch.setattr(HfApi, 'repo_exists', no_network)
+    name = NAMES[kind][0]
+    with pytest.raises(ConnectionError):
+        AutoBackbone.from_pretrained(name)
+    with pytest.raises(ConnectionError):
+        make_detr(backbone=name, backbone_kwargs=dict(out_indices=[1, 2, 3, 4]))
+    config = TimmBackboneConfig(backbone=name, out_indices=[4])
+    assert len(AutoBackbone.from_config(config)(images()).feature_maps) == 1
 
 
 @pytest.mark.limit('transformers, `TimmBackbone.from_pretrained(FOLDER)` without `local-dir:`', 'transformers')
