@@ -39,7 +39,10 @@ def test_feature_extractor(kind):
     check_backward(extractor, maps['last'].square().mean(), kind)
 
 
-@pytest.mark.host('segmentation_models_pytorch, Unet', 'segmentation-models-pytorch', catch='names begin with `tu-`')
+@pytest.mark.host(
+    'segmentation_models_pytorch, Unet', 'segmentation-models-pytorch',
+    catch='names begin with `tu-`; the base of `tu-gated` is an argument of the model: `smp.Unet(\'tu-gated\', '
+          'base=\'resnet18\', gate=\'spa\')`')
 def test_unet(kind):
     import segmentation_models_pytorch as smp
 

@@ -161,7 +161,7 @@ def test_detr(kind, request, repository):
 
 
 @pytest.mark.limit(
-    'transformers, `AutoBackbone.from_pretrained(NAME)`, and `backbone=NAME` with `backbone_kwargs`, without a network: '
+    'transformers, `AutoBackbone.from_pretrained(NAME)` and `backbone=NAME` with `backbone_kwargs` without a network: '
     'take `AutoBackbone.from_config(TimmBackboneConfig(backbone=NAME))` and `backbone_config=TimmBackboneConfig(...)`',
     'transformers')
 def test_auto_backbone_asks_the_hub(kind, monkeypatch):
