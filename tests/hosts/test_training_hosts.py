@@ -2,9 +2,10 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
-from nets import KINDS, check_backward, images, make
+from nets import KINDS, NAMES, check_backward, gates, images, make, set_norms
 from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize('kind', KINDS)]
@@ -70,6 +71,29 @@ def test_fastai(kind):
     with learner.no_bar(), learner.no_logging():
         learner.fit(1, lr=0.01)
     check_trained(learner.model, kind)
+
+
+@pytest.mark.host(
+    'fastai, vision_learner by name', 'fastai',
+    catch='the base of `gated` is an argument of `create_timm_model`')
+def test_fastai_by_name(kind):
+    from fastai.vision.all import DataLoaders, create_timm_model, vision_learner
+
+    name, kwargs = NAMES[kind]
+    batches = DataLoaders(loader(), loader(), device=torch.device('cpu'))
+    learner = vision_learner(batches, name, n_out=3, pretrained=False, normalize=False, loss_func=F.cross_entropy)
+    assert bool(gates(learner.model)) == (kind != 'plain')
+    model, _ = create_timm_model(name, 3, pretrained=False, **kwargs)
+    hosted = set_norms(model).eval()
+    bare = timm.create_model(name, num_classes=0, global_pool='', **kwargs).eval()
+    bare.load_state_dict(hosted[0].model.state_dict())
+    torch.testing.assert_close(hosted[0](images()), bare(images()))
+    learner.model = hosted
+    before = copy.deepcopy(dict(hosted.named_parameters()))
+    with learner.no_bar(), learner.no_logging():
+        learner.fit(1, lr=0.01)
+    trained = dict(hosted.named_parameters())
+    assert all(not torch.equal(p, trained[name]) and trained[name].isfinite().all() for name, p in before.items())
 
 
 @pytest.mark.host('accelerate', 'accelerate')
