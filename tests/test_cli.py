@@ -1,6 +1,7 @@
 """The command line, as a user runs it."""
 import importlib
 import json
+import keyword
 import shlex
 import subprocess
 import sys
@@ -186,7 +187,7 @@ def test_help_does_not_wait_for_torch():
 def test_examples_are_commands(monkeypatch, capsys):
     """Every verb's help has one that the verb understands, and the whole says what the exit codes are."""
     for verb in timm_spa_cli.VERBS:
-        module = importlib.import_module(f'timm_spa_cli.{verb}')
+        module = importlib.import_module(f'timm_spa_cli.{verb}{"_" * keyword.iskeyword(verb)}')
         monkeypatch.setattr(module, 'run', lambda args: 0)
         with pytest.raises(SystemExit, match='0'):
             timm_spa_cli.main([verb, '--help'])
