@@ -7,7 +7,7 @@ HOSTS := .venv-hosts
 # one thread per process, because the tests run in two processes
 SERIAL := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow hosts more-hosts more-hosts-images more-hosts-mm more-hosts-geo quality timm-suite \
+.PHONY: demo test test-slow hosts more-hosts more-hosts-images more-hosts-mm quality timm-suite \
 	timm-patch test-lowest test-newest sbom docs clean
 
 demo: $(READY)
@@ -27,12 +27,10 @@ hosts: $(HOSTS)/.ready
 
 # programs that take the name of a model, by their own command lines: groups that can be installed together, each in an
 # environment of 8 GB that is removed before the next is made. The versions are those of the table in docs/works_with.md
-MORE_HOSTS := more-hosts-images more-hosts-mm more-hosts-geo
+MORE_HOSTS := more-hosts-images more-hosts-mm
 more-hosts: $(MORE_HOSTS)
 more-hosts-images: PACKAGES := anomalib==2.7.0 lightly-train==0.18.0 open_clip_torch[training]==3.3.0 timmx[onnx]==0.10.1
 more-hosts-mm: PACKAGES := onedl-mmpretrain==1.3.6 onedl-mmcv==2.3.6 onedl-mmengine==0.10.12
-more-hosts-geo: PACKAGES := ludwig==0.17.10 terratorch==1.2.13 torchgeo==0.9.0
-more-hosts-geo: PYTHON := python3.12
 $(MORE_HOSTS): ENVIRONMENT = build/$@
 $(MORE_HOSTS):
 	$(PYTHON) -m venv --clear $(ENVIRONMENT)
