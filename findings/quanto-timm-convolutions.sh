@@ -11,7 +11,7 @@
 #   nf_regnet_b0: relative difference with int8 weights 5.026
 #   Conv2dSame, stride 2: output (2, 8, 32, 32) before, (2, 8, 31, 31) after
 # Date: 2026-11-30 (CPython 3.11, Linux x86-64, CPU)
-# Affected: NFNets, BiT ResNetV2 and tf_* networks of timm. Remedy: pass `exclude` with the names of these layers.
+# Affected: NFNets and tf_* networks of timm. Remedy: pass `exclude` with the names of these layers.
 set -euo pipefail
 
 work=$(mktemp -d)
