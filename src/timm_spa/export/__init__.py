@@ -1,4 +1,5 @@
-"""Export to other runtimes, each file compared with PyTorch. Not imported by `import timm_spa`."""
-from .exporter import ExportError, ExportReport, export
+"""Export of models to other runtimes. Each exported file is compared with PyTorch."""
+from .exporter import ExportReport, export
+from .format import ExportError
 
 __all__ = ['ExportError', 'ExportReport', 'export']

@@ -3,16 +3,18 @@ from .classes import class_names, find_class
 from .classify import (
     Prediction,
     data_config,
+    image_reader,
+    image_seen,
     labelled_batches,
     likeliest_classes,
     picture_reader,
     picture_seen,
     predict,
 )
-from .image_files import PictureError, image_files, in_eight_bits
+from .image_files import ImageError, PictureError, image_files, in_eight_bits
 from .loading import ModelError, for_inference, load_model, on_device
 
 __all__ = [
-    'ModelError', 'PictureError', 'Prediction', 'class_names', 'data_config', 'find_class', 'for_inference',
-    'image_files', 'in_eight_bits', 'labelled_batches', 'likeliest_classes', 'load_model', 'on_device',
-    'picture_reader', 'picture_seen', 'predict']
+    'ImageError', 'ModelError', 'PictureError', 'Prediction', 'class_names', 'data_config', 'find_class',
+    'for_inference', 'image_files', 'image_reader', 'image_seen', 'in_eight_bits', 'labelled_batches',
+    'likeliest_classes', 'load_model', 'on_device', 'picture_reader', 'picture_seen', 'predict']

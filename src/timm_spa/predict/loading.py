@@ -1,4 +1,4 @@
-"""Loading of any model that timm can create: with published weights, or with those of a file."""
+"""Loading of models, with published weights or with the weights of a file."""
 import logging
 import os
 from pathlib import Path
@@ -25,12 +25,11 @@ __all__ = ['ModelError', 'for_inference', 'load_model', 'numbered', 'on_device']
 _logger = logging.getLogger(__name__)
 
 WEIGHTS_SUFFIXES = ('.bin', '.pt', '.pth', '.safetensors', '.tar')
-# of a config.json
-PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')  # keys in config.json
 
 
 class ModelError(TimmSpaError, RuntimeError):
-    """A model could not be loaded; the message names it."""
+    """A model cannot be loaded or used."""
 
 
 def load_model(
@@ -40,27 +39,29 @@ def load_model(
         device: str = 'cpu',
         fuse: bool = True,
 ) -> nn.Module:
-    """Creates a model for prediction, with its published weights or those of a file.
+    """Creates a model for prediction, with its published weights or the weights of a file.
+
+    A checkpoint is loaded into the model that it was trained as. The arguments of that model come from the file, or
+    from args.yaml or config.json in the same folder. Class names come from classes.txt or config.json in the same
+    folder. ImageNet weights converted by `timm-spa convert` get ImageNet's names. Other classes get numbers.
 
     Args:
-        name: Whatever `timm.create_model` takes: a name, 'hf-hub:organization/name', 'local-dir:folder'; or a weights
-            file that names its model. None for the model that `checkpoint` names, or that args.yaml or config.json
-            next to it names.
-        checkpoint: Weights to load in place of the published ones.
-        num_classes: Classes of the checkpoint, if neither the arguments of its training nor the model have it right.
+        name: Any name that `timm.create_model` accepts, including 'hf-hub:organization/name' and 'local-dir:folder';
+            or a weights file that names its model. If None, the model is read from the checkpoint, or from args.yaml
+            or config.json in the same folder.
+        checkpoint: Weights file to load instead of the published weights.
+        num_classes: Number of classes of the checkpoint, if it is not recorded with the checkpoint.
         device: Device to run on.
-        fuse: Take the form that is fastest on a CPU, see `for_inference`; else the one that is trained.
+        fuse: Return the form for fast inference, see `for_inference`, instead of the form for training.
 
     Returns:
-        The model, in eval mode. That of a checkpoint is made as it was trained, where the file, or args.yaml or
-        config.json next to it says how. Its classes are named by classes.txt or config.json next to it. Those of
-        published ImageNet weights that `timm-spa convert` has converted have ImageNet's names, others have numbers.
+        The model, in eval mode.
 
     Raises:
-        ModelError: There is no such model, or no such device, or its weights could not be had.
-        HubWeightsError: The Hub cannot be reached, and the weights are not in its cache.
+        ModelError: The model is unknown, its weights cannot be loaded, or the device cannot be used.
+        HubWeightsError: The Hub cannot be reached, and the weights are not in the cache.
         CheckpointError: The file cannot be read, or does not fit the model.
-        RunError: By the file or by `args.yaml` the weights are of another model, or nothing names their model.
+        RunError: The checkpoint belongs to another model, or its model is not recorded.
     """
     if num_classes is not None and num_classes < 1:
         raise ModelError(f'The number of classes must be at least 1, got {num_classes}.')
@@ -68,7 +69,7 @@ def load_model(
         name, checkpoint = None, name
     if checkpoint is None:
         if name is None:
-            raise ModelError('No model to load: give its name, or a checkpoint that names it.')
+            raise ModelError('No model to load. Give the name of a model, or a checkpoint that names its model.')
         model = _published(name, num_classes)
     else:
         model = _of_checkpoint(name, Path(checkpoint), num_classes)
@@ -79,9 +80,10 @@ def _published(name: str, num_classes: Optional[int]) -> Any:
     """Creates a model with its published weights."""
     if os.path.isdir(name) and not timm.is_model(untagged(name)):
         raise ModelError(
-            f'{name} is a folder. Name the weights file in it, or with local-dir:{name} a folder that has config.json.')
+            f'{name} cannot be loaded as a model: it is a folder. Name the weights file in it, or use '
+            f'local-dir:{name} if it has a config.json.')
     if ':' not in name and name.endswith(WEIGHTS_SUFFIXES):
-        raise ModelError(f'{name} does not exist, and is no name of a model. Check the path of the weights file.')
+        raise ModelError(f'{name} cannot be loaded: the file does not exist. Check the path of the weights file.')
     check_model_name(name, ModelError)
     located = name
     kwargs: Dict[str, Any] = {}
@@ -93,25 +95,25 @@ def _published(name: str, num_classes: Optional[int]) -> Any:
     except Exception as e:  # timm, torch and the Hub each raise their own
         cause: Any = e
         if isinstance(e, KeyError) and e.args == ('architecture',):
-            cause = 'its config.json names no architecture of timm. Detectors are for `timm-spa detect`.'
+            cause = 'its config.json does not name an architecture of timm. Use `timm-spa detect` for detectors.'
         raise ModelError(f'{name} could not be loaded: {cause}') from e
-    if located != name:  # the path in the cache is not where the model is from
+    if located != name:  # record the repository, not the path in the cache
         model.pretrained_cfg.update(source='hf-hub', hf_hub_id=name.partition(':')[2])
     if located != name or kwargs:
         model.pretrained_cfg.pop('file', None)
     if num_classes not in (None, model.num_classes):
         raise ModelError(
-            f'The published weights of {name} have {model.num_classes} classes: the number is for a checkpoint of '
-            'another one.')
+            f'{num_classes} classes are not possible: the published weights of {name} have {model.num_classes} classes. '
+            'Leave the number out, or name a checkpoint with that number of classes.')
     return model
 
 
 def _located(name: str) -> Tuple[str, Dict[str, Any]]:
-    """Finds published weights on the Hub within seconds, as models of this package do by themselves.
+    """Finds published weights on the Hub or in the cache, within seconds.
 
     Returns:
-        Name and arguments for `timm.create_model`. They name files in the cache where timm would ask the Hub again,
-        with retries that take a minute.
+        Name and arguments for `timm.create_model`. They refer to files in the cache wherever possible, because timm
+        itself would ask the Hub again, with retries that take a minute.
     """
     source, _, address = name.partition(':')
     if source.lower() in ('hf-hub', 'hf_hub'):
@@ -125,12 +127,12 @@ def _located(name: str) -> Tuple[str, Dict[str, Any]]:
         return name, {}
     repo_id, _, revision = cfg.hf_hub_id.partition('@')
     weights = _weights_on_hub(repo_id, cfg.hf_hub_filename, revision)
-    # a custom loader reads a format of its own
+    # a custom loader reads its own format
     return name, {} if weights is None or cfg.custom_load else dict(pretrained_cfg_overlay=dict(file=weights))
 
 
 def _weights_on_hub(repo_id: str, filename: Optional[str], revision: str) -> Optional[str]:
-    """Returns a safetensors file of a repository; None if it has weights of another format only."""
+    """Returns the safetensors file of a repository, or None if its weights have another format."""
     if filename not in (None, WEIGHTS_FILENAME):
         return None
     try:
@@ -144,7 +146,7 @@ def _weights_on_hub(repo_id: str, filename: Optional[str], revision: str) -> Opt
 
 
 def _of_checkpoint(name: Optional[str], checkpoint: Path, num_classes: Optional[int]) -> Any:
-    """Creates the model of a file of weights, as it was trained."""
+    """Creates the model of a weights file, with the arguments of its training."""
     if name is not None:
         check_model_name(name, ModelError)
     weights = read_weights(checkpoint)
@@ -154,7 +156,7 @@ def _of_checkpoint(name: Optional[str], checkpoint: Path, num_classes: Optional[
     is_name = ':' not in name
     args, model_args = trained_with(weights, checkpoint, name if is_name else '')
     if config.get('architecture') != untagged(name):
-        config = {}  # of other weights
+        config = {}  # describes other weights
     overlay = preprocessing(args, untagged(name)) if is_name else {}
     if not args:
         overlay.update(_preprocessing_of(config))
@@ -168,9 +170,9 @@ def _of_checkpoint(name: Optional[str], checkpoint: Path, num_classes: Optional[
     except TimmSpaError:
         raise
     except Exception as e:  # timm, torch and the Hub each raise their own
-        raise ModelError(f'{name} could not be created for {checkpoint}: {e}') from e
+        raise ModelError(f'{name} could not be created for the checkpoint {checkpoint}: {e}') from e
     check_weights(weights.state_dict, model, checkpoint)
-    # the tag and the names in the configuration are those of other weights' classes
+    # the tag and the class names in the configuration belong to the published weights
     model.pretrained_cfg = dict(model.pretrained_cfg, tag=None, **_labels(model, weights, checkpoint, config))
     return model
 
@@ -183,7 +185,7 @@ def _preprocessing_of(config: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _labels(model: Any, weights: Weights, checkpoint: Path, config: Dict[str, Any]) -> Dict[str, Any]:
-    """Returns the fields of a configuration that name the classes of a checkpoint."""
+    """Returns the configuration fields with the class names of a checkpoint."""
     named = dict(label_names=read_classes(checkpoint.parent), label_descriptions=None)
     if not named['label_names'] and config:
         named.update(class_labels(config))
@@ -191,16 +193,16 @@ def _labels(model: Any, weights: Weights, checkpoint: Path, config: Dict[str, An
         return named
     if _is_imagenet(model, weights, checkpoint) and not named['label_names']:
         _logger.warning(
-            f"{checkpoint} is taken for weights of ImageNet-1k: it was converted from a plain network's, and has 1000 "
-            'classes. If they are others, name them in classes.txt next to it, one a line.')
-        return dict(label_names=None, label_descriptions=None)  # for which timm's names are taken
+            f'{checkpoint} gets the class names of ImageNet-1k: it was converted from a plain model with 1000 classes. '
+            'If the classes are others, list their names in classes.txt in the same folder, one per line.')
+        return dict(label_names=None, label_descriptions=None)  # means ImageNet's names
     return dict(label_names=numbered(model.num_classes), label_descriptions=None)
 
 
 def _is_imagenet(model: Any, weights: Weights, checkpoint: Path) -> bool:
-    """Returns whether weights are published ones of ImageNet-1k, by what `convert` has recorded of their source.
+    """Returns whether weights were converted from published ImageNet-1k weights.
 
-    A thousand classes alone say nothing, and a training of one's own leaves args.yaml.
+    The number of classes alone is not enough. A folder with args.yaml belongs to a training run of the user.
     """
     if model.num_classes != 1000 or weights.converted_from != 'plain':
         return False
@@ -210,17 +212,17 @@ def _is_imagenet(model: Any, weights: Weights, checkpoint: Path) -> bool:
 
 
 def for_inference(model: nn.Module, device: str = 'cpu') -> nn.Module:
-    """Moves a model to a device, on a CPU in the form that is fastest there: fused blocks, channels_last.
+    """Moves a model to a device, and on a CPU converts it to fused blocks and channels_last.
 
     Args:
-        model: A timm model, which is changed.
+        model: A timm model. It is changed in place.
         device: Device to run on.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        ModelError: torch has no such device here.
+        ModelError: torch cannot use the device.
     """
     model = on_device(model, device)
     if torch.device(device).type != 'cpu':
@@ -229,15 +231,15 @@ def for_inference(model: nn.Module, device: str = 'cpu') -> nn.Module:
 
 
 def on_device(model: nn.Module, device: str) -> nn.Module:
-    """Moves a model to a device, in eval mode; raises a ModelError if torch has no such device here."""
+    """Moves a model to a device in eval mode, and raises ModelError if torch cannot use the device."""
     try:
         torch.zeros(1, device=device).item()
         return model.eval().to(device)
-    except Exception as e:  # each kind of device raises its own
+    except Exception as e:  # errors differ between devices
         cause = ' '.join(str(e).split())[:200]
         raise ModelError(f'The device {device!r} cannot be used ({cause}). Try cpu.') from e
 
 
 def numbered(count: int) -> List[str]:
-    """Returns names for classes that have none."""
+    """Returns numbered names for unnamed classes."""
     return [f'class {i}' for i in range(count)]

@@ -1,0 +1,82 @@
+"""Comparison of an exported file with PyTorch, and its accuracy."""
+from typing import Any, Iterable, Iterator, List, Optional, Tuple
+
+import torch
+from tqdm import tqdm
+
+from .._shipped import shipped_photographs
+from ..predict import data_config, image_reader
+from .format import ExportError, Runner, as_export_error, padded
+
+__all__ = ['compare', 'top1']
+
+LIMITS = {'float32': 1e-4, 'float16': 1e-2, 'int8': float('inf')}  # of the difference, relative to the largest output
+
+
+def compare(
+        model: Any,
+        run: Runner,
+        name: str,
+        dtype: str,
+        dynamic: Optional[str],
+        batch_size: int,
+) -> Tuple[float, List[Tuple[int, ...]]]:
+    """Compares an exported file with its model.
+
+    Args:
+        model: Model in PyTorch and float32.
+        run: Computes the output of the file.
+        name: Name of the model, for messages.
+        dtype: Key of `LIMITS`.
+        dynamic: Dynamic axes, see `export`.
+        batch_size: Batch size of the file, if it is fixed.
+
+    Returns:
+        The largest difference relative to the largest output, and the shapes of the inputs.
+
+    Raises:
+        ExportError: An input cannot be computed, or a difference is above the limit.
+    """
+    shapes, differences = [], []
+    for x in _inputs(model, dynamic, batch_size):
+        shape = tuple(x.shape)
+        with as_export_error(f'{name} cannot compute an input of {shape}'):
+            expected = model(x)
+        with as_export_error(f'The exported file of {name} cannot compute an input of {shape}'):
+            difference = ((run(x) - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= LIMITS[dtype]:  # also true for NaN
+            raise ExportError(
+                f'The exported file of {name} differs from PyTorch by {difference:.2g} of the largest output at {shape} '
+                f'(limit for {dtype}: {LIMITS[dtype]:g}). The file was not kept. Try another format.')
+        shapes.append(shape)
+        differences.append(difference)
+    return max(differences), shapes
+
+
+def _inputs(model: Any, dynamic: Optional[str], batch_size: int) -> Iterator[torch.Tensor]:
+    """Yields random inputs, and the shipped photographs at the size of the model."""
+    config = data_config(model)
+    channels, height, width = config['input_size']
+    batches = (2, 1, 3) if dynamic else (batch_size,) * 3
+    sizes = [(height, width)] * 3
+    if dynamic == 'size':  # larger, as some models accept no smaller size; not divisible by the pyramid sizes
+        sizes[1:] = (height + 21, width + 5), (height + 10, width + 32)
+    mean, std = (torch.tensor(config[key]).mean() for key in ('mean', 'std'))
+    for i, (batch, size) in enumerate(zip(batches, sizes, strict=True)):
+        if i > 0 or dynamic != 'size':
+            pixels = torch.rand(batch, channels, *size, generator=torch.Generator().manual_seed(i))
+            yield (pixels - mean) / std
+    if channels in (1, 3):
+        read = image_reader(model)
+        photographs = shipped_photographs()
+        chosen = [photographs[i % len(photographs)] for i in range(batches[0])]
+        yield torch.stack([read(photograph) for photograph in chosen])
+
+
+def top1(run: Runner, batches: Iterable[Tuple[torch.Tensor, torch.Tensor]], batch_size: Optional[int]) -> float:
+    """Returns the top-1 accuracy in percent."""
+    correct = total = 0
+    for pixels, target in tqdm(batches, 'accuracy', leave=False, disable=None):  # None: on terminals only
+        answers = run(padded(pixels, batch_size))[:len(pixels)].argmax(1)
+        correct, total = correct + int((answers == target).sum()), total + len(target)
+    return 100 * correct / total
