@@ -1,4 +1,4 @@
-"""What the attention of a net does, in numbers and pictures. Nothing of it is imported by `import timm_spa`."""
+"""Class activation maps, gates and pyramid weights of models. `import timm_spa` does not import this package."""
 from .attention import ExplainError, ScaleWeights, ablate, gate_maps, neutral_gates, scale_weights
 from .class_activation import METHODS, ClassActivation, cam
 

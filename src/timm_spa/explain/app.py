@@ -1,4 +1,4 @@
-"""The page of `timm-spa app` and of the Hub's Space: drop a picture and see what a net makes of it. Needs Gradio."""
+"""Page of `timm-spa app` and of the Hub's Space, which explains the predictions for an image. Needs Gradio."""
 import collections
 import functools
 import os
@@ -12,104 +12,99 @@ from PIL import Image
 
 from .._errors import TimmSpaError
 from .._shipped import shipped_photographs
-from ..predict import PictureError, class_names, likeliest_classes, load_model, picture_reader, picture_seen
+from ..predict import ImageError, class_names, image_reader, image_seen, likeliest_classes, load_model
 from . import figures
 from .attention import ExplainError, gate_maps, scale_weights
 from .class_activation import cam
 
-__all__ = ['AppError', 'SHIPPED', 'build', 'look', 'serve']
+__all__ = ['SHIPPED', 'build', 'look', 'serve']
 
 SHIPPED = ('spa_tf_efficientnet_lite0.grocery81', 'spa_mobilenetv2_cifar.tmm_tin200')
 NOTHING = 'no second model'
 LARGEST_FILE = '20mb'
 TOP = 5
-BLOCKS = 4  # of the gates' figure, evenly over the net
+BLOCKS = 4  # blocks in the figure of gates, evenly spaced over the model
 TITLE = 'What Spatial Pyramid Attention looks at'
 ABOUT = """
-Choose a picture, or one of the photographs below, and see the likeliest classes, which places speak for the first of
-them (Grad-CAM), and the gates of four blocks: maps that the net multiplies its features with.
+Choose an image, or one of the photographs below. The page shows the likeliest classes, the parts of the image that
+raise the score of the first class (Grad-CAM), the gates of four blocks, and the pyramid weights. A model multiplies its
+feature maps by the gates.
 
-A class activation map shows which places raise a score; it is no proof of reasoning. A gate acts on channels, and a
-mean over them hides what single ones do. The models know the classes they were trained on and no others.
+A class activation map shows which parts of an image raise a score. It does not prove how the model reasons. A gate acts
+on single channels, and the mean over channels hides them. A model knows only the classes that it was trained on.
 """
-
 
 Figure = Optional[Image.Image]
 
 
-class AppError(TimmSpaError, RuntimeError):
-    """The page cannot be served; the message says why."""
-
-
-def look(model: torch.nn.Module, picture: Union[str, Path]) -> Tuple[Dict[str, float], Figure, Figure, Figure]:
-    """Computes what the page shows of one picture and one model.
+def look(model: torch.nn.Module, image: Union[str, Path]) -> Tuple[Dict[str, float], Figure, Figure, Figure]:
+    """Computes the classes and figures that the page shows for one image and one model.
 
     Args:
         model: A timm CNN in eval mode.
-        picture: File of a picture.
+        image: Image file.
 
     Returns:
-        The likeliest classes with their probabilities, the picture under its class activation map, the gates and the
-        weights of the pyramid. The last two are None for a net without SPA.
+        The likeliest classes with their probabilities, and figures of the class activation map, the gates and the
+        pyramid weights. The last two are None for a model without SPA.
 
     Raises:
-        PictureError: The picture cannot be read.
-        ExplainError: The model is no CNN.
+        ImageError: The image cannot be read.
+        ExplainError: The model is not a CNN.
     """
-    pixels = picture_reader(model)(picture)
-    x, seen = pixels.unsqueeze(0), picture_seen(model, pixels)
+    pixels = image_reader(model)(image)
+    x, seen = pixels.unsqueeze(0), image_seen(model, pixels)
     names = class_names(model)
-    times = collections.Counter(c['name'] for c in names)  # ImageNet has two classes 'crane', and two 'maillot'
+    counts = collections.Counter(c['name'] for c in names)  # ImageNet has two classes 'crane', and two 'maillot'
     classes = {
-        f'{c["name"]} (class {c["index"]})' if times[c['name']] > 1 else str(c['name']): c['probability']
+        f'{c["name"]} (class {c["index"]})' if counts[c['name']] > 1 else str(c['name']): c['probability']
         for c in likeliest_classes(model, pixels, names, TOP)}
-    found = cam(model, x)
-    drawn = figures.as_image(figures.draw_cams({'': [(seen, found.maps[0], next(iter(classes)))]}))
+    activation = figures.as_image(figures.draw_cams({'': [(seen, cam(model, x).maps[0], next(iter(classes)))]}))
     try:
         weights = scale_weights(model)
     except ExplainError:
-        return classes, drawn, None, None
+        return classes, activation, None, None
     blocks = list(weights)
     shown = [blocks[i * (len(blocks) - 1) // (BLOCKS - 1)] for i in range(BLOCKS)] if len(blocks) > BLOCKS else blocks
     gates = {name: gate[0] for name, gate in gate_maps(model, x, shown).items()}
-    of_gates = figures.draw_gates(seen, gates, columns=2)  # for a telephone
-    of_pyramid = figures.draw_scales({'weights of the pyramid': weights})
-    return classes, drawn, figures.as_image(of_gates), figures.as_image(of_pyramid)
+    drawn_gates = figures.as_image(figures.draw_gates(seen, gates, columns=2))  # two columns fit a phone
+    pyramid = figures.as_image(figures.draw_scales({'pyramid weights': weights}))
+    return classes, activation, drawn_gates, pyramid
 
 
 def build(models: Sequence[str] = SHIPPED) -> Any:
     """Builds the page.
 
     Args:
-        models: Names that it offers, the first one chosen.
+        models: Names of the models to offer. The first one is selected.
 
     Returns:
         `gradio.Blocks`.
 
     Raises:
-        AppError: Gradio is not installed, or there is no model.
+        ExplainError: Gradio is not installed, or `models` is empty.
     """
     models = (models,) if isinstance(models, str) else tuple(models)
     if not models:
-        raise AppError('The page needs a model to offer: give at least one name.')
+        raise ExplainError('The page cannot be built without a model. Give at least one name.')
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
     try:
         import gradio as gr
     except ImportError as e:
-        raise AppError('The page needs Gradio: pip install "timm_spa[app]".') from e
+        raise ExplainError('The page needs Gradio: pip install "timm_spa[app]".') from e
     loaded = functools.lru_cache(maxsize=4)(load_model)
 
-    def show(picture: Optional[Dict[str, Any]], *names: str) -> List[Any]:
+    def show(image: Optional[Dict[str, Any]], *names: str) -> List[Any]:
         cells: List[Any] = []
         for name in names:
-            if picture is None or name not in models:
+            if image is None or name not in models:
                 cells += [None] * 4
                 continue
             try:
-                cells += look(loaded(name), picture['path'])
-            except PictureError as e:
-                file = picture.get('orig_name') or Path(picture['path']).name
-                raise gr.Error(f'{file} is no picture that can be read.', print_exception=False) from e
+                cells += look(loaded(name), image['path'])
+            except ImageError as e:
+                file = image.get('orig_name') or Path(image['path']).name
+                raise gr.Error(f'{file} cannot be read as an image. Choose another file.', print_exception=False) from e
             except TimmSpaError as e:
                 raise gr.Error(str(e), print_exception=False) from e
         return [*cells, gr.update(visible=names[1] in models)]
@@ -118,10 +113,10 @@ def build(models: Sequence[str] = SHIPPED) -> Any:
         gr.Markdown(f'# {TITLE}\n{ABOUT}')
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(
-                    type='filepath', sources=['upload', 'clipboard'], label='picture', height=300, elem_id='picture')
+                image = gr.Image(
+                    type='filepath', sources=['upload', 'clipboard'], label='image', height=300, elem_id='input_image')
                 gr.Examples(
-                    [[str(path)] for path in shipped_photographs()], [picture],
+                    [[str(path)] for path in shipped_photographs()], [image],
                     label='test photographs of the Grocery Store dataset')
             with gr.Column():
                 first = gr.Dropdown(list(models), value=models[0], label='model', elem_id='first')
@@ -136,33 +131,35 @@ def build(models: Sequence[str] = SHIPPED) -> Any:
                         cells.append(gr.Image(
                             label=label, show_label=False, interactive=False, buttons=['download', 'fullscreen'],
                             elem_id=f'{label.split()[-1]}{number}'))
-        for changed in (picture, first, second):
-            # without Gradio's own reading of the picture, whose errors are no use to anybody
+        for changed in (image, first, second):
+            # `preprocess=False` skips Gradio's own reading of the image, whose errors do not help a user
             changed.change(
-                show, [picture, first, second], [*cells, column], preprocess=False, show_progress='minimal',
+                show, [image, first, second], [*cells, column], preprocess=False, show_progress='minimal',
                 trigger_mode='always_last')
     return page
 
 
 def serve(models: Sequence[str] = SHIPPED, host: str = '127.0.0.1', port: Optional[int] = None) -> None:
-    """Serves the page until the process is stopped. Pictures are kept in a temporary folder, which then is removed.
+    """Serves the page until the process is stopped.
+
+    Uploaded images are stored in a temporary folder, which is removed at the end.
 
     Args:
-        models: Names that it offers, the first one chosen.
-        host: Address to listen on; '0.0.0.0' for every one of the machine.
-        port: Port; the first free one from 7860 if None.
+        models: Names of the models to offer. The first one is selected.
+        host: Address to listen on, e.g. '0.0.0.0' for all addresses of the machine.
+        port: Port; None for the first free port from 7860.
 
     Raises:
-        AppError: Gradio is not installed, or the port is taken.
+        ExplainError: Gradio is not installed, or the port is in use.
     """
     if port is not None and not 0 < port < 65536:
-        raise AppError(f'The port must be a number from 1 to 65535, got {port}.')
+        raise ExplainError(f'The port must be a number from 1 to 65535, got {port}.')
     with tempfile.TemporaryDirectory(prefix='timm_spa_app') as folder:
         os.environ['GRADIO_TEMP_DIR'] = folder
         page = build(models)
         import gradio as gr
 
-        fonts = ['system-ui', 'sans-serif']  # none that would be fetched from elsewhere
+        fonts = ['system-ui', 'sans-serif']  # no fonts from other servers
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
@@ -170,4 +167,6 @@ def serve(models: Sequence[str] = SHIPPED, host: str = '127.0.0.1', port: Option
                     server_name=host, server_port=port, share=False, max_file_size=LARGEST_FILE, footer_links=[],
                     theme=gr.themes.Default(font=fonts, font_mono=['monospace']), show_error=True)
         except OSError as e:
-            raise AppError(f'{host}, port {port or "7860 and those behind it"}: {e}') from e
+            raise ExplainError(
+                f'The page cannot be served at {host}, port {port or "7860 and following"}: {e} Choose another --port.'
+            ) from e

@@ -1,6 +1,6 @@
-"""What the attention of a net does: its gates for given pictures, its pyramid weights, and what it loses without them.
+"""Gates, pyramid weights, and accuracy without gates.
 
-Hooks are gone afterwards, and the model is as it was, also after an error.
+Every function leaves the model unchanged and removes its hooks, also after an error.
 """
 import contextlib
 import dataclasses
@@ -15,64 +15,68 @@ from ..layers.fused_branch import FusedBranch
 
 __all__ = ['ExplainError', 'ScaleWeights', 'ablate', 'gate_maps', 'neutral_gates', 'scale_weights']
 
-NEUTRAL = 0.5  # what a gate is at a warm start, everywhere
+NEUTRAL = 0.5  # value of every gate at a warm start
 
 
 class ExplainError(TimmSpaError, ValueError):
-    """There is nothing to show of a model; the message says why."""
+    """A model cannot be explained, or a figure or the page cannot be shown."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaleWeights:
-    """The learned weights of equation (1), of one gate.
+    """Learned pyramid weights of one gate, equation (1).
 
     Attributes:
-        sizes: Side lengths of the averages, in cells, the largest first.
-        weights: The weight of each.
+        sizes: Pyramid sizes in cells, the largest first.
+        weights: Weight of each size.
     """
     sizes: Tuple[int, ...]
     weights: Tuple[float, ...]
 
 
 def block_of(gate: str) -> str:
-    """Returns the name of the block that a gate, by its own name, stands in."""
+    """Returns the name of the block that contains a gate, from the name of the gate."""
     return gate.removesuffix('.attn').removesuffix('.drop')
 
 
 def refuse_compiled(model: nn.Module) -> None:
-    """Raises ExplainError for a compiled model."""
+    """Raises ExplainError if the model is compiled."""
     if hasattr(model, '_orig_mod'):
-        raise ExplainError('A compiled model does not call the hooks of its modules: give the model that was compiled.')
+        raise ExplainError(
+            'The model cannot be explained: a compiled model does not call the hooks of its modules. Give the model '
+            'before its compilation.')
 
 
 def check_images(x: Any) -> None:
-    """Raises ExplainError unless `x` is a batch with an image in it."""
+    """Raises ExplainError unless `x` is a batch of at least one image."""
     if not isinstance(x, torch.Tensor) or x.ndim != 4 or not len(x):
         given = f'a tensor of the shape {tuple(x.shape)}' if isinstance(x, torch.Tensor) else f'a {type(x).__name__}'
         raise ExplainError(
-            f'Expected a batch of at least one image, a tensor (N, C, H, W), got {given}. A single image (C, H, W) '
-            'becomes a batch by image.unsqueeze(0).')
+            f'Expected a batch of at least one image, a tensor (N, C, H, W), got {given}. Turn a single image '
+            '(C, H, W) into a batch with image.unsqueeze(0).')
 
 
 def _gates(model: nn.Module, blocks: Optional[Union[str, Sequence[str]]] = None) -> Dict[str, Any]:
-    """Finds the modules that end in a gate of SPA, by the name of their block, in the order of the net."""
+    """Returns the modules with a SPA gate by block name, in the order of the model."""
     refuse_compiled(model)
     blocks = (blocks,) if isinstance(blocks, str) else blocks
-    found: Dict[str, Any] = {}
+    gates: Dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, SpatialPyramidAttention) or isinstance(module, FusedBranch) and module.is_pyramid:
-            found[block_of(name)] = module
-    if not found:
-        raise ExplainError(f'{type(model).__name__} has no gate of Spatial Pyramid Attention.')
-    unknown = [name for name in blocks or () if name not in found]
+            gates[block_of(name)] = module
+    if not gates:
+        raise ExplainError(
+            f'{type(model).__name__} cannot be explained: it does not contain Spatial Pyramid Attention. Use a model '
+            'with SPA.')
+    unknown = [name for name in blocks or () if name not in gates]
     if unknown:
-        raise ExplainError(f'There is no gated block {unknown[0]!r}. There are {", ".join(found)}.')
-    return found if blocks is None else {name: found[name] for name in found if name in blocks}
+        raise ExplainError(f'Block {unknown[0]!r} is not a gated block of the model. Choose from {", ".join(gates)}.')
+    return {name: gate for name, gate in gates.items() if blocks is None or name in blocks}
 
 
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode within the context."""
+    """Puts a model in eval mode, and restores the modes of its modules afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -84,7 +88,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forward_hooks(modules: Iterable[Tuple[Any, Callable[..., Any]]]) -> Iterator[None]:
-    """Registers forward hooks within the context."""
+    """Registers forward hooks, and removes them afterwards."""
     with contextlib.ExitStack() as stack:
         for module, hook in modules:
             stack.enter_context(module.register_forward_hook(hook))
@@ -99,40 +103,40 @@ def gate_maps(
     """Computes the gates of every block for a batch, equation (2), at their own resolution.
 
     Args:
-        model: A net with SPA, as it is built or fused, not compiled.
+        model: A model with SPA, fused or not, not compiled.
         x: Images (N, C, H, W), prepared for the model, on its device.
-        blocks: Names of blocks, or one name; all if None.
+        blocks: Names of blocks, or one name; None for all.
 
     Returns:
-        For each block, by its name and in the order of the net, its gate (N, channels, P, P) in float32 on the CPU:
-        P is the largest size of the pyramid, and the gate acts on the cells of a P x P grid over the block's map.
+        The gates (N, channels, P, P) in float32 on the CPU, by block name, in the order of the model. P is the largest
+        pyramid size. The gate applies to a P x P grid of cells over the feature map of the block.
 
     Raises:
-        ExplainError: The model has no gate of SPA, is compiled, or has no block of such a name; or `x` is no batch.
+        ExplainError: The model does not contain SPA, is compiled, or lacks a named block; or `x` is not a batch.
     """
-    found: Dict[str, torch.Tensor] = {}
+    gates: Dict[str, torch.Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, out: found.update({name: out.detach().float().cpu()})
+        return lambda module, args, out: gates.update({name: out.detach().float().cpu()})
 
     check_images(x)
     hooks = [(module.gate, keep(name)) for name, module in _gates(model, blocks).items()]
     with in_eval_mode(model), torch.no_grad(), forward_hooks(hooks):
         model(x)
-    return found
+    return gates
 
 
 def scale_weights(model: nn.Module) -> Dict[str, ScaleWeights]:
-    """Reads the learned weights of the pyramid, equation (1).
+    """Returns the learned pyramid weights, equation (1).
 
     Args:
-        model: A net with SPA, as it is built or fused.
+        model: A model with SPA, fused or not.
 
     Returns:
-        The weights of each block, by its name and in the order of the net.
+        The pyramid weights by block name, in the order of the model.
 
     Raises:
-        ExplainError: The model has no gate of SPA, or is compiled.
+        ExplainError: The model does not contain SPA, or is compiled.
     """
     return {
         name: ScaleWeights(tuple(module.pyramid_sizes), tuple(module.pyramid_weight.detach().float().tolist()))
@@ -141,14 +145,14 @@ def scale_weights(model: nn.Module) -> Dict[str, ScaleWeights]:
 
 @contextlib.contextmanager
 def neutral_gates(model: nn.Module, blocks: Optional[Union[str, Sequence[str]]] = None) -> Iterator[None]:
-    """Sets gates to 1/2, their value at a warm start, within the context.
+    """Context manager that sets gates to 1/2, their value at a warm start.
 
     Args:
-        model: A net with SPA, as it is built or fused, not compiled.
-        blocks: Names of blocks, as `gate_maps` has them, or one name; all if None.
+        model: A model with SPA, fused or not, not compiled.
+        blocks: Names of blocks from `gate_maps`, or one name; None for all.
 
     Raises:
-        ExplainError: The model has no gate of SPA, is compiled, or has no block of such a name.
+        ExplainError: The model does not contain SPA, is compiled, or lacks a named block.
     """
     chosen = _gates(model, blocks).values()
     with forward_hooks((module.gate, lambda m, args, out: torch.full_like(out, NEUTRAL)) for module in chosen):
@@ -158,26 +162,26 @@ def neutral_gates(model: nn.Module, blocks: Optional[Union[str, Sequence[str]]] 
 def ablate(
         model: nn.Module,
         batches: Iterable[Tuple[torch.Tensor, torch.Tensor]],
-        progress: Callable[[int], None] = lambda seen: None,
+        progress: Callable[[int], None] = lambda count: None,
 ) -> Dict[str, Tuple[int, int]]:
-    """Counts right answers with all gates, with each one neutral in turn, and with all neutral.
+    """Measures the accuracy with all gates, with the gates of each block set to 1/2, and with all gates set to 1/2.
 
     Args:
-        model: A net with SPA, as it is built or fused, not compiled.
-        batches: Images (N, C, H, W), prepared for the model, and the classes of each, on its device.
-        progress: Is told after each batch how many images there were so far.
+        model: A model with SPA, fused or not, not compiled.
+        batches: Images (N, C, H, W), prepared for the model, and their classes (N,), on the device of the model.
+        progress: Called after each batch with the number of images so far.
 
     Returns:
-        Right answers and images: under '' of the net as it is, under the name of a block with its gates set to 1/2, and
-        under '*' with all of them set to that.
+        Numbers of correct answers and of images, by block name: '' for the unchanged model, a block name for the model
+        with the gates of that block set to 1/2, and '*' for the model with all gates set to 1/2.
 
     Raises:
-        ExplainError: The model has no gate of SPA, or is compiled; or there are no images.
+        ExplainError: The model does not contain SPA, or is compiled; or `batches` is empty.
     """
     names = tuple(_gates(model))
     settings: Dict[str, Sequence[str]] = {'': (), **{name: (name,) for name in names}, '*': names}
-    right = dict.fromkeys(settings, 0)
-    seen = 0
+    correct = dict.fromkeys(settings, 0)
+    total = 0
     with in_eval_mode(model), torch.no_grad():
         for images, target in batches:
             check_images(images)
@@ -185,9 +189,9 @@ def ablate(
                 raise ExplainError(f'Expected a class for each of {len(images)} images, got {tuple(target.shape)}.')
             for name, blocks in settings.items():
                 with neutral_gates(model, blocks):
-                    right[name] += int((model(images).argmax(-1) == target).sum())
-            seen += len(target)
-            progress(seen)
-    if not seen:
-        raise ExplainError('There are no images to measure the accuracy on: `batches` is empty.')
-    return {name: (count, seen) for name, count in right.items()}
+                    correct[name] += int((model(images).argmax(-1) == target).sum())
+            total += len(target)
+            progress(total)
+    if not total:
+        raise ExplainError('The accuracy cannot be measured: `batches` is empty. Give at least one batch of images.')
+    return {name: (count, total) for name, count in correct.items()}

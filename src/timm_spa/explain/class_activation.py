@@ -1,4 +1,4 @@
-"""Class activation maps: which places of a picture speak for a class. The methods are torchcam's."""
+"""Class activation maps, by the methods of torchcam."""
 import dataclasses
 from typing import Any, List, Optional, Sequence, Union
 
@@ -9,7 +9,7 @@ from .attention import ExplainError, check_images, forward_hooks, in_eval_mode, 
 
 __all__ = ['METHODS', 'ClassActivation', 'cam', 'last_map_layer']
 
-# names for users, and torchcam's classes
+# classes of torchcam by method name
 METHODS = {
     'gradcam': 'GradCAM',
     'gradcam++': 'GradCAMpp',
@@ -25,10 +25,10 @@ class ClassActivation:
     """Class activation maps of a batch.
 
     Attributes:
-        maps: Maps (N, H, W) in float32 on the CPU, at the resolution of the layer. The largest value of each is 1, or
-            0 where nothing speaks for the class.
-        classes: The class (N,) that each map is of.
-        probabilities: The probability (N,) that the model gives it.
+        maps: Class activation maps (N, H, W) in float32 on the CPU, at the resolution of the layer. The largest value
+            of each is 1, or 0 if nothing in the image raises the score of the class.
+        classes: Explained class (N,) of each image.
+        probabilities: Predicted probability (N,) of that class.
         layer: Name of the layer whose output was weighted.
     """
     maps: torch.Tensor
@@ -38,9 +38,11 @@ class ClassActivation:
 
 
 def last_map_layer(model: nn.Module, x: torch.Tensor) -> str:
-    """Returns the name of the outermost module whose output is that of `forward_features` of a CNN in eval mode."""
+    """Returns the name of the outermost module whose output is the output of `forward_features`, in eval mode."""
     if not hasattr(model, 'forward_features'):
-        raise ExplainError(f'{type(model).__name__} has no forward_features, as models of timm have: name a layer.')
+        raise ExplainError(
+            f'The last feature map of {type(model).__name__} was not found: the model lacks forward_features. Name a '
+            'layer.')
     finished: List[Any] = []
     names = {module: name for name, module in model.named_modules()}
     hooks = [(module, lambda m, args, out: finished.append((m, out))) for module, name in names.items() if name]
@@ -48,15 +50,16 @@ def last_map_layer(model: nn.Module, x: torch.Tensor) -> str:
         features: Any = model.forward_features(x)  # type: ignore[operator]
     if not isinstance(features, torch.Tensor) or features.ndim != 4:
         raise ExplainError(
-            f'{type(model).__name__} has no map (N, C, H, W) before its pooling: class activation maps are for CNNs.')
+            f'{type(model).__name__} cannot be explained: it lacks a feature map (N, C, H, W) before its pooling. Use '
+            'a CNN.')
     for module, out in reversed(finished):
         if out is features:
             return names[module]
-    raise ExplainError(f'No layer of {type(model).__name__} gives its last map: name one.')
+    raise ExplainError(f'The layer of the last feature map of {type(model).__name__} was not found. Name a layer.')
 
 
 def _one_each(classes: Any, count: int) -> torch.Tensor:
-    """Returns the class of each image as a tensor of whole numbers."""
+    """Returns the class of each image as an integer tensor."""
     try:
         chosen = torch.as_tensor(classes)
     except (TypeError, ValueError, RuntimeError):
@@ -65,8 +68,8 @@ def _one_each(classes: Any, count: int) -> torch.Tensor:
         chosen = chosen.expand(count)
     if chosen.shape != (count,) or chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool:
         raise ExplainError(
-            f'Expected the number of a class for each of {count} images, or one for all, got {classes!r}. find_class '
-            'of timm_spa.predict gives the number of a name.')
+            f'Expected the number of a class for each of {count} images, or one for all, got {classes!r}. Use '
+            'timm_spa.predict.find_class to find the number of a class by its name.')
     return chosen.long()
 
 
@@ -79,24 +82,24 @@ def cam(
 ) -> ClassActivation:
     """Computes class activation maps.
 
-    The model is afterwards as it was: its modes, its hooks and the gradients of its parameters, also after an error.
+    The modes and hooks of the model and the gradients of its parameters are unchanged afterwards, also after an error.
 
     Args:
-        model: A timm CNN with any gate or none, as it is built or fused, not compiled.
+        model: A timm CNN, with or without gates, fused or not, not compiled.
         x: Images (N, C, H, W), prepared for the model, on its device.
-        classes: The class (N,) to explain for each image, or one class for all of them; the likeliest if None.
-        method: A key of `METHODS`. Grad-CAM (Selvaraju et al., ICCV 2017) is what the paper's figure 5 shows.
-        layer: Name of a module; the last map before pooling if None.
+        classes: Class (N,) to explain for each image, or one class for all images; None for the likeliest class.
+        method: A key of `METHODS`. The paper's figure 5 shows Grad-CAM (Selvaraju et al., ICCV 2017).
+        layer: Name of a module; None for the last feature map before pooling.
 
     Returns:
-        The maps.
+        The class activation maps.
 
     Raises:
-        ExplainError: There is no such method, layer or class, torchcam is not installed, `x` is no batch, or the model
-            is no CNN, is compiled, or gives no scores of classes.
+        ExplainError: The method, layer or class is unknown, torchcam is not installed, `x` is not a batch, or the model
+            is compiled, is not a CNN, or does not return class scores.
     """
     if not isinstance(method, str) or method not in METHODS:
-        raise ExplainError(f'There is no method {method!r}. There are {", ".join(METHODS)}.')
+        raise ExplainError(f'Unknown method {method!r}. Choose from {", ".join(METHODS)}.')
     try:
         from torchcam import methods
     except ImportError as e:
@@ -106,8 +109,8 @@ def cam(
     check_images(x)
     if layer is not None and layer not in dict(model.named_modules()):
         children = ', '.join(name for name, _ in model.named_children())
-        raise ExplainError(f'There is no layer {layer!r}. The layers of the top level are {children}.')
-    # gradients are needed also where the caller wants none, and for a net whose parameters are all frozen
+        raise ExplainError(f'The model does not have the layer {layer!r}. Its top-level layers are {children}.')
+    # gradients are needed even under torch.no_grad, and for a model whose parameters are all frozen
     with in_eval_mode(model), torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
         torch.manual_seed(0)  # SmoothGrad adds noise
         x = x.detach().clone().requires_grad_()
@@ -118,16 +121,16 @@ def cam(
             scores = model(x)
             if not outputs or not isinstance(outputs[-1], torch.Tensor) or outputs[-1].ndim != 4:
                 raise ExplainError(
-                    f'The layer {layer!r} gives no feature map (N, C, H, W) in a forward pass. Name a layer before the '
-                    'pooling.')
+                    f'The layer {layer!r} cannot be explained: its output is not a feature map (N, C, H, W). Name a '
+                    'layer before the pooling.')
             if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or not getattr(model, 'num_classes', 1):
                 raise ExplainError(
-                    f'{type(model).__name__} gives no scores of classes (N, classes): create it with its classifier, '
+                    f'{type(model).__name__} does not return class scores (N, classes). Create it with its classifier, '
                     'without features_only and num_classes=0.')
             probabilities = scores.detach().float().softmax(1)
             chosen = probabilities.argmax(1) if classes is None else _one_each(classes, len(x)).to(scores.device)
             if not 0 <= int(chosen.min()) <= int(chosen.max()) < scores.shape[1]:
-                raise ExplainError(f'The classes are 0 to {scores.shape[1] - 1}, and {chosen.tolist()} were asked for.')
+                raise ExplainError(f'Classes must be numbers from 0 to {scores.shape[1] - 1}, got {chosen.tolist()}.')
             maps = extract(chosen.tolist(), scores, normalized=False)[0].detach().float().clamp(min=0).cpu()
     largest = maps.flatten(1).amax(1).clamp(min=torch.finfo(maps.dtype).tiny)[:, None, None]
     return ClassActivation(

@@ -46,8 +46,8 @@ def compare(
             difference = ((run(x) - expected).abs().max() / expected.abs().max()).item()
         if not difference <= LIMITS[dtype]:  # also true for NaN
             raise ExportError(
-                f'The exported file of {name} differs from PyTorch by {difference:.2g} of the largest output at {shape} '
-                f'(limit for {dtype}: {LIMITS[dtype]:g}). The file was not kept. Try another format.')
+                f'The exported file of {name} differs from PyTorch by {difference:.2g} of the largest output at '
+                f'{shape} (limit for {dtype}: {LIMITS[dtype]:g}). The file was not kept. Try another format.')
         shapes.append(shape)
         differences.append(difference)
     return max(differences), shapes

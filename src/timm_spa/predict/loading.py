@@ -103,8 +103,8 @@ def _published(name: str, num_classes: Optional[int]) -> Any:
         model.pretrained_cfg.pop('file', None)
     if num_classes not in (None, model.num_classes):
         raise ModelError(
-            f'{num_classes} classes are not possible: the published weights of {name} have {model.num_classes} classes. '
-            'Leave the number out, or name a checkpoint with that number of classes.')
+            f'{name} cannot be loaded with {num_classes} classes: the published weights of {name} have '
+            f'{model.num_classes} classes. Leave the number out, or name a checkpoint with that number of classes.')
     return model
 
 
