@@ -1,4 +1,4 @@
-"""Tables of text, names in them, and JSON."""
+"""Printing of tables and JSON."""
 import itertools
 import json
 import math
@@ -7,12 +7,12 @@ from typing import Any, List, Sequence
 
 
 def printable(text: str) -> str:
-    """Returns text with its control characters spelled out: what files hold could move the cursor of a terminal."""
-    return re.sub('[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]', lambda found: ascii(found[0])[1:-1], text)
+    """Returns text with escaped control characters, because text from files could control the terminal."""
+    return re.sub('[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]', lambda match: ascii(match[0])[1:-1], text)
 
 
 def print_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()) -> None:
-    """Prints rows of text in columns, a header first."""
+    """Prints rows of text in columns; the first row is the header."""
     rows = [[printable(cell).replace('\n', '\\n') for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
@@ -21,7 +21,7 @@ def print_table(rows: Sequence[Sequence[str]], right_aligned: Sequence[int] = ()
 
 
 def print_json(value: Any) -> None:
-    """Prints a value as JSON, with null for numbers that JSON does not have: NaN and infinity."""
+    """Prints a value as JSON, with null for NaN and infinity, which JSON does not support."""
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
@@ -34,10 +34,7 @@ def _finite(value: Any) -> Any:
 
 
 def distinct(names: Sequence[str]) -> List[str]:
-    """Returns names, with their place behind those that are there twice: pictures of one name in several folders.
-
-    If another has that name as well, the next free number is used.
-    """
+    """Returns unique names: a duplicate name gets its position as a suffix, or the next number that is free."""
     taken = set(names)
     result = []
     for i, name in enumerate(names, start=1):

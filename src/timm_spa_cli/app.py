@@ -1,10 +1,10 @@
-"""`timm-spa app`: a page in the browser, where a picture can be dropped."""
+"""`timm-spa app`: a page in the browser that explains predictions."""
 import argparse
 import signal
 import sys
 from typing import Any
 
-HELP = 'open a page where you drop a picture and see what the net looks at'
+HELP = 'open a page that shows what a model sees in an image'
 EXAMPLES = ('timm-spa app --model spa_tf_efficientnet_lite0.grocery81 --model spa_resnet50',)
 
 
@@ -12,9 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument(
         '--model', dest='models', action='append', metavar='MODEL',
-        help='offer this model, any CNN that timm can create; can be given again (default: the shipped ones)')
+        help='offer this model, any CNN that timm can create; can be repeated (default: the shipped models)')
     parser.add_argument('--host', default='127.0.0.1', help='address to listen on (default: %(default)s)')
-    parser.add_argument('--port', type=int, help='port (default: the first free one from 7860)')
+    parser.add_argument('--port', type=int, help='port (default: the first free port from 7860)')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from timm_spa.predict import load_model
 
     for name in args.models or ():
-        load_model(name)  # an unknown one ends here, and not on the page
+        load_model(name)  # a model that cannot be loaded fails here, not on the page
 
     def stop(number: int, frame: Any) -> None:
         sys.exit(0)

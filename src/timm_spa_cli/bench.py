@@ -6,44 +6,45 @@ import os
 import shlex
 import sys
 
+from timm_spa_cli._options import positive
 from timm_spa_cli._table import print_table
-from timm_spa_cli.predict import positive
 
-HELP = 'measure speed and memory of models in turn, as ratios to one of them'
+HELP = 'measure speed and memory of models, as ratios to a baseline'
 EXAMPLES = ('timm-spa bench resnet50 seresnet50 spa_resnet50 --channels-last --batch-size 8 --reparam',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument(
-        'models', nargs='+', metavar='MODEL', help="name, or with arguments: 'spa_resnet50 pyramid_sizes=1,2'")
-    parser.add_argument('--base', metavar='MODEL', help='the one to compare the others with (default: the first)')
+        'models', nargs='+', metavar='MODEL', help="name, or name with arguments: 'spa_resnet50 pyramid_sizes=1,2'")
+    parser.add_argument('--base', metavar='MODEL', help='baseline of the ratios (default: the first model)')
     parser.add_argument(
         '--mode', choices=('infer', 'train'), default='infer',
-        help='train: a whole step with SGD, and the MiB per image that it keeps for the backward pass')
+        help='train: a training step with SGD, and the MiB per image that it keeps for the backward pass')
     compiler = parser.add_mutually_exclusive_group()
     compiler.add_argument('--compile', action='store_const', const='inductor', help='measure with torch.compile')
-    compiler.add_argument('--compile-with', dest='compile', metavar='BACKEND', help='with another of its backends')
+    compiler.add_argument('--compile-with', dest='compile', metavar='BACKEND', help='torch.compile backend')
     parser.add_argument(
         '--dtype', choices=('float32', 'bfloat16', 'float16'), help='default: float32; bfloat16 with --amp')
     parser.add_argument(
         '--reparam', action='store_true',
-        help="measure the fused form of blocks that have one, else merge norm layers; adds the base as it is built")
+        help="measure fused blocks, or merged norm layers where fusing is not supported; adds the unfused baseline")
     parser.add_argument('--amp', action='store_true', help='float32 weights under autocast')
     parser.add_argument('--channels-last', action='store_true', help='memory layout of weights and input')
-    parser.add_argument('--batch-size', type=positive, default=32, help='images at a time (default: %(default)s)')
-    parser.add_argument('--img-size', type=positive, metavar='N', help="height and width (default: each model's own)")
+    parser.add_argument('--batch-size', type=positive, default=32, help='images per batch (default: %(default)s)')
+    parser.add_argument('--img-size', type=positive, metavar='N', help="height and width (default: each model's size)")
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu', help='default: %(default)s')
     parser.add_argument('--threads', type=positive, metavar='N', help='CPU threads')
-    parser.add_argument('--rounds', type=positive, default=10, help='measurements of each model (default: %(default)s)')
-    parser.add_argument('--warmup', type=positive, default=5, help='steps of each model before (default: %(default)s)')
+    parser.add_argument('--rounds', type=positive, default=10, help='measurements per model (default: %(default)s)')
+    parser.add_argument('--warmup', type=positive, default=5, help='warm-up steps per model (default: %(default)s)')
     parser.add_argument(
-        '--min-seconds', type=float, default=1., metavar='S', help='least length of one (default: %(default)s)')
+        '--min-seconds', type=float, default=1., metavar='S',
+        help='minimum duration of a measurement (default: %(default)s)')
     parser.add_argument(
         '--import', dest='imports', action='append', default=[], metavar='MODULE',
-        help='a module that registers further models with timm; can be given again')
-    parser.add_argument('--json', metavar='FILE', help='write all that was measured to a file, every round included')
-    parser.add_argument('--overwrite', action='store_true', help='replace the file of --json if it is there')
+        help='module that registers further models with timm; can be repeated')
+    parser.add_argument('--json', metavar='FILE', help='write all measurements to a file, including every round')
+    parser.add_argument('--overwrite', action='store_true', help='replace the file of --json if it exists')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from timm_spa.checkpoints.own_files import refuse_replacing
 
     if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or '.', os.W_OK)):
-        raise OSError(f'--json: {args.json} is no file that can be written.')  # now, not after the measurement
+        # fail before the measurement, not after it
+        raise OSError(f'--json {args.json} cannot be written: the folder is missing or read-only. Name another file.')
     if args.json:
         refuse_replacing([args.json], args.overwrite)
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(benchmark.Settings)}

@@ -7,9 +7,9 @@ EXAMPLES = ('timm-spa convert resnet50.pth spa_resnet50.safetensors --model spa_
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument('source', metavar='SOURCE', help='file of torch.save or of safetensors')
+    parser.add_argument('source', metavar='SOURCE', help='file of torch.save or safetensors')
     parser.add_argument('output', metavar='OUT.safetensors')
-    parser.add_argument('--model', required=True, help='model that the file is for')
+    parser.add_argument('--model', required=True, help='model to convert the weights for')
     parser.add_argument('--dtype', default='float32', help='float32, float16 or bfloat16 (default: %(default)s)')
     parser.add_argument(
         '--from', dest='kind', metavar='KIND',
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from timm_spa.hub.convert import convert
 
     try:
-        ParseKwargs([], 'model_kwargs')(None, args, args.model_kwargs)  # as timm's own scripts read them
+        ParseKwargs([], 'model_kwargs')(None, args, args.model_kwargs)  # parsed like in timm's own scripts
     except ValueError as e:
         raise UsageError(f'--model-kwargs takes KEY=VALUE, got {" ".join(args.model_kwargs)}.') from e
     done = convert(

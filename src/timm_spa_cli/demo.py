@@ -1,7 +1,8 @@
 """`timm-spa demo`: the shipped photographs, classified with the shipped weights."""
 import argparse
 
-from timm_spa_cli.predict import SHIPPED_MODEL, positive, show_predictions
+from timm_spa_cli._options import SHIPPED_MODEL, positive
+from timm_spa_cli.predict import show_predictions
 
 HELP = 'classify the shipped photographs with the shipped weights'
 EXAMPLES = ('timm-spa demo holiday.jpg',)
@@ -9,8 +10,8 @@ EXAMPLES = ('timm-spa demo holiday.jpg',)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument('images', nargs='*', metavar='IMAGE', help='further pictures')
-    parser.add_argument('--top-k', type=positive, default=2, help='classes to show a picture (default: %(default)s)')
+    parser.add_argument('images', nargs='*', metavar='IMAGE', help='further images to classify')
+    parser.add_argument('--top-k', type=positive, default=2, help='classes to show per image (default: %(default)s)')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -22,10 +23,10 @@ def run(args: argparse.Namespace) -> int:
 
     model = load_model(SHIPPED_MODEL)
     print(f'{SHIPPED_MODEL}: {timm.get_pretrained_cfg(SHIPPED_MODEL).description}\n')
-    pictures = {str(path): path.stem for path in shipped_photographs()}  # named after their classes
-    code = show_predictions(model, [*pictures, *args.images], pictures, args.top_k)
+    labels = {str(path): path.stem for path in shipped_photographs()}  # the files are named after their classes
+    code = show_predictions(model, [*labels, *args.images], labels, args.top_k)
     print(
-        '\nIt knows the 81 classes of its data set. For the 1000 of ImageNet, with a connection to the Hub:\n'
+        '\nThis model knows the 81 classes of its data set. For the 1000 classes of ImageNet, with access to the Hub:\n'
         '    timm-spa predict IMAGE... --model spa_resnet50\n'
-        "which starts from timm's resnet50 weights: the same accuracy, attention neutral until you fine-tune it.")
+        "It starts from timm's resnet50 weights and has the same accuracy, with attention neutral until you fine-tune it.")
     return code

@@ -1,7 +1,7 @@
-"""`timm-spa export`: a file of a model for another runtime."""
+"""`timm-spa export`: a model as a file for another runtime."""
 import argparse
 
-from timm_spa_cli.predict import load_named, positive
+from timm_spa_cli._options import MODEL, add_checkpoint_options, load_named, positive
 
 HELP = 'write a model for ONNX Runtime, torch.export, AOTInductor or OpenVINO, and compare it with PyTorch'
 EXAMPLES = ('timm-spa export spa_tf_efficientnet_lite0.grocery81 grocery.onnx --to onnx --dynamic batch',)
@@ -9,25 +9,24 @@ EXAMPLES = ('timm-spa export spa_tf_efficientnet_lite0.grocery81 grocery.onnx --
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument('model', metavar='MODEL', help=(
-        "name, 'hf-hub:organization/name', 'local-dir:folder', or a weights file that names its model"))
+    parser.add_argument('model', metavar='MODEL', help=MODEL)
     parser.add_argument('output', metavar='OUT', help='*.onnx, *.pt2 (torch-export, aoti) or *.xml (openvino)')
+    parser.add_argument('--to', required=True, choices=('onnx', 'torch-export', 'aoti', 'openvino'), help='format')
+    add_checkpoint_options(parser)
     parser.add_argument(
-        '--to', required=True, choices=('onnx', 'torch-export', 'aoti', 'openvino'), help='kind of file')
-    parser.add_argument('--checkpoint', help='weights file to load in place of the published ones')
-    parser.add_argument('--num-classes', type=positive, help='classes of the checkpoint, if they differ')
-    parser.add_argument(
-        '--dynamic', choices=('batch', 'size'), help='leave the batch free, or batch, height and width (default: none)')
-    parser.add_argument('--built', action='store_true', help='write the form that is trained, not the fused one')
+        '--dynamic', choices=('batch', 'size'),
+        help='dynamic axes: batch, or batch, height and width (default: fixed shape)')
+    parser.add_argument('--built', action='store_true', help='write the form for training instead of the fused form')
     parser.add_argument('--half', action='store_true', help='float16, with float32 input and output; onnx, openvino')
     parser.add_argument('--int8', action='store_true', help='quantize, calibrated on --images; onnx')
     parser.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy of the file on')
-    parser.add_argument('--split', default='test', help='subfolder of it to measure on (default: %(default)s)')
+    parser.add_argument('--split', default='test', help='subfolder of --images to measure on (default: %(default)s)')
     parser.add_argument(
         '--batch-size', type=positive, default=1, metavar='N',
-        help='batch of the file unless it is free, and pictures at a time for --images (default: %(default)s)')
-    parser.add_argument('--img-size', type=positive, metavar='N', help="height and width (default: the model's own)")
-    parser.add_argument('--overwrite', action='store_true', help='replace OUT if it is there')
+        help='batch size of the file unless it is dynamic, and images per batch of --images (default: %(default)s)')
+    parser.add_argument(
+        '--img-size', type=positive, metavar='N', help='height and width (default: the size of the model)')
+    parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,9 +41,10 @@ def run(args: argparse.Namespace) -> int:
     shapes = ', '.join('x'.join(map(str, shape)) for shape in report.shapes)
     print(f'Largest difference from PyTorch at {shapes}: {report.difference:.2g} of the largest output.')
     if report.size_before is not None:
-        print(f'Before, in float32: {report.size_before / 1e6:.1f} MB, top-1 {report.accuracy_before:.2f} %.')
+        print(
+            f'Before quantization (float32): {report.size_before / 1e6:.1f} MB, top-1 {report.accuracy_before:.2f} %.')
     if report.accuracy is not None:
-        print(f'Top-1 {report.accuracy:.2f} % on {report.pictures} pictures of {args.images}.')
+        print(f'Top-1 {report.accuracy:.2f} % on {report.pictures} images of {args.images}.')
     for note in report.notes:
         print(note)
     return 0

@@ -16,17 +16,19 @@ EXAMPLES = ('timm-spa list "spa_b_*"',)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument('filter', nargs='?', default='*', help='wildcard, e.g. "spa_b_*" (default: all)')
-    parser.add_argument('--tags', action='store_true', help='every tag of weights, and where they are, instead')
+    parser.add_argument('--tags', action='store_true', help='list every tag with the location of its weights instead')
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb, and returns the exit code."""
-    # beside the package, which is not imported: that takes longer than the rest
+    # read without importing the package, which would take longer than the rest
     spec = importlib.util.find_spec('timm_spa')
     models = json.loads((Path(str(spec and spec.origin)).parent / 'models.json').read_text(encoding='utf-8'))
     names = [name for name in models if fnmatchcase(name, args.filter)]
     if not names:
-        print(f'timm-spa: no model of this package is called {args.filter!r}.', file=sys.stderr)
+        print(
+            f'timm-spa: the filter {args.filter!r} matches no model of this package. `timm-spa list` shows all models.',
+            file=sys.stderr)
         return 1
     if args.tags:
         return _tags(names)
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             name, f'{about["parameters"] / 1e6:.3f}', f'{about["macs"] / 1e9:.3f}', about['input'],
             '-' if more < 0 else about['tag'] + (f', {more} more' if more else '')))
     print_table(rows, right_aligned=(1, 2))
-    print('\nGMACs: multiply-adds of convolutions and linear layers, 1e9, for one image of the input size.')
+    print('\nGMACs: 1e9 multiply-adds of convolutions and linear layers, for one image of the input size.')
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`timm-spa recipes`: the recipes for timm's train.py, and the configurations for accelerate."""
+"""`timm-spa recipes`: recipes for timm's train.py, and launch configurations for accelerate."""
 import argparse
 import shutil
 
@@ -10,9 +10,9 @@ EXAMPLES = ('timm-spa recipes finetune_warm --to mine.yaml',)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument('name', nargs='?', metavar='NAME', help='show this one (default: list all)')
-    parser.add_argument('--to', metavar='FILE', help='copy it to a new file, to change it')
-    parser.add_argument('--overwrite', action='store_true', help='replace FILE if it is there')
+    parser.add_argument('name', nargs='?', metavar='NAME', help='show this recipe (default: list all)')
+    parser.add_argument('--to', metavar='FILE', help='copy the recipe to a new file')
+    parser.add_argument('--overwrite', action='store_true', help='replace FILE if it exists')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,14 +23,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.name is None:
         if args.to:
-            args.error('--to needs the NAME of what to copy')
-        rows = [('name', 'what it is for')]
+            args.error('--to needs the NAME of the recipe to copy')
+        rows = [('name', 'purpose')]
         for name, path in shipped_files().items():
             comments = [line.lstrip('# ').rstrip() for line in path.read_text(encoding='utf-8').splitlines() if
                         line.startswith('# ')]
             rows.append((name, comments[0] if comments else ''))
         print_table(rows)
-        print("\nUse one by name: python -m timm_spa.run train --config recipe:NAME ...")
+        print("\nUse a recipe by its name: python -m timm_spa.run train --config recipe:NAME ...")
         return 0
     path = find_recipe(args.name)
     if args.to:
