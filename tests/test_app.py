@@ -1,4 +1,4 @@
-"""The page: what it computes, and what a browser shows of it."""
+"""The page of `timm-spa app`: its computations, its requests, and its display in a browser."""
 import contextlib
 import os
 import re
@@ -17,8 +17,8 @@ import timm
 import torch
 import yaml
 
-from timm_spa.explain import app
-from timm_spa.predict import PictureError, load_model
+from timm_spa.explain import ExplainError, app
+from timm_spa.predict import ImageError, load_model
 
 pytest.importorskip('torchcam', reason='torchcam needs Python 3.11')
 
@@ -28,21 +28,21 @@ BEET = resources.files('timm_spa') / 'images' / 'Red-Beet.jpg'
 
 
 @pytest.mark.parametrize('name', app.SHIPPED)
-def test_what_is_shown_of_a_picture(name):
-    classes, *pictures = app.look(load_model(name), BEET)
+def test_results_for_an_image(name):
+    classes, *figures = app.look(load_model(name), BEET)
     assert len(classes) == 5
     assert list(classes.values()) == sorted(classes.values(), reverse=True)
-    for picture in pictures:
-        assert len(picture.getcolors(1 << 24)) > 20
+    for figure in figures:
+        assert len(figure.getcolors(1 << 24)) > 20
 
 
-def test_a_plain_net_has_no_gates():
+def test_a_plain_model_without_gates():
     classes, activation, gates, pyramid = app.look(timm.create_model('resnet18').eval(), BEET)
     assert activation is not None
     assert gates is pyramid is None
 
 
-def test_classes_of_one_name():
+def test_classes_with_the_same_name():
     """ImageNet's cranes, a bird and a machine."""
     model = timm.create_model('mobilenetv2_cifar', num_classes=1000).eval()
     torch.nn.init.zeros_(model.classifier.weight)
@@ -56,7 +56,7 @@ def test_classes_of_one_name():
 
 
 def test_requests(tmp_path):
-    """What the browser sends, as it comes: nothing else than a name that is offered is loaded."""
+    """Only the offered models are loaded, whatever name a browser sends."""
     show = next(f.fn for f in app.build().fns.values() if f.name == 'show')
     first, second = app.SHIPPED
     *cells, column = show({'path': str(BEET)}, first, app.NOTHING)
@@ -69,23 +69,23 @@ def test_requests(tmp_path):
     assert show(None, first, second)[:-1] == [None] * 8
     assert show({'path': str(BEET)}, 'local-dir:/', 'resnet18')[:-1] == [None] * 8
     broken = tmp_path / 'x.jpg'
-    broken.write_text('no picture')
-    with pytest.raises(Exception, match='holiday.jpg is no picture that can be read') as e:
+    broken.write_text('not an image')
+    with pytest.raises(Exception, match='holiday.jpg cannot be read as an image') as e:
         show({'path': str(broken), 'orig_name': 'holiday.jpg'}, first, second)
-    assert isinstance(e.value.__cause__, PictureError)
+    assert isinstance(e.value.__cause__, ImageError)
 
 
-def test_names_and_ports_that_are_none():
+def test_invalid_names_and_ports():
     for models in ((), []):
-        with pytest.raises(app.AppError, match='at least one name'):
+        with pytest.raises(ExplainError, match='at least one name'):
             app.build(models)
     for port in (0, -1, 65536):
-        with pytest.raises(app.AppError, match='number from 1 to 65535'):
+        with pytest.raises(ExplainError, match='number from 1 to 65535'):
             app.serve(port=port)
 
 
 def test_the_space():
-    """What the Hub's builder reads."""
+    """Files that the Hub reads to build the Space."""
     import gradio
 
     front = yaml.safe_load((SPACE / 'README.md').read_text().split('---')[1])
@@ -99,7 +99,7 @@ def test_the_space():
 
 @pytest.fixture
 def page(tmp_path):
-    """A page in a browser, of a server in a process of its own."""
+    """The page in a browser, served by a separate process."""
     chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
     if chromium is None:
         pytest.skip('needs chromium: apt-get install chromium')
@@ -121,17 +121,17 @@ def page(tmp_path):
         browser = stack.enter_context(sync_playwright()).chromium.launch(
             executable_path=chromium, args=['--no-sandbox'])
         page = browser.new_page(viewport=dict(width=1280, height=900))
-        asked = []
-        page.on('request', lambda request: asked.append(request.url))
+        requested = []
+        page.on('request', lambda request: requested.append(request.url))
         page.goto(url)
-        page.wait_for_selector('#picture')
+        page.wait_for_selector('#input_image')
         yield page
-        hosts = {address.split('/')[2] for address in asked if address.startswith('http')}
-        assert hosts == {url.removeprefix('http://')}, 'no fonts or scripts from elsewhere'
+        hosts = {address.split('/')[2] for address in requested if address.startswith('http')}
+        assert hosts == {url.removeprefix('http://')}, 'no fonts or scripts from other servers'
         browser.close()
         server.send_signal(signal.SIGTERM)
         assert server.wait(20) == 0
-        assert not list(temporary.glob('timm_spa_app*')), 'no upload stays'
+        assert not list(temporary.glob('timm_spa_app*')), 'uploads are removed'
 
 
 def upload(page, file):
@@ -154,14 +154,14 @@ def test_in_a_browser(page, tmp_path):
     upload(page, str(BEET))
     page.wait_for_function("document.querySelector('#classes1').innerText.includes('Red-Beet')")
     page.set_viewport_size(dict(width=390, height=844))
-    assert page.evaluate('document.documentElement.scrollWidth') <= 390, 'nothing beyond the edge of a telephone'
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390, 'the page fits the width of a phone'
     page.get_by_label('Remove Image').click()
     broken = tmp_path / 'broken.jpg'
-    broken.write_text('no picture')
+    broken.write_text('not an image')
     upload(page, str(broken))
-    page.get_by_text('broken.jpg is no picture that can be read.').wait_for()
+    page.get_by_text('broken.jpg cannot be read as an image.').wait_for()
     page.reload()
-    page.wait_for_selector('#picture')
+    page.wait_for_selector('#input_image')
     huge = tmp_path / 'huge.jpg'
     huge.write_bytes(BEET.read_bytes() + bytes(21_000_000))
     upload(page, str(huge))

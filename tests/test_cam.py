@@ -1,4 +1,4 @@
-"""Class activation maps, against Grad-CAM written out by hand and against known layers."""
+"""Class activation maps, compared with a hand-written Grad-CAM and with known layers."""
 import csv
 import json
 from importlib import resources
@@ -14,7 +14,7 @@ import timm_spa
 import timm_spa_cli
 from timm_spa.explain import METHODS, ExplainError, cam
 from timm_spa.explain.class_activation import last_map_layer
-from timm_spa.predict import ModelError, class_names, find_class, load_model, picture_reader
+from timm_spa.predict import ModelError, class_names, find_class, image_reader, load_model
 
 pytest.importorskip('torchcam', reason='torchcam needs Python 3.11')
 
@@ -22,7 +22,7 @@ IMAGES = resources.files('timm_spa') / 'images'
 BEET, PEPPER = str(IMAGES / 'Red-Beet.jpg'), str(IMAGES / 'Green-Bell-Pepper.jpg')
 SHIPPED = 'spa_tf_efficientnet_lite0.grocery81'
 GATED = dict(base='regnety_002', neutral=False)
-# the layer that gives the last map, by what a name has in it
+# layer of the last feature map, by a part of the model's name
 LAST = {
     'resnet': 'layer4', 'resnext': 'layer4', 'mobilenetv2': 'bn2', 'mobilenetv4': 'blocks', 'efficientnet': 'bn2',
     'densenet': 'features', 'vgg': 'features', 'gated': 'layer4'}
@@ -35,19 +35,19 @@ def make(name, **kwargs):
 
 
 @pytest.mark.parametrize('name', slow_unless(timm_spa.list_models()[::8].__contains__, timm_spa.list_models()))
-def test_the_layer_is_the_last_map_of_the_family(name):
+def test_layer_of_the_last_feature_map(name):
     with torch.device('meta'):
         model = timm.create_model(name).eval()
-        found = last_map_layer(model, torch.empty(1, *model.pretrained_cfg['input_size']))
+        layer = last_map_layer(model, torch.empty(1, *model.pretrained_cfg['input_size']))
     expected = next(layer for part, layer in LAST.items() if part in name)
-    assert found == expected
+    assert layer == expected
 
 
 @pytest.mark.parametrize('name', [
     'spa_resnet18', 'spa_preresnet18_cifar', 'spa_mobilenetv2', 'spa_mobilenetv4_conv_small', 'spa_densenet_cifar',
     'spa_vgg16_cifar', 'gated', 'resnet18', 'convnext_atto', 'regnety_002', 'ghostnetv2_100', 'efficientnet_b0'])
 def test_grad_cam_by_hand(name):
-    """Gradients of the class's score, averaged over the map, weight the channels; what is negative is cut off."""
+    """Gradients of the class score, averaged over the feature map, weight the channels; negative values are clipped."""
     model, x = make(name)
     if 'cifar' in name:
         x = x[:, :, :32, :32]
@@ -57,10 +57,10 @@ def test_grad_cam_by_hand(name):
     scores.gather(1, classes[:, None]).sum().backward()
     expected = (features.grad.mean((2, 3), keepdim=True) * features).sum(1).clamp(min=0).detach()
     expected = expected / expected.amax((1, 2), keepdim=True).clamp(min=1e-30)
-    found = cam(model, x, classes)
-    assert found.maps.shape == (2, *features.shape[2:])
-    torch.testing.assert_close(found.maps, expected, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found.probabilities, scores.softmax(1).gather(1, classes[:, None])[:, 0].detach())
+    result = cam(model, x, classes)
+    assert result.maps.shape == (2, *features.shape[2:])
+    torch.testing.assert_close(result.maps, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result.probabilities, scores.softmax(1).gather(1, classes[:, None])[:, 0].detach())
     assert cam(model, x).classes.tolist() == scores.argmax(1).tolist()
 
 
@@ -83,7 +83,7 @@ def state_of(model):
 
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('fails', [False, True])
-def test_the_model_is_as_it_was(method, fails):
+def test_the_model_is_unchanged(method, fails):
     model, x = make('spa_resnet18')
     model.train()
     model.layer2.eval()
@@ -99,10 +99,10 @@ def test_the_model_is_as_it_was(method, fails):
         cam(model, x, method=method, layer='layer1')
     after = state_of(model)
     assert after[:2] == before[:2]
-    for (needed, gradient), (needs, now) in zip(before[2], after[2], strict=True):
-        assert needed == needs
-        assert (gradient is None) == (now is None)
-        assert gradient is None or torch.equal(gradient, now)
+    for (required, gradient), (requires_now, gradient_now) in zip(before[2], after[2], strict=True):
+        assert required == requires_now
+        assert (gradient is None) == (gradient_now is None)
+        assert gradient is None or torch.equal(gradient, gradient_now)
     assert all(torch.equal(a, b) for a, b in zip(before[3], after[3], strict=True))
     assert torch.equal(random, torch.get_rng_state())
 
@@ -116,27 +116,27 @@ def test_every_form_of_a_model():
     frozen.requires_grad_(False)
     assert torch.equal(cam(frozen, x).maps, expected.maps)
     for other in (make('spa_resnet18')[0].to(memory_format=torch.channels_last), reparameterize_model(model)):
-        found = cam(other, x)
-        assert found.layer == 'layer4'
-        torch.testing.assert_close(found.maps, expected.maps, rtol=1e-3, atol=1e-4)
+        result = cam(other, x)
+        assert result.layer == 'layer4'
+        torch.testing.assert_close(result.maps, expected.maps, rtol=1e-3, atol=1e-4)
     half = cam(make('spa_resnet18')[0].bfloat16(), x.bfloat16())
     assert half.maps.dtype == torch.float32
     assert (half.maps - expected.maps).abs().mean() < 0.1
 
 
-def test_what_cannot_be_explained():
+def test_invalid_arguments():
     model, x = make('spa_resnet18')
-    with pytest.raises(ExplainError, match="no method 'campp'. There are gradcam, gradcam"):
+    with pytest.raises(ExplainError, match="Unknown method 'campp'. Choose from gradcam, gradcam"):
         cam(model, x, method='campp')
-    with pytest.raises(ExplainError, match="no layer 'layer9'. .* conv1, bn1, act1, maxpool, layer1,"):
+    with pytest.raises(ExplainError, match="does not have the layer 'layer9'. .* conv1, bn1, act1, maxpool, layer1,"):
         cam(model, x, layer='layer9')
-    with pytest.raises(ExplainError, match='classes are 0 to 999'):
+    with pytest.raises(ExplainError, match='Classes must be numbers from 0 to 999'):
         cam(model, x, torch.tensor([0, 1000]))
     with pytest.raises(ExplainError, match='compiled'):
         cam(torch.compile(model), x)
-    with pytest.raises(ExplainError, match='VisionTransformer has no map'):
+    with pytest.raises(ExplainError, match='VisionTransformer cannot be explained: it lacks a feature map'):
         cam(timm.create_model('test_vit').eval(), torch.randn(1, 3, 160, 160))
-    with pytest.raises(ExplainError, match='Sequential has no forward_features'):
+    with pytest.raises(ExplainError, match='of Sequential was not found: the model lacks forward_features'):
         cam(torch.nn.Sequential(model), x)
 
 
@@ -144,14 +144,14 @@ def explain(*arguments):
     return timm_spa_cli.main(['explain', *map(str, arguments)])
 
 
-def test_by_command(tmp_path, capsys):
+def test_cam_by_command(tmp_path, capsys):
     broken = tmp_path / 'broken.jpg'
-    broken.write_bytes(b'no picture')
+    broken.write_bytes(b'not an image')
     arguments = ['cam', BEET, broken, PEPPER, '--compare', 'spa_mobilenetv2_cifar.tmm_tin200']
     for folder in ('a', 'b'):
         assert explain(*arguments, '--out', tmp_path / folder) == 1
     captured = capsys.readouterr()
-    assert captured.err.count('broken.jpg could not be read') == 2, 'once a call'
+    assert captured.err.count('broken.jpg could not be read') == 2, 'once per call'
     files = sorted(path.name for path in (tmp_path / 'a').iterdir())
     assert files == ['cam.csv', 'cam.png', 'cam.svg']
     for name in files:
@@ -160,16 +160,16 @@ def test_by_command(tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert [p['picture'] for p in printed] == [BEET, PEPPER] * 2
     model = load_model(SHIPPED)
-    found = cam(model, picture_reader(model)(BEET)[None])
-    assert printed[0]['class'] == class_names(model)[found.classes.item()]['name']
-    assert printed[0]['probability'] == pytest.approx(found.probabilities.item(), abs=1e-4)
-    torch.testing.assert_close(torch.tensor(printed[0]['map']), found.maps[0], atol=1e-4, rtol=0)
+    result = cam(model, image_reader(model)(BEET)[None])
+    assert printed[0]['class'] == class_names(model)[result.classes.item()]['name']
+    assert printed[0]['probability'] == pytest.approx(result.probabilities.item(), abs=1e-4)
+    torch.testing.assert_close(torch.tensor(printed[0]['map']), result.maps[0], atol=1e-4, rtol=0)
     with open(tmp_path / 'a' / 'cam.csv', newline='') as f:
         rows = [row for row in csv.DictReader(f) if row['picture'] == BEET and row['model'] == SHIPPED]
-    assert [float(row['activation']) for row in rows] == pytest.approx(found.maps.flatten().tolist(), abs=1e-4)
+    assert [float(row['activation']) for row in rows] == pytest.approx(result.maps.flatten().tolist(), abs=1e-4)
 
 
-def test_a_checkpoint_beside_the_published_weights(tmp_path, capsys):
+def test_a_checkpoint_is_compared_with_the_published_weights(tmp_path, capsys):
     name = 'spa_mobilenetv2_cifar.tmm_tin200'
     torch.manual_seed(0)
     torch.save(timm.create_model(name).state_dict(), tmp_path / 'mine.pth')
@@ -180,21 +180,22 @@ def test_a_checkpoint_beside_the_published_weights(tmp_path, capsys):
     assert printed[0]['map'] != printed[1]['map']
 
 
-def test_a_chosen_class_and_many_pictures(tmp_path, capsys):
-    pictures = sorted(str(path) for path in IMAGES.iterdir() if path.name.endswith('.jpg'))[:5]
-    assert explain('cam', *pictures, '--class', 'red-beet', '--out', tmp_path, '--dark', '--json') == 0
+def test_a_chosen_class_and_many_images(tmp_path, capsys):
+    images = sorted(str(path) for path in IMAGES.iterdir() if path.name.endswith('.jpg'))[:5]
+    assert explain('cam', *images, '--class', 'red-beet', '--out', tmp_path, '--dark', '--json') == 0
     assert {p['class'] for p in json.loads(capsys.readouterr().out)} == {'Red-Beet'}
     assert sorted(path.name for path in tmp_path.glob('*.png')) == ['cam-1.png', 'cam-2.png']
     with Image.open(tmp_path / 'cam-1.png') as image:
         assert sum(image.convert('RGB').getpixel((0, 0))) < 60
     assert explain('cam', BEET, '--class', 'Red-Beets') == 1
-    assert "no class 'Red-Beets'. Did you mean Red-Beet? Its 81 classes have numbers too" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "does not have the class 'Red-Beets'. Did you mean Red-Beet? A number from 0 to 80 also" in err
     assert explain('cam', BEET, '--method', 'cam') == 1
-    assert "no method 'cam'" in capsys.readouterr().err
+    assert "Unknown method 'cam'" in capsys.readouterr().err
 
 
 def test_classes_of_a_batch():
-    """One for each image, in whatever holds whole numbers, or one for all."""
+    """A class for each image, in any container of integers, or one class for all images."""
     model, x = make('spa_resnet18')
     expected = cam(model, x, torch.tensor([3, 7]))
     for classes in ([3, 7], (3, 7), torch.tensor([3, 7], dtype=torch.int32)):
@@ -205,11 +206,11 @@ def test_classes_of_a_batch():
         with pytest.raises(ExplainError, match='Expected the number of a class for each of 2 images'):
             cam(model, x, classes)
     for classes in (-1, [0, 1000]):
-        with pytest.raises(ExplainError, match='classes are 0 to 999'):
+        with pytest.raises(ExplainError, match='Classes must be numbers from 0 to 999'):
             cam(model, x, classes)
 
 
-def test_batches_and_models_that_are_none():
+def test_invalid_batches_and_models():
     model, x = make('spa_resnet18')
     for images in (x[:0], x[0], [x], None):
         with pytest.raises(ExplainError, match='Expected a batch of at least one image'):
@@ -217,19 +218,19 @@ def test_batches_and_models_that_are_none():
     for kwargs in (dict(num_classes=0), dict(features_only=True)):
         without = timm.create_model('spa_resnet18', **kwargs).eval()
         for layer in (None, 'layer4'):
-            with pytest.raises(ExplainError, match='has no forward_features|gives no scores of classes'):
+            with pytest.raises(ExplainError, match='lacks forward_features|does not return class scores'):
                 cam(without, x, layer=layer)
     for method in ([], None):
-        with pytest.raises(ExplainError, match='no method'):
+        with pytest.raises(ExplainError, match='Unknown method'):
             cam(model, x, method=method)
 
 
 @pytest.mark.parametrize('layer', ['global_pool', 'fc', 'unused'])
 @pytest.mark.parametrize('method', ['gradcam', 'scorecam'])
-def test_layers_without_a_map(layer, method):
+def test_layers_without_a_feature_map(layer, method):
     model, x = make('spa_resnet18')
     model.unused = torch.nn.Conv2d(3, 3, 1)
-    with pytest.raises(ExplainError, match=f"layer '{layer}' gives no feature map"):
+    with pytest.raises(ExplainError, match=f"layer '{layer}' cannot be explained: its output is not a feature map"):
         cam(model, x, layer=layer, method=method)
 
 
@@ -244,39 +245,39 @@ def test_a_class_is_found_by_its_name_before_its_number():
     model = named(['0', '1', '10', '2', '3', 'ant', 'Ant'])
     assert [find_class(model, label) for label in ('0', '1', '10', '2', '3', 2, '5', 'ant', 'Ant')] == [
         0, 1, 2, 3, 4, 3, 5, 5, 6]
-    with pytest.raises(ModelError, match=r"2 classes 'ANT'. Give the number or the label of one: 5 \(ant\), 6 \(Ant\)"):
+    with pytest.raises(ModelError, match=r"'ANT' is ambiguous: 2 classes .* of one of them: 5 \(ant\), 6 \(Ant\)"):
         find_class(model, 'ANT')
     for label in ('7', '-1', '²', '1.0'):
-        with pytest.raises(ModelError, match='no class .* have numbers too, from 0 to 6'):
+        with pytest.raises(ModelError, match='does not have the class .* number from 0 to 6 also'):
             find_class(model, label)
 
 
-def test_two_classes_of_one_name():
+def test_two_classes_with_the_same_name():
     """ImageNet's cranes, a bird and a machine."""
     with torch.device('meta'):
         model = timm.create_model('resnet18')
     labels = [entry['label'] for entry in class_names(model)]
-    with pytest.raises(ModelError, match=f"2 classes 'crane'.*134 .{labels[134]}., 517 .{labels[517]}"):
+    with pytest.raises(ModelError, match=f"'crane' is ambiguous: 2 classes .*134 .{labels[134]}., 517 .{labels[517]}"):
         find_class(model, 'crane')
     assert find_class(model, labels[517]) == find_class(model, '517') == 517
 
 
 def test_a_folder_of_images(tmp_path, capsys):
-    pictures = tmp_path / 'images'
+    images = tmp_path / 'images'
     for i, source in enumerate((BEET, PEPPER)):
-        (pictures / str(i)).mkdir(parents=True)
+        (images / str(i)).mkdir(parents=True)
         with open(source, 'rb') as f:
-            (pictures / str(i) / 'x.jpg').write_bytes(f.read())
-    paths = [str(pictures / str(i) / 'x.jpg') for i in (0, 1)]
-    assert explain('cam', pictures, '--out', tmp_path / 'out') == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == paths, 'names alone are the same'
+            (images / str(i) / 'x.jpg').write_bytes(f.read())
+    paths = [str(images / str(i) / 'x.jpg') for i in (0, 1)]
+    assert explain('cam', images, '--out', tmp_path / 'out') == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == paths, 'file names are the same'
     assert (tmp_path / 'out' / 'cam.png').exists()
-    assert explain('gates', pictures, '--blocks', 'blocks.6.0', '--out', tmp_path / 'gates', '--json') == 0
+    assert explain('gates', images, '--blocks', 'blocks.6.0', '--out', tmp_path / 'gates', '--json') == 0
     assert list(json.loads(capsys.readouterr().out)) == paths
     assert len(list((tmp_path / 'gates').glob('*.png'))) == 2
     assert explain('gates', BEET, '--blocks', 'blocks.6.0', '--out', BEET) == 1
-    assert 'is a file. Name a folder to write to' in capsys.readouterr().err
+    assert 'cannot be used: it is a file. Name a folder to write to' in capsys.readouterr().err
     (tmp_path / 'empty').mkdir()
     for kind in ('cam', 'gates'):
         assert explain(kind, tmp_path / 'empty') == 1
-        assert 'it is a folder, and has no image in it' in capsys.readouterr().err
+        assert 'it is a folder without images' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the attention of a net does, in numbers and pictures."""
+"""Gates, pyramid weights, ablation and curves, as numbers and figures."""
 import copy
 import csv
 import json
@@ -22,8 +22,8 @@ from timm_spa.explain.curves import read_curves
 from timm_spa.predict import load_model
 from timm_spa.training.log import SummaryError
 
-PICTURE = str(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
-NETS = ('spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet18', 'spa_mobilenetv2_cifar', 'spa_densenet_cifar', 'gated')
+IMAGE = str(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
+MODELS = ('spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet18', 'spa_mobilenetv2_cifar', 'spa_densenet_cifar', 'gated')
 
 
 def make(name):
@@ -36,18 +36,18 @@ def make(name):
     return model, torch.randn(2, 3, min(size, 64), min(size, 64))
 
 
-@pytest.mark.parametrize('name', NETS)
-def test_gates_are_what_the_map_is_multiplied_by(name):
-    """The layer's output over its input, at one place of each cell."""
+@pytest.mark.parametrize('name', MODELS)
+def test_gates_multiply_the_feature_map(name):
+    """The output of the layer is its input multiplied by the enlarged gate."""
     model, x = make(name)
     model.eval()
-    seen = {}
+    recorded = {}
     for n, m in model.named_modules():
         if isinstance(m, timm_spa.SpatialPyramidAttention):
-            m.register_forward_hook(lambda m, args, out, n=n: seen.update({n: (args[0].clone(), out.clone())}))
+            m.register_forward_hook(lambda m, args, out, n=n: recorded.update({n: (args[0].clone(), out.clone())}))
     gates = gate_maps(model, x)
-    assert len(gates) == len(seen) > 3
-    for (block, gate), (n, (before, after)) in zip(gates.items(), seen.items(), strict=True):
+    assert len(gates) == len(recorded) > 3
+    for (block, gate), (n, (before, after)) in zip(gates.items(), recorded.items(), strict=True):
         assert n in (f'{block}.attn', f'{block}.drop.attn')
         size = gate.shape[-1]
         assert gate.shape == (2, before.shape[1], size, size)
@@ -56,7 +56,7 @@ def test_gates_are_what_the_map_is_multiplied_by(name):
 
 
 @pytest.mark.parametrize('name', ['spa_resnet18', 'spa_mobilenetv2_cifar'])
-def test_fused_nets_have_the_same_gates(name):
+def test_fused_models_have_the_same_gates(name):
     model, x = make(name)
     model.eval()
     expected, weights = gate_maps(model, x), scale_weights(model)
@@ -85,7 +85,7 @@ def state_of(model):
 
 
 @pytest.mark.parametrize('fails', [False, True])
-def test_the_model_is_as_it_was(fails):
+def test_the_model_is_unchanged(fails):
     model, x = make('spa_resnet18')
     model.train()
     model.layer2.eval()
@@ -112,7 +112,7 @@ def test_scale_weights():
 
 
 def test_neutral_gates():
-    """A warm start computes what the plain net does: with every gate at 1/2 it is one, whatever it has learned."""
+    """With all gates at 1/2, a warm-started model computes the same as the plain model, whatever it has learned."""
     plain = timm.create_model('resnet18', zero_init_last=False).eval()
     model = timm_spa.add_attention(copy.deepcopy(plain)).eval()
     gates = [m for m in model.modules() if isinstance(m, timm_spa.SpatialPyramidAttention)]
@@ -137,24 +137,24 @@ def test_ablate():
     model.eval()
     with torch.no_grad():
         target = model(x).argmax(-1)
-    found = ablate(model, [(x, target), (x, (target + 1) % 100)])
+    results = ablate(model, [(x, target), (x, (target + 1) % 100)])
     blocks = list(gate_maps(model, x))
-    assert list(found) == ['', *blocks, '*']
-    assert found[''] == (2, 4)
+    assert list(results) == ['', *blocks, '*']
+    assert results[''] == (2, 4)
     for name in (*blocks, '*'):
         with torch.no_grad(), neutral_gates(model, None if name == '*' else [name]):
-            said = model(x).argmax(-1)
-        assert found[name] == ((said == target).sum() + (said == (target + 1) % 100).sum(), 4)
+            answers = model(x).argmax(-1)
+        assert results[name] == ((answers == target).sum() + (answers == (target + 1) % 100).sum(), 4)
 
 
-def test_nothing_to_explain():
+def test_models_that_cannot_be_explained():
     x = torch.randn(1, 3, 64, 64)
     for name in ('resnet18', 'seresnet18', 'se_preresnet18_cifar'):
         for model in (timm.create_model(name).eval(), reparameterize_model(timm.create_model(name).eval())):
-            with pytest.raises(ExplainError, match='ResNet has no gate of Spatial Pyramid Attention'):
+            with pytest.raises(ExplainError, match='ResNet cannot be explained: it does not contain Spatial Pyramid Attention'):
                 gate_maps(model, x)
     model, _ = make('spa_resnet18')
-    with pytest.raises(ExplainError, match="no gated block 'layer9'. There are layer1.0, layer1.1,"):
+    with pytest.raises(ExplainError, match="'layer9' is not a gated block of the model. Choose from layer1.0, layer1.1,"):
         gate_maps(model, x, ['layer9'])
     with pytest.raises(ExplainError, match='compiled'):
         gate_maps(torch.compile(model), x)
@@ -166,10 +166,10 @@ def explain(*arguments):
 
 def test_gates_by_command(tmp_path, capsys):
     broken = tmp_path / 'broken.jpg'
-    broken.write_bytes(b'no picture')
-    named = ['--blocks', 'blocks.0.0', 'blocks.5.0']
+    broken.write_bytes(b'not an image')
+    blocks = ['--blocks', 'blocks.0.0', 'blocks.5.0']
     for folder in ('a', 'b'):
-        assert explain('gates', PICTURE, broken, *named, '--out', tmp_path / folder) == 1
+        assert explain('gates', IMAGE, broken, *blocks, '--out', tmp_path / folder) == 1
     captured = capsys.readouterr()
     assert 'broken.jpg could not be read' in captured.err
     files = sorted(path.name for path in (tmp_path / 'a').iterdir())
@@ -181,7 +181,7 @@ def test_gates_by_command(tmp_path, capsys):
         assert len(image.convert('RGB').getcolors(1 << 24)) > 50
     with open(tmp_path / 'a' / 'Red-Beet-gates.csv', newline='') as f:
         rows = list(csv.DictReader(f))
-    assert explain('gates', PICTURE, *named, '--json') == 0
+    assert explain('gates', IMAGE, *blocks, '--json') == 0
     (printed,) = json.loads(capsys.readouterr().out).values()
     for record, row in zip(printed, rows, strict=True):
         for name, text in row.items():
@@ -190,9 +190,9 @@ def test_gates_by_command(tmp_path, capsys):
                 assert record[name] == pytest.approx(float(text), abs=1e-4)
     model = load_model('spa_tf_efficientnet_lite0.grocery81')
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    with Image.open(PICTURE) as image:
+    with Image.open(IMAGE) as image:
         gates = gate_maps(model, transform(image.convert('RGB'))[None])
-    assert [row['block'] for row in rows] == named[1:]
+    assert [row['block'] for row in rows] == blocks[1:]
     for row in rows:
         gate = gates[row['block']]
         assert float(row['mean distance from 1/2']) == pytest.approx((gate - 0.5).abs().mean().item(), abs=1e-4)
@@ -200,24 +200,24 @@ def test_gates_by_command(tmp_path, capsys):
 
 def test_scales_by_command(tmp_path, capsys):
     shipped = ['spa_tf_efficientnet_lite0.grocery81', 'spa_mobilenetv2_cifar.tmm_tin200']
-    named = [word for name in shipped for word in ('--model', name)]
-    assert explain('scales', *named, '--out', tmp_path) == 0
+    options = [word for name in shipped for word in ('--model', name)]
+    assert explain('scales', *options, '--out', tmp_path) == 0
     assert sorted(path.suffix for path in tmp_path.iterdir()) == ['.csv', '.png', '.svg']
     assert (tmp_path / 'scales.png').read_bytes().startswith(b'\x89PNG')
     capsys.readouterr()
-    assert explain('scales', *named, '--json') == 0
+    assert explain('scales', *options, '--json') == 0
     printed = json.loads(capsys.readouterr().out)
     for name in shipped:
         weights = scale_weights(timm.create_model(name, pretrained=True))
         assert [row['block'] for row in printed[name]] == list(weights)
-        for row, of_block in zip(printed[name], weights.values(), strict=True):
-            assert [value for key, value in row.items() if key != 'block'] == pytest.approx(of_block.weights, abs=1e-4)
+        for row, scales in zip(printed[name], weights.values(), strict=True):
+            assert [value for key, value in row.items() if key != 'block'] == pytest.approx(scales.weights, abs=1e-4)
 
 
-def test_pictures_of_the_same_name(tmp_path):
+def test_images_with_the_same_name(tmp_path):
     for folder in ('a', 'b'):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / 'x.jpg').write_bytes(Path(PICTURE).read_bytes())
+        (tmp_path / folder / 'x.jpg').write_bytes(Path(IMAGE).read_bytes())
     assert explain(
         'gates', tmp_path / 'a' / 'x.jpg', tmp_path / 'b' / 'x.jpg', '--blocks', 'blocks.6.0', '--out', tmp_path) == 0
     assert sorted(path.name for path in tmp_path.glob('*.csv')) == ['x-1-gates.csv', 'x-2-gates.csv']
@@ -246,14 +246,14 @@ def test_curves_by_command(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)[1] == {
         'trained': 'mine', 'run': 1, 'epoch': 1, 'train_loss': 2, 'eval_loss': 3, 'eval_top1': 12}
     assert explain('curves', tmp_path / 'none') == 1
-    assert 'none is no folder of a run' in capsys.readouterr().err
+    assert 'none does not contain a training run: summary.csv was not found' in capsys.readouterr().err
     (bare / 'summary.csv').write_text('epoch,eval_top1\n0,1\n')
     assert explain('curves', bare) == 1
-    assert 'summary.csv has no column train_loss' in capsys.readouterr().err
+    assert 'summary.csv cannot be drawn: the column train_loss is missing' in capsys.readouterr().err
 
 
-def test_curves_of_runs_that_were_trained_otherwise(tmp_path):
-    """Runs that differ in more than names are not averaged, and are told apart by what differs."""
+def test_runs_with_different_settings_are_not_averaged(tmp_path):
+    """The label of a group contains the settings in which the groups differ."""
     def write(name, **args):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'args.yaml').write_text(json.dumps(dict(model='spa_resnet18', workers=len(name), **args)))
@@ -262,20 +262,20 @@ def test_curves_of_runs_that_were_trained_otherwise(tmp_path):
 
     for name, seed, kwargs in (('a', 1, {}), ('b', 2, None), ('c', 1, {})):
         write(name, seed=seed, model_kwargs=kwargs, lr=0.2 if name == 'c' else 0.1, output=name)
-    found = read_curves([tmp_path / name for name in 'abc'])
-    assert {label: len(runs) for label, runs in found.items()} == {'spa_resnet18 lr=0.1': 2, 'spa_resnet18 lr=0.2': 1}
+    groups = read_curves([tmp_path / name for name in 'abc'])
+    assert {label: len(runs) for label, runs in groups.items()} == {'spa_resnet18 lr=0.1': 2, 'spa_resnet18 lr=0.2': 1}
     assert list(read_curves([tmp_path / 'a', tmp_path / 'b'])) == ['spa_resnet18']
     for name, seed, size in (('d', 1, 64), ('e', 2, 64), ('f', 1, 96)):
         write(name, detector='retinanet', config=dict(min_size=size), settings=dict(seed=seed, lr=0.1))
-    found = read_curves([tmp_path / name for name in 'def'])
-    assert {label: len(runs) for label, runs in found.items()} == {
+    groups = read_curves([tmp_path / name for name in 'def'])
+    assert {label: len(runs) for label, runs in groups.items()} == {
         'retinanet spa_resnet18 min_size=64': 2, 'retinanet spa_resnet18 min_size=96': 1}
 
 
 def test_mean_and_band_of_the_curves():
-    """What matplotlib was given to draw."""
+    """The lines and the band in the figure of matplotlib."""
     runs = [[dict(epoch=i, train_loss=a + i, eval_loss=1, eval_top1=2) for i in range(3)] for a in (1, 2, 6)]
-    figure = figures.draw_curves({'net': {'SPA-A': runs, 'none': runs[:1]}})
+    figure = figures.draw_curves({'model': {'SPA-A': runs, 'none': runs[:1]}})
     first = figure.axes[0]
     assert first.lines[0].get_xydata().tolist() == [[1, 3], [2, 4], [3, 5]]
     band = first.collections[0].get_paths()[0].vertices
@@ -291,15 +291,15 @@ def test_scales_of_checkpoints(tmp_path, capsys):
         nn.init.normal_(model.layer1[0].attn.pyramid_weight, generator=torch.Generator().manual_seed(seed))
         files.append(str(tmp_path / f'{seed}.pth'))
         torch.save(model.state_dict(), files[-1])
-    given = [word for file in files for word in ('--checkpoint', file)]
-    assert explain('scales', '--model', 'spa_resnet18', *given, '--json') == 0
+    options = [word for file in files for word in ('--checkpoint', file)]
+    assert explain('scales', '--model', 'spa_resnet18', *options, '--json') == 0
     printed = json.loads(capsys.readouterr().out)
     assert list(printed) == files
     expected = torch.load(files[1])['layer1.0.attn.pyramid_weight']
     assert list(printed[files[1]][0].values())[1:] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_the_evidence_page_has_the_table_of_its_file():
+def test_the_results_page_matches_the_csv_file():
     results = Path(__file__).parent.parent / 'train_scripts' / 'results'
     page = (results / 'README.md').read_text()
     with open(results / 'grocery81' / 'ablate.csv', newline='') as f:
@@ -332,15 +332,15 @@ def test_ablate_by_command(tmp_path, capsys):
 
 
 def test_bad_arguments(capsys):
-    assert explain('gates', PICTURE, '--blocks', 'blocks.9') == 1
-    assert "no gated block 'blocks.9'" in capsys.readouterr().err
+    assert explain('gates', IMAGE, '--blocks', 'blocks.9') == 1
+    assert "'blocks.9' is not a gated block of the model" in capsys.readouterr().err
     assert explain('scales', '--checkpoint', 'x.pth') == 1
     assert 'x.pth does not exist' in capsys.readouterr().err
     with pytest.raises(SystemExit, match='2'):
         explain()
 
 
-def test_one_block_and_batches_that_are_none():
+def test_a_single_block_and_invalid_batches():
     model, x = make('spa_resnet18')
     for module in model.eval().modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -359,7 +359,7 @@ def test_one_block_and_batches_that_are_none():
             ablate(model, [(images, torch.zeros(2))])
     with pytest.raises(ExplainError, match='Expected a class for each of 2 images'):
         ablate(model, [(x, torch.zeros(3))])
-    with pytest.raises(ExplainError, match='no images to measure'):
+    with pytest.raises(ExplainError, match='cannot be measured: `batches` is empty'):
         ablate(model, [])
 
 
@@ -371,23 +371,23 @@ def write_run(folder, rows=('0,3,4,10',), **args):
     return folder
 
 
-def test_curves_of_runs_of_which_some_failed(tmp_path, capsys):
-    """They are named and left out; the exit code says that not all could be drawn."""
+def test_failed_runs_are_skipped(tmp_path, capsys):
+    """Each skipped run is named, and the exit code is 1."""
     good = write_run(tmp_path / 'good', lr=0.1)
     bad = [
         write_run(tmp_path / 'none', rows=None), write_run(tmp_path / 'empty', rows=()),
         write_run(tmp_path / 'broken', rows=('0,a,b,c',)), tmp_path / 'notes.txt']
     bad[-1].write_text('mine')
     assert explain('curves', *bad[:2], good, *bad[2:], '--json') == 1
-    said = capsys.readouterr()
-    assert [row['trained'] for row in json.loads(said.out)] == ['spa_resnet18']
-    lines = said.err.splitlines()
+    captured = capsys.readouterr()
+    assert [row['trained'] for row in json.loads(captured.out)] == ['spa_resnet18']
+    lines = captured.err.splitlines()
     assert len(lines) == 4
     for line, run in zip(lines, bad, strict=True):
-        assert line.startswith('timm-spa: left out: ')
+        assert line.startswith('timm-spa: run skipped: ')
         assert str(run) in line
     assert explain('curves', *bad) == 1
-    assert 'none is no folder of a run' in capsys.readouterr().err
+    assert 'none does not contain a training run: summary.csv was not found' in capsys.readouterr().err
     with pytest.raises(SummaryError, match='empty/summary.csv has no epoch'):
         read_curves([good, bad[1]])
     assert list(read_curves(str(good))) == list(read_curves([good])) == ['spa_resnet18']
@@ -395,7 +395,7 @@ def test_curves_of_runs_of_which_some_failed(tmp_path, capsys):
         read_curves([])
 
 
-def test_numbers_that_json_does_not_have(tmp_path, capsys):
+def test_numbers_that_json_does_not_support(tmp_path, capsys):
     assert explain('curves', write_run(tmp_path / 'run', rows=('0,nan,inf,10',)), '--json') == 0
 
     def refuse(name):
@@ -406,8 +406,8 @@ def test_numbers_that_json_does_not_have(tmp_path, capsys):
     assert row['eval_top1'] == 10
 
 
-def test_the_legend_of_the_curves_is_whole_and_covers_nothing():
-    """Labels name every setting that differs, so they may be longer than a panel is wide."""
+def test_the_legend_of_the_curves_is_complete_and_covers_nothing():
+    """Labels contain every setting that differs, so they may be longer than the width of a panel."""
     run = [dict(epoch=i, train_loss=2 - i, eval_loss=3 - i, eval_top1=10 * i) for i in range(2)]
     labels = [f'spa_resnet50 {" ".join(f"setting_{i}={value}" for i in range(12))}' for value in range(12)]
     figure = figures.draw_curves({'': {label: [run] for label in labels}})

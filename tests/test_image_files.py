@@ -1,4 +1,4 @@
-"""Images of every mode that Pillow reads, against values computed without Pillow."""
+"""Images of every mode that Pillow reads, compared with values computed without Pillow."""
 import colorsys
 import io
 import struct
@@ -9,8 +9,8 @@ import timm
 import torch
 from PIL import Image
 
-from timm_spa.predict import labelled_batches, predict
-from timm_spa.predict.image_files import PictureError, image_files, in_eight_bits, read_image
+from timm_spa.predict import image_reader, image_seen, labelled_batches, picture_reader, picture_seen, predict
+from timm_spa.predict.image_files import ImageError, PictureError, image_files, in_eight_bits, read_image
 
 COLOURS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 100, 50), (255, 255, 255), (0, 0, 0), (119, 119, 119)]
 GREY = [0, 1, 60, 127, 128, 254, 255]
@@ -72,7 +72,7 @@ MODES = {
     'I;16B': (lambda: wide(np.array(GREY) * 257, '>', 'I;16B'), GREY_LEVELS),
     'I;16N': (lambda: wide(np.array(GREY) * 257, '=', 'I;16N'), GREY_LEVELS),
 }
-NEARLY = {'YCbCr': 2, 'HSV': 3, 'LAB': 2}  # which store a colour rounded
+TOLERANCE = {'YCbCr': 2, 'HSV': 3, 'LAB': 2}  # modes that round colours
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -80,31 +80,31 @@ def test_every_mode(mode):
     make, expected = MODES[mode]
     image = make()
     assert image.mode == mode
-    found = np.asarray(in_eight_bits(image).convert('RGB'))[0].astype(int)
-    assert np.abs(found - np.array(expected)).max() <= NEARLY.get(mode, 0)
+    values = np.asarray(in_eight_bits(image).convert('RGB'))[0].astype(int)
+    assert np.abs(values - np.array(expected)).max() <= TOLERANCE.get(mode, 0)
     luma = np.array(expected) @ [0.299, 0.587, 0.114]
-    assert np.abs(np.asarray(in_eight_bits(image).convert('L'))[0] - luma).max() <= NEARLY.get(mode, 0) + 1
+    assert np.abs(np.asarray(in_eight_bits(image).convert('L'))[0] - luma).max() <= TOLERANCE.get(mode, 0) + 1
 
 
 @pytest.mark.parametrize(('values', 'message'), [
-    ([0., 1.], 'floating-point numbers, and the file does not say which is white. Save it with 8 or 16 bits'),
+    ([0., 1.], 'floating-point numbers, and the file does not define which value is white. Save it with 8 or 16 bits'),
     ([0., float('nan')], 'floating-point'),
     ([float('inf'), 255.], 'floating-point'),
-    ([0, 2 ** 31 - 1], 'integers of 32 bits from 0 to 2147483647, and the file does not say which is white'),
+    ([0, 2 ** 31 - 1], 'integers of 32 bits from 0 to 2147483647, and the file does not define which value is white'),
     ([-1, 100], 'from -1 to 100'),
     ([0, 65536], 'from 0 to 65536'),
     ([0, 255], 'from 0 to 255'),
 ])
-def test_values_without_a_white(values, message, tmp_path):
-    """No white, black or cut-off image in their place."""
+def test_values_without_a_white_level(values, message, tmp_path):
+    """The image is refused instead of being read as white, black or clipped."""
     dtype = np.float32 if isinstance(values[0], float) else np.int32
     Image.fromarray(np.array([values], dtype=dtype)).save(tmp_path / 'wide.tiff')
-    with pytest.raises(PictureError, match=message):
+    with pytest.raises(ImageError, match=message):
         read_image(tmp_path / 'wide.tiff', 'RGB')
 
 
 def tiff(values, bits, photometric=1):
-    """A TIFF file of one row of grey values, whose bits Pillow would not write."""
+    """A TIFF file of one row of grey values, with a number of bits that Pillow does not write."""
     if bits == 16:
         data = np.array(values, dtype='<u2').tobytes()
     else:
@@ -132,20 +132,26 @@ def test_files_of_more_than_8_bits(content, expected):
 
 def test_an_image_of_16_bits_is_read_upright(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by a quarter
+    exif[0x0112] = 6  # rotate by 90 degrees
     values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 257 * 40
     Image.fromarray(values).save(tmp_path / 'phone.png', exif=exif)
     assert np.asarray(read_image(tmp_path / 'phone.png', 'L')).tolist() == [[120, 0], [160, 40], [200, 80]]
 
 
-def test_a_single_path_is_no_sequence_of_letters(tmp_path):
+def test_earlier_names_still_work():
+    assert PictureError is ImageError
+    assert picture_reader is image_reader
+    assert picture_seen is image_seen
+
+
+def test_a_single_path(tmp_path):
     Image.new('L', (4, 4)).save(tmp_path / 'a.png')
     for path in (tmp_path, str(tmp_path), [tmp_path]):
         assert list(image_files(path)) == [tmp_path / 'a.png']
 
 
-def test_16_bits_in_a_folder_of_classes(tmp_path):
-    """An accuracy is measured on the images that `predict` sees; a broken one is named and not replaced by another."""
+def test_16_bits_in_an_image_folder(tmp_path):
+    """Accuracy is measured on the images that `predict` sees. A broken image is named, and not replaced by another."""
     grey = np.tile(np.arange(0, 240, 6, dtype=np.uint16), (40, 1))
     for name, values in (('eight', grey.astype(np.uint8)), ('sixteen', grey * 257)):
         (tmp_path / name).mkdir()
@@ -156,17 +162,17 @@ def test_16_bits_in_a_folder_of_classes(tmp_path):
     assert torch.equal(batch[0], batch[1])
     assert batch.std() > 0.5
     (tmp_path / 'sixteen' / 'b.png').write_bytes(b'')
-    with pytest.raises(PictureError, match=r'sixteen/b\.png could not be read: .*Replace or remove it'):
+    with pytest.raises(ImageError, match=r'sixteen/b\.png could not be read: .*Replace or remove it'):
         list(labelled_batches(model, tmp_path, 'test', 2)[0])
 
 
 def test_probabilities_are_a_softmax(tmp_path):
-    """Written out: they sum to one over all classes, and their ratios are those of the exponentials."""
+    """The probabilities sum to one, and their ratios are the ratios of the exponentials."""
     Image.new('RGB', (32, 32), (200, 50, 90)).save(tmp_path / 'a.png')
     model = timm.create_model('mobilenetv2_cifar', num_classes=3).eval()
     torch.nn.init.zeros_(model.classifier.weight)
     model.classifier.bias.data = torch.tensor([0., 3., -2.])
-    found = next(predict(model, tmp_path / 'a.png')).classes
+    classes = next(predict(model, tmp_path / 'a.png')).classes
     weights = np.exp([3., 0., -2.])
-    assert [c['index'] for c in found] == [1, 0, 2]
-    assert [c['probability'] for c in found] == pytest.approx(weights / weights.sum(), abs=1e-6)
+    assert [c['index'] for c in classes] == [1, 0, 2]
+    assert [c['probability'] for c in classes] == pytest.approx(weights / weights.sum(), abs=1e-6)

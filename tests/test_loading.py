@@ -1,4 +1,4 @@
-"""Checkpoints that name their own model and classes, and those that do not."""
+"""Loading of checkpoints, with and without a recorded model and class names."""
 import argparse
 import json
 import logging
@@ -16,8 +16,8 @@ from timm_spa.hub.convert import convert
 from timm_spa.hub.publish import write_repository
 from timm_spa.predict import ModelError, class_names, load_model
 
-NET = 'spa_mobilenetv2_cifar'
-SIZES = dict(pyramid_sizes=(1, 2, 3))
+MODEL = 'spa_mobilenetv2_cifar'
+MODEL_KWARGS = dict(pyramid_sizes=(1, 2, 3))
 
 
 def names(model):
@@ -27,7 +27,7 @@ def names(model):
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    model = timm.create_model(NET, num_classes=3, **SIZES).eval()
+    model = timm.create_model(MODEL, num_classes=3, **MODEL_KWARGS).eval()
     for tensor in model.state_dict().values():
         if tensor.is_floating_point() and tensor.ndim == 1:
             tensor.copy_(torch.rand(tensor.shape) + 0.5)
@@ -36,15 +36,15 @@ def network():
 
 def training_checkpoint(folder, network):
     torch.save(dict(
-        state_dict=network.state_dict(), arch=NET, epoch=0,
-        args=argparse.Namespace(model=NET, num_classes=3, model_kwargs=SIZES)), folder / 'best.pth.tar')
+        state_dict=network.state_dict(), arch=MODEL, epoch=0,
+        args=argparse.Namespace(model=MODEL, num_classes=3, model_kwargs=MODEL_KWARGS)), folder / 'best.pth.tar')
     return folder / 'best.pth.tar'
 
 
 def bare_with_arguments(folder, network):
     torch.save(network.state_dict(), folder / 'best.pth')
     (folder / 'args.yaml').write_text(yaml.safe_dump(dict(
-        model=f'{NET}.tag', num_classes=3, model_kwargs=dict(pyramid_sizes=[1, 2, 3]))))
+        model=f'{MODEL}.tag', num_classes=3, model_kwargs=dict(pyramid_sizes=[1, 2, 3]))))
     return folder / 'best.pth'
 
 
@@ -54,12 +54,12 @@ def published(folder, network):
     file = training_checkpoint(run, network)
     (run / 'card.yaml').write_text('license: mit\n')
     (run / 'classes.txt').write_text('ant\nbee\ncat\n')
-    write_repository(folder / 'out', file, f'{NET}.mine')
+    write_repository(folder / 'out', file, f'{MODEL}.mine')
     return folder / 'out' / 'model.safetensors'
 
 
 def bare_with_config(folder, network):
-    """config.json alone says what the weights are of."""
+    """Only config.json records the model."""
     file = published(folder, network)
     (folder / 'alone').mkdir()
     torch.save(network.state_dict(), folder / 'alone' / 'weights.pth')
@@ -71,7 +71,7 @@ def bare_with_config(folder, network):
 
 def converted(folder, network):
     torch.save(network.state_dict(), folder / 'best.pth')
-    convert(folder / 'best.pth', folder / 'out.safetensors', NET, **SIZES)
+    convert(folder / 'best.pth', folder / 'out.safetensors', MODEL, **MODEL_KWARGS)
     (folder / 'best.pth').unlink()
     return folder / 'out.safetensors'
 
@@ -79,34 +79,34 @@ def converted(folder, network):
 @pytest.mark.parametrize('write', [
     training_checkpoint, bare_with_arguments, published, bare_with_config, converted], ids=lambda write: write.__name__)
 @torch.no_grad()
-def test_a_checkpoint_that_names_its_model(write, network, tmp_path, capsys):
+def test_a_checkpoint_with_a_recorded_model(write, network, tmp_path, capsys):
     file = write(tmp_path, network)
     x = torch.randn(2, 3, 32, 32)
-    count = 3 if write is converted else None  # which no file says
+    count = 3 if write is converted else None  # a converted file does not record it
     for model in (load_model(None, file, count, fuse=False), load_model(str(file), None, count, fuse=False)):
         torch.testing.assert_close(model(x), network(x))
         named = write in (published, bare_with_config)
         assert names(model) == (['ant', 'bee', 'cat'] if named else ['class 0', 'class 1', 'class 2'])
         assert (model.pretrained_cfg['mean'][0] == 0.1) == (write is bare_with_config)
     Image.new('RGB', (32, 32), 'red').save(tmp_path / 'red.png')
-    given = [] if count is None else ['--num-classes', str(count)]
-    assert timm_spa_cli.main(['predict', str(tmp_path / 'red.png'), '--checkpoint', str(file), *given]) == 0
+    options = [] if count is None else ['--num-classes', str(count)]
+    assert timm_spa_cli.main(['predict', str(tmp_path / 'red.png'), '--checkpoint', str(file), *options]) == 0
     assert 'grocery' not in capsys.readouterr().err, 'not the shipped model'
-    assert timm_spa_cli.main(['explain', 'scales', '--checkpoint', str(file), *given, '--json']) == 0
+    assert timm_spa_cli.main(['explain', 'scales', '--checkpoint', str(file), *options, '--json']) == 0
     assert len(json.loads(capsys.readouterr().out)[str(file)][0]) == 4
 
 
 @torch.no_grad()
 def test_a_checkpoint_as_the_model_to_export(network, tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr('timm_spa.export.export', lambda model, *args: given.append(model) or 1 / 0)
+    exported = []
+    monkeypatch.setattr('timm_spa.export.export', lambda model, *args: exported.append(model) or 1 / 0)
     file = bare_with_arguments(tmp_path, network)
-    assert timm_spa_cli.main(['export', str(file), str(tmp_path / 'net.onnx'), '--to', 'onnx']) == 1
+    assert timm_spa_cli.main(['export', str(file), str(tmp_path / 'model.onnx'), '--to', 'onnx']) == 1
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(given[0](x), network(x))
+    torch.testing.assert_close(exported[0](x), network(x))
 
 
-def test_a_checkpoint_that_names_no_model(network, tmp_path, capsys):
+def test_a_checkpoint_without_a_recorded_model(network, tmp_path, capsys):
     torch.save(network.state_dict(), tmp_path / 'bare.pth')
     with pytest.raises(RunError, match=r'bare.pth does not say which model .* Name the model with --model'):
         load_model(None, tmp_path / 'bare.pth')
@@ -118,29 +118,29 @@ def test_a_checkpoint_that_names_no_model(network, tmp_path, capsys):
     with pytest.raises(ModelError, match='No model to load'):
         load_model()
     for name in ('missing.pth', 'runs/missing.pth.tar', 'missing.safetensors'):
-        with pytest.raises(ModelError, match=f'{name} does not exist, and is no name of a model'):
+        with pytest.raises(ModelError, match=f'{name} cannot be loaded: the file does not exist'):
             load_model(name)
-    with pytest.raises(ModelError, match='is a folder. Name the weights file in it, or with local-dir:'):
+    with pytest.raises(ModelError, match='it is a folder. Name the weights file in it, or use local-dir:'):
         load_model(str(tmp_path))
     for count in (0, -1):
         with pytest.raises(ModelError, match='number of classes must be at least 1'):
-            load_model(NET, tmp_path / 'bare.pth', count)
+            load_model(MODEL, tmp_path / 'bare.pth', count)
 
 
-def test_a_checkpoint_of_several_models(network, tmp_path):
+def test_conflicting_records_of_the_model(network, tmp_path):
     file = training_checkpoint(tmp_path, network)
     config = json.loads((published(tmp_path, network).parent / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps(dict(config, architecture='resnet18')))
-    with pytest.raises(RunError, match=f'may be of several models: .*config.json in .* names resnet18, .* names {NET}'):
+    with pytest.raises(RunError, match=f'may be of several models: .*config.json in .* names resnet18, .* names {MODEL}'):
         load_model(None, file)
-    assert names(load_model(NET, file)) == ['class 0', 'class 1', 'class 2'], 'config.json is of other weights'
+    assert names(load_model(MODEL, file)) == ['class 0', 'class 1', 'class 2'], 'config.json describes other weights'
     for content in ('{', '[]', '{"architecture": "resnet18"}', json.dumps(dict(detector='retinanet'))):
         (tmp_path / 'config.json').write_text(content)
         assert names(load_model(None, file)) == ['class 0', 'class 1', 'class 2']
 
 
-def test_when_a_thousand_classes_are_those_of_imagenet(tmp_path, caplog):
-    """Weights that `convert` has made of a plain network's have timm's names, unless a file names others."""
+def test_when_1000_classes_get_the_names_of_imagenet(tmp_path, caplog):
+    """Weights converted from a plain model get ImageNet's names, unless a file has other names."""
     plain = timm.create_model('tf_efficientnet_lite0')
     torch.save(plain.state_dict(), tmp_path / 'plain.pth')
     out = tmp_path / 'out'
@@ -148,15 +148,15 @@ def test_when_a_thousand_classes_are_those_of_imagenet(tmp_path, caplog):
     file = out / 'lite.safetensors'
     convert(tmp_path / 'plain.pth', file, 'spa_tf_efficientnet_lite0')
     with caplog.at_level(logging.WARNING):
-        found = class_names(load_model(None, file))
-    assert (found[282]['label'], found[282]['name'].split(',')[0]) == ('n02123159', 'tiger cat')
-    assert 'is taken for weights of ImageNet-1k' in caplog.text
+        classes = class_names(load_model(None, file))
+    assert (classes[282]['label'], classes[282]['name'].split(',')[0]) == ('n02123159', 'tiger cat')
+    assert 'gets the class names of ImageNet-1k' in caplog.text
     (out / 'args.yaml').write_text('model: spa_tf_efficientnet_lite0\nnum_classes: 1000\n')
-    assert names(load_model(None, file))[282] == 'class 282', "a training of one's own"
+    assert names(load_model(None, file))[282] == 'class 282', 'a training run of the user'
     (out / 'args.yaml').unlink()
     (out / 'classes.txt').write_text(''.join(f'mine {i}\n' for i in range(1000)))
     assert names(load_model(None, file))[282] == 'mine 282'
-    # of the model itself nobody knows what it was trained on
+    # the data of a converted model with the same architecture are unknown
     again = tmp_path / 'again'
     again.mkdir()
     convert(file, again / 'same.safetensors', 'spa_tf_efficientnet_lite0')
@@ -165,8 +165,8 @@ def test_when_a_thousand_classes_are_those_of_imagenet(tmp_path, caplog):
     assert names(load_model('tf_efficientnet_lite0', again / 'plain.pth'))[282] == 'class 282'
 
 
-def test_weights_of_other_networks_than_those_of_imagenet(tmp_path):
-    """A thousand classes of a network that has no ImageNet weights."""
+def test_weights_of_models_without_imagenet_weights(tmp_path):
+    """1000 classes of a model that does not have published ImageNet weights."""
     torch.save(timm.create_model('mobilenetv2_cifar', num_classes=1000).state_dict(), tmp_path / 'plain.pth')
-    convert(tmp_path / 'plain.pth', tmp_path / 'out.safetensors', NET)
+    convert(tmp_path / 'plain.pth', tmp_path / 'out.safetensors', MODEL)
     assert names(load_model(None, tmp_path / 'out.safetensors', 1000))[282] == 'class 282'

@@ -28,5 +28,5 @@ def run(args: argparse.Namespace) -> int:
     print(
         '\nThis model knows the 81 classes of its data set. For the 1000 classes of ImageNet, with access to the Hub:\n'
         '    timm-spa predict IMAGE... --model spa_resnet50\n'
-        "It starts from timm's resnet50 weights and has the same accuracy, with attention neutral until you fine-tune it.")
+        "It starts from timm's resnet50 weights and has their accuracy: attention is neutral until you fine-tune it.")
     return code

@@ -20,9 +20,9 @@ from timm_spa_cli._table import distinct, print_json, print_table
 HELP = 'show class activation maps, gates, pyramid weights, accuracy without gates, and curves of training runs'
 EXAMPLES = ('timm-spa explain cam beet.jpg --compare resnet50 --out figures',)
 LIMITS = (
-    'A class activation map shows which parts of an image raise a score. It does not prove how the model reasons. A gate '
-    'acts on single channels, and the mean over channels hides them. A gate that differs from 1/2 does not have to help: '
-    '`ablate` measures that.')
+    'A class activation map shows which parts of an image raise a score. It does not prove how the model reasons. A '
+    'gate acts on single channels, and the mean over channels hides them. A gate that differs from 1/2 does not have '
+    'to help: `ablate` measures that.')
 Rows = List[Tuple[Any, ...]]
 Figures = Iterator[Tuple[str, Any]]  # names of files and figures of matplotlib
 # beginning of the first line of each CSV file
