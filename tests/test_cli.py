@@ -1,4 +1,4 @@
-"""The command line, as a user runs it."""
+"""The command line, run like by a user."""
 import importlib
 import json
 import keyword
@@ -18,13 +18,14 @@ import timm_spa
 import timm_spa_cli
 from timm_spa.predict import class_names, load_model
 from timm_spa.profile import LIST, describe
-from timm_spa_cli.predict import SHIPPED_MODEL, show_predictions
+from timm_spa_cli._options import SHIPPED_MODEL
+from timm_spa_cli.predict import show_predictions
 
 IMAGES = resources.files('timm_spa') / 'images'
-PICTURES = sorted(path.name for path in IMAGES.iterdir() if path.name.endswith('.jpg'))
+PHOTOGRAPHS = sorted(path.name for path in IMAGES.iterdir() if path.name.endswith('.jpg'))
 
 
-def test_list_counts_what_the_authors_counted(capsys):
+def test_list_has_the_counts_of_the_authors_code(capsys):
     """Parameters and multiply-adds of convolutions and linear layers, counted by running the authors' code."""
     assert timm_spa_cli.main(['list', 'spa_resnet*']) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line.startswith('spa_')}
@@ -44,12 +45,12 @@ def test_list_names_every_model():
 
 
 @pytest.mark.parametrize('name', slow_unless(timm_spa.list_models()[::8].__contains__, timm_spa.list_models()))
-def test_list_says_what_a_model_is(name):
-    """Rebuilt by `python -m timm_spa.profile`; another release of timm may have other tags."""
-    said, is_now = json.loads(LIST.read_text())[name], describe(name)
+def test_list_describes_a_model(name):
+    """The list is built by `python -m timm_spa.profile`. Another release of timm may have other tags."""
+    listed, current = json.loads(LIST.read_text())[name], describe(name)
     if timm.__version__ != '1.0.31':
-        is_now['tags'] = said['tags']
-    assert said == is_now
+        current['tags'] = listed['tags']
+    assert listed == current
 
 
 def test_list_is_narrow_and_does_not_wait_for_torch():
@@ -69,9 +70,9 @@ def test_tags(capsys):
     assert len(lines) == len(timm.list_pretrained('resnet50.*'))
 
 
-def test_list_of_nothing(capsys):
+def test_list_without_a_match(capsys):
     assert timm_spa_cli.main(['list', 'resnet50']) == 1
-    assert "no model of this package is called 'resnet50'" in capsys.readouterr().err
+    assert "the filter 'resnet50' matches no model of this package" in capsys.readouterr().err
 
 
 def test_demo(capsys, tmp_path):
@@ -81,22 +82,22 @@ def test_demo(capsys, tmp_path):
     first, _, _, *rows = capsys.readouterr().out.splitlines()
     assert first == f'{SHIPPED_MODEL}: {timm.get_pretrained_cfg(SHIPPED_MODEL).description}'
     cells = [row.split() for row in rows[:rows.index('')]]
-    assert [row[0] for row in cells] == [*PICTURES, 'mine.jpg']
-    for name, verdict, _, said in cells[:-1]:
-        assert verdict == ('right' if said == name.removesuffix('.jpg') else 'wrong')
-    assert cells[-1][1:] == cells[PICTURES.index('Red-Beet.jpg')][2:], 'what the user shows has no verdict'
-    assert 'attention neutral' in rows[-1]
+    assert [row[0] for row in cells] == [*PHOTOGRAPHS, 'mine.jpg']
+    for name, verdict, _, label in cells[:-1]:
+        assert verdict == ('right' if label == name.removesuffix('.jpg') else 'wrong')
+    assert cells[-1][1:] == cells[PHOTOGRAPHS.index('Red-Beet.jpg')][2:], 'images of the user have no verdict'
+    assert 'attention is neutral' in rows[-1]
 
 
-def test_a_wrong_answer_is_called_wrong(capsys):
+def test_a_wrong_prediction_is_marked(capsys):
     path = str(IMAGES / 'Red-Beet.jpg')
     show_predictions(load_model(SHIPPED_MODEL), [path], {path: 'Anjou'}, 1)
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ['Red-Beet.jpg', 'wrong']
 
 
-def test_the_shipped_pictures_were_not_chosen_by_what_a_net_says():
+def test_the_shipped_photographs_are_of_every_tenth_class():
     labels = timm.get_pretrained_cfg(SHIPPED_MODEL).label_names
-    assert [f'{label}.jpg' for label in labels[:80:10]] == PICTURES
+    assert [f'{label}.jpg' for label in labels[:80:10]] == PHOTOGRAPHS
 
 
 def test_predict_by_the_shipped_model(capsys):
@@ -110,20 +111,20 @@ def test_predict_by_the_shipped_model(capsys):
     assert '--num-classes needs --checkpoint' in capsys.readouterr().err
 
 
-def test_predict_reports_broken_pictures_and_goes_on(tmp_path, capsys):
+def test_predict_reports_broken_images_and_continues(tmp_path, capsys):
     checkpoint = tmp_path / 'weights.pth'
     model = timm.create_model('spa_resnet18', num_classes=4).eval()
     torch.save(model.state_dict(), checkpoint)
-    (tmp_path / 'broken.jpg').write_bytes(b'\xff\xd8\xff no picture')
+    (tmp_path / 'broken.jpg').write_bytes(b'\xff\xd8\xff not an image')
     Image.new('RGBA', (50, 40), (200, 100, 0, 128)).save(tmp_path / 'transparent.png')
     (tmp_path / 'empty').mkdir()
-    pictures = [tmp_path / name for name in ('missing.jpg', 'transparent.png', 'broken.jpg', 'empty')]
-    arguments = ['predict', *map(str, pictures), '--model', 'spa_resnet18', '--checkpoint', str(checkpoint),
+    images = [tmp_path / name for name in ('missing.jpg', 'transparent.png', 'broken.jpg', 'empty')]
+    arguments = ['predict', *map(str, images), '--model', 'spa_resnet18', '--checkpoint', str(checkpoint),
                  '--num-classes', '4', '--top-k', '9']
     assert timm_spa_cli.main(arguments) == 1
     captured = capsys.readouterr()
     assert [line.split()[0] for line in captured.out.splitlines()[1:2]] == ['transparent.png']
-    assert captured.out.count('class ') == 4, 'there are no more than four classes'
+    assert captured.out.count('class ') == 4, 'the model has four classes'
     for name in ('missing.jpg', 'broken.jpg', 'empty'):
         assert any(name in line and 'could not be read' in line for line in captured.err.splitlines())
 
@@ -156,7 +157,7 @@ def test_names_of_imagenet_classes():
     assert names[285]['name'].startswith('Egyptian cat')
 
 
-def test_a_closed_pipe_is_no_error_to_show():
+def test_a_closed_pipe_prints_no_error():
     command = f'{sys.executable} -m timm_spa list "spa_resnet*" | head -1'
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout.startswith('model')
@@ -185,7 +186,7 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_examples_are_commands(monkeypatch, capsys):
-    """Every verb's help has one that the verb understands, and the whole says what the exit codes are."""
+    """The help of every verb shows a valid example, and the main help explains the exit codes."""
     for verb in timm_spa_cli.VERBS:
         module = importlib.import_module(f'timm_spa_cli.{verb}{"_" * keyword.iskeyword(verb)}')
         monkeypatch.setattr(module, 'run', lambda args: 0)
@@ -199,17 +200,17 @@ def test_examples_are_commands(monkeypatch, capsys):
             assert f'\n  {example}\n' in shown
     with pytest.raises(SystemExit, match='0'):
         timm_spa_cli.main(['--help'])
-    assert 'Exit code: 0 if all was done, 1 if' in capsys.readouterr().out
+    assert 'Exit code: 0 on success, 1 on failure, 2 on a usage error' in capsys.readouterr().out
 
 
-def test_an_error_is_json_where_the_answer_would_be(capsys):
+def test_an_error_is_printed_as_json(capsys):
     assert timm_spa_cli.main(['predict', str(IMAGES / 'Red-Beet.jpg'), '--model', 'spa_resnet5', '--json']) == 1
-    said = capsys.readouterr()
-    assert json.loads(said.out)['error'] in said.err
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)['error'] in captured.err
 
 
 def test_without_an_installation(monkeypatch, capsys):
-    """Only the version needs one."""
+    """Only the version needs an installation."""
     monkeypatch.setattr(metadata, 'version', lambda name: metadata.distribution('no such package'))
     assert timm_spa_cli.main(['recipes']) == 0
     with pytest.raises(SystemExit, match='0'):
@@ -217,7 +218,7 @@ def test_without_an_installation(monkeypatch, capsys):
     assert 'timm_spa not installed' in capsys.readouterr().out
 
 
-def test_an_error_of_ours_is_a_line_and_a_bug_says_so(monkeypatch, capsys):
+def test_errors_are_one_line_and_bugs_ask_for_a_report(monkeypatch, capsys):
     assert timm_spa_cli.main(['convert', 'missing.pth', 'o.safetensors', '--model', 'spa_resnet18']) == 1
     assert capsys.readouterr().err == 'timm-spa: missing.pth does not exist.\n'
     monkeypatch.setattr('timm_spa.hub.verify.verify', lambda *args: 1 / 0)
@@ -231,7 +232,7 @@ def test_an_error_of_ours_is_a_line_and_a_bug_says_so(monkeypatch, capsys):
 
 @pytest.mark.parametrize(('checkpoint', 'message'), [
     ('missing.pth', 'does not exist'), ('.', 'it is a folder'), ('text.pth', 'neither a safetensors file')])
-def test_checkpoints_that_are_none(checkpoint, message, tmp_path, monkeypatch, capsys):
+def test_invalid_checkpoints(checkpoint, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'text.pth').write_text('hello')
     arguments = ['predict', 'x.jpg', '--model', 'spa_resnet18', '--checkpoint']
@@ -248,7 +249,7 @@ def test_checkpoints_that_are_none(checkpoint, message, tmp_path, monkeypatch, c
     'verify', 'recipes finetune_warm --to', 'export spa_resnet18 x.onnx --to onnx --images', 'card', 'bench',
     'detect eval x --images y --annotations', 'explain cam x.jpg --compare spa_resnet18'])
 def test_an_empty_argument_is_refused(arguments, capsys):
-    """It comes of a variable of the shell that is not set: `--dry-run ""` must not upload."""
+    """An unset shell variable gives an empty argument: `--dry-run ""` must not upload."""
     with pytest.raises(SystemExit, match='2'):
         timm_spa_cli.main([*arguments.split(), ''])
     err = capsys.readouterr().err
@@ -264,12 +265,12 @@ def test_an_interrupt_has_no_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == ''
 
 
-def test_names_cannot_steer_a_terminal(tmp_path, capsys):
+def test_names_cannot_control_a_terminal(tmp_path, capsys):
     model = timm.create_model('spa_mobilenetv2_cifar', num_classes=1)
     torch.save(model.state_dict(), tmp_path / 'w.pth')
     (tmp_path / 'classes.txt').write_text('\x1b[31mred\x1b[0m\u202e\u3000ü\n')
     arguments = ['--model', 'spa_mobilenetv2_cifar', '--num-classes', '1', '--checkpoint']
-    assert timm_spa_cli.main(['predict', str(IMAGES / PICTURES[0]), *arguments, str(tmp_path / 'w.pth')]) == 0
+    assert timm_spa_cli.main(['predict', str(IMAGES / PHOTOGRAPHS[0]), *arguments, str(tmp_path / 'w.pth')]) == 0
     out = capsys.readouterr().out
     assert r'\x1b[31mred\x1b[0m\u202e' in out
     assert '\u3000ü' in out
@@ -277,7 +278,7 @@ def test_names_cannot_steer_a_terminal(tmp_path, capsys):
     assert '\x1b' not in capsys.readouterr().err
 
 
-def test_a_recipe_that_was_changed_is_not_replaced(tmp_path, capsys):
+def test_an_edited_recipe_is_not_replaced(tmp_path, capsys):
     mine = tmp_path / 'mine.yaml'
     mine.write_text('lr: 0.1\n')
     assert timm_spa_cli.main(['recipes', 'finetune_warm', '--to', str(mine)]) == 1
@@ -285,8 +286,8 @@ def test_a_recipe_that_was_changed_is_not_replaced(tmp_path, capsys):
     assert mine.read_text() == 'lr: 0.1\n'
 
 
-def test_classes_of_a_checkpoint_have_no_names_of_others(tmp_path):
-    """Not those of the shipped weights for as many classes, and not ImageNet's for a thousand."""
+def test_classes_of_a_checkpoint_get_no_names_of_other_classes(tmp_path):
+    """Neither the names of shipped weights with the same number of classes, nor ImageNet's names for 1000 classes."""
     for name, count in (('spa_mobilenetv2_cifar', 200), ('spa_resnet18', 1000)):
         torch.save(timm.create_model(name, num_classes=count).state_dict(), tmp_path / 'own.pth')
         model = load_model(name, tmp_path / 'own.pth', count)

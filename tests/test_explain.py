@@ -151,10 +151,10 @@ def test_models_that_cannot_be_explained():
     x = torch.randn(1, 3, 64, 64)
     for name in ('resnet18', 'seresnet18', 'se_preresnet18_cifar'):
         for model in (timm.create_model(name).eval(), reparameterize_model(timm.create_model(name).eval())):
-            with pytest.raises(ExplainError, match='ResNet cannot be explained: it does not contain Spatial Pyramid Attention'):
+            with pytest.raises(ExplainError, match='ResNet cannot be explained: it does not contain Spatial Pyra'):
                 gate_maps(model, x)
     model, _ = make('spa_resnet18')
-    with pytest.raises(ExplainError, match="'layer9' is not a gated block of the model. Choose from layer1.0, layer1.1,"):
+    with pytest.raises(ExplainError, match="'layer9' is not a gated block .* Choose from layer1.0, layer1.1,"):
         gate_maps(model, x, ['layer9'])
     with pytest.raises(ExplainError, match='compiled'):
         gate_maps(torch.compile(model), x)

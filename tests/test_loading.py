@@ -131,7 +131,8 @@ def test_conflicting_records_of_the_model(network, tmp_path):
     file = training_checkpoint(tmp_path, network)
     config = json.loads((published(tmp_path, network).parent / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps(dict(config, architecture='resnet18')))
-    with pytest.raises(RunError, match=f'may be of several models: .*config.json in .* names resnet18, .* names {MODEL}'):
+    match = f'may be of several models: .*config.json in .* names resnet18, .* names {MODEL}'
+    with pytest.raises(RunError, match=match):
         load_model(None, file)
     assert names(load_model(MODEL, file)) == ['class 0', 'class 1', 'class 2'], 'config.json describes other weights'
     for content in ('{', '[]', '{"architecture": "resnet18"}', json.dumps(dict(detector='retinanet'))):

@@ -1,4 +1,4 @@
-"""No verb replaces a file that the package did not write, unless --overwrite is given; the same command works again."""
+"""Verbs replace files of the user only with --overwrite, and the same command works twice."""
 import json
 import os
 import shutil
@@ -87,7 +87,7 @@ def test_card_yaml_is_never_replaced(run, tmp_path, capsys):
 
 
 def test_the_folder_of_the_training_is_not_the_repository(run, capsys):
-    """Its args.yaml has the paths of the machine, which a repository's has not."""
+    """Its args.yaml contains local paths, which a repository must not contain."""
     args = run / 'args.yaml'
     args.write_text(args.read_text() + '\nlog_dir: /somewhere/else\n')
     before = args.read_text()
@@ -114,7 +114,7 @@ def test_from_the_weights_of_the_folder_itself(run, tmp_path):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert main('publish', out / 'model.safetensors', '--model', NAME, '--dry-run', out) == 0
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    # after a kill in the middle, whose earlier files lie in a hidden folder
+    # after a kill during the replacement: the earlier files are in a hidden folder
     lost = out / f'{_files.STAGING}1-a{_files.OLD}'
     lost.mkdir()
     (out / 'model.safetensors').rename(lost / 'model.safetensors')
@@ -123,7 +123,7 @@ def test_from_the_weights_of_the_folder_itself(run, tmp_path):
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
-def test_a_target_that_is_no_folder(run, tmp_path, capsys):
+def test_a_target_that_is_not_a_folder(run, tmp_path, capsys):
     (tmp_path / 'file').write_text('mine')
     for target in (tmp_path / 'file', tmp_path / 'file' / 'below', '/dev/null'):
         assert dry_run(run, target, '--overwrite') == 1
@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch, capsys):
 
 
 def test_two_publish_at_the_same_time(run, tmp_path):
-    """Weights and configuration are of one of them."""
+    """Weights and configuration come from the same call."""
     other = tmp_path / 'other'
     with open(run / 'card.yaml', 'a') as f:
         f.write('license: apache-2.0\n')
@@ -185,7 +185,7 @@ def test_an_interrupted_publish_leaves_the_folder(run, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_publish_that_is_stopped_at_any_moment(run, tmp_path, number):
-    """Stopped after different times, then run again."""
+    """Publish works after it was stopped at several moments."""
     out = tmp_path / 'out'
     command = [sys.executable, '-m', 'timm_spa', 'publish', str(run / 'best.safetensors'), '--model', NAME,
                '--dry-run', str(out)]
@@ -239,7 +239,7 @@ def test_a_detector_does_not_replace_a_classifier(tmp_path, capsys):
         write_detector_repository(tmp_path / 'out', folder)
 
 
-def taken(folder, *names):
+def existing(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text('mine')
@@ -247,12 +247,12 @@ def taken(folder, *names):
 
 
 def test_recipes_and_bench(tmp_path, capsys, monkeypatch):
-    path, = taken(tmp_path, 'mine.yaml')
+    path, = existing(tmp_path, 'mine.yaml')
     assert main('recipes', 'finetune_warm', '--to', path) == 1
     assert path.read_text() == 'mine'
     assert main('recipes', 'finetune_warm', '--to', path, '--overwrite') == 0
     assert path.read_text() != 'mine'
-    path, = taken(tmp_path, 'bench.json')
+    path, = existing(tmp_path, 'bench.json')
     monkeypatch.setattr('timm_spa.benchmark.measure', lambda *args: pytest.fail('measured before the file was refused'))
     assert main('bench', 'spa_resnet18', '--json', path) == 1
     assert 'bench.json is there already; --overwrite' in capsys.readouterr().err
@@ -269,33 +269,33 @@ def test_recipes_and_bench(tmp_path, capsys, monkeypatch):
 def test_explain(arguments, names, tmp_path, capsys):
     pytest.importorskip('matplotlib')
     for name in names:
-        path, = taken(tmp_path, name)
+        path, = existing(tmp_path, name)
         assert main('explain', *arguments, '--out', tmp_path) == 1
         assert f'{name} is there already; --overwrite' in capsys.readouterr().err
         assert os.listdir(tmp_path) == [name]
         assert path.read_text() == 'mine'
         path.unlink()
-    taken(tmp_path, *names)
+    existing(tmp_path, *names)
     assert main('explain', *arguments, '--out', tmp_path, '--overwrite') == 0
     assert main('explain', *arguments, '--out', tmp_path) == 0, 'the same command again'
     assert all((tmp_path / name).read_bytes() != b'mine' for name in names)
 
 
 def test_detect(tmp_path, capsys):
-    """Files are refused before anything is computed, and the results of an earlier call are replaced."""
+    """Files of the user are refused before the computation, and results of an earlier call are replaced."""
     model = retinanet('spa_mobilenetv2_050', 1, pretrained_backbone=False, min_size=64, max_size=64)
     save_detector(model, tmp_path / 'detector', [dict(id=1, name='cat')])
-    picture = IMAGES / 'Red-Beet.jpg'
-    command = ['detect', 'predict', picture, '--checkpoint', tmp_path / 'detector', '--device', 'cpu']
+    image = IMAGES / 'Red-Beet.jpg'
+    command = ['detect', 'predict', image, '--checkpoint', tmp_path / 'detector', '--device', 'cpu']
     for name in ('Red-Beet-boxes.png', 'detector.json'):
         folder = tmp_path / name
-        path, = taken(folder, name)
+        path, = existing(folder, name)
         assert main(*command, '--out', folder) == 1
         assert f'{name} is there already; --overwrite' in capsys.readouterr().err
         assert path.read_text() == 'mine'
         for options in (['--overwrite'], [], ['--score', 0.01]):
             assert main(*command, '--out', folder, *options) == 0
-    path, = taken(tmp_path, 'results.json')
+    path, = existing(tmp_path, 'results.json')
     arguments = ['--images', IMAGES, '--json', tmp_path / 'none.json', '--results', path, '--device', 'cpu']
     assert main('detect', 'eval', tmp_path / 'detector', *arguments) == 1
     assert 'results.json is there already' in capsys.readouterr().err
@@ -304,7 +304,7 @@ def test_detect(tmp_path, capsys):
 @pytest.mark.parametrize('name', [
     'args.yaml', 'summary.csv', 'best/model.safetensors', 'best/config.json', 'last/config.json'])
 def test_detect_train(name, tmp_path, capsys):
-    path, = taken(tmp_path, name)
+    path, = existing(tmp_path, name)
     assert main('detect', 'train', '--data', tmp_path / 'none', '--output', tmp_path) == 1
     assert f'{name} is there already; --overwrite' in capsys.readouterr().err
     assert path.read_text() == 'mine'
@@ -312,20 +312,20 @@ def test_detect_train(name, tmp_path, capsys):
     assert 'is there already' not in capsys.readouterr().err, 'the dataset is missing'
 
 
-def test_a_run_of_a_detector_that_ended_in_its_first_epoch_starts_again(tmp_path, capsys):
+def test_a_detector_run_that_failed_in_its_first_epoch_can_be_repeated(tmp_path, capsys):
     (tmp_path / 'args.yaml').write_text('detector: retinanet\nsettings: {epochs: 1}\n')
     assert main('detect', 'train', '--data', tmp_path / 'none', '--output', tmp_path) == 1
     assert 'is there already' not in capsys.readouterr().err
 
 
-def test_verbs_that_write_no_file_take_no_overwrite(capsys):
+def test_overwrite_needs_a_file_to_write(capsys):
     for arguments in (['publish', 'x.pth', '--model', NAME, '--overwrite'], ['card', 'x', '--overwrite']):
         with pytest.raises(SystemExit):
             main(*arguments)
         assert '--overwrite goes with --' in capsys.readouterr().err
 
 
-def test_a_mark_is_ignored_by_timm(run, tmp_path):
+def test_timm_ignores_the_mark(run, tmp_path):
     assert dry_run(run, tmp_path / 'out') == 0
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert 'written_by' not in model.pretrained_cfg
