@@ -1,4 +1,5 @@
 """`timm-spa export`: exported files compute the same as PyTorch, and other files are not kept."""
+import collections
 import copy
 import dataclasses
 import json
@@ -459,3 +460,18 @@ def test_models_without_classes(small, tmp_path, fake_format):
 def test_invalid_numbers(options, small, tmp_path):
     with pytest.raises(UsageError, match='must be whole numbers of at least 1'):
         export(small, tmp_path / 'model.onnx', **options)
+
+
+FORBIDDEN = {'Shape', 'Range', 'Div', 'Mod', 'And', 'Where', 'ScatterND', 'Loop', 'If'}  # arithmetic on sizes
+
+
+@pytest.mark.parametrize(('name', 'dynamic', 'most'), [
+    ('spa_resnet18', None, 160), ('spa_resnet18', 'batch', 160), ('spa_mobilenetv2_050', None, 380),
+    pytest.param('spa_resnet50', None, 320, marks=pytest.mark.slow)])
+def test_a_fixed_size_gives_a_small_graph(name, dynamic, most, tmp_path):
+    """Averages are constant matrices, and no operator computes with sizes. `export` compares the values with PyTorch."""
+    export(make_model(name).float(), tmp_path / 'model.onnx', dynamic=dynamic)
+    graph = onnx.load(tmp_path / 'model.onnx').graph
+    operators = collections.Counter(node.op_type for node in graph.node)
+    assert not FORBIDDEN & set(operators)
+    assert len(graph.node) <= most

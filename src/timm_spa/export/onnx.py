@@ -1,4 +1,5 @@
 """Export to ONNX, and quantization by ONNX Runtime."""
+import contextlib
 import json
 import logging
 import warnings
@@ -8,6 +9,7 @@ from typing import Any, Dict, Optional
 import torch
 import torch.nn as nn
 
+from ..layers.pyramid_formulas import fixed_sizes
 from ..predict import labelled_batches
 from .format import INPUT, OUTPUT, Format, Runner, as_export_error, padded
 
@@ -19,7 +21,9 @@ CALIBRATION_IMAGES = 128
 def trace(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str]) -> None:
     """Writes a float32 ONNX file with torch's exporter; every ONNX file of this package is written here."""
     names = {INPUT: axes, OUTPUT: {i: axis for i, axis in axes.items() if i == 0}}
-    with warnings.catch_warnings():
+    # constant matrices if height and width are fixed
+    sizes = contextlib.nullcontext() if {2, 3} & axes.keys() else fixed_sizes()
+    with warnings.catch_warnings(), sizes:
         # The older exporter. Both are right at every batch and size (spa_resnet18, spa_mobilenetv2_050,
         # spa_densenet_cifar, resnet18: 3e-7 to 1e-6), but the newer one took 13, 30, 156 and 6 seconds for these
         # models, this one 1.1, 1.2, 5.1 and 0.4. The newer one also writes stack traces with local paths.
