@@ -469,7 +469,7 @@ FORBIDDEN = {'Shape', 'Range', 'Div', 'Mod', 'And', 'Where', 'ScatterND', 'Loop'
     ('spa_resnet18', None, 160), ('spa_resnet18', 'batch', 160), ('spa_mobilenetv2_050', None, 380),
     pytest.param('spa_resnet50', None, 320, marks=pytest.mark.slow)])
 def test_a_fixed_size_gives_a_small_graph(name, dynamic, most, tmp_path):
-    """Averages are constant matrices, and no operator computes with sizes. `export` compares the values with PyTorch."""
+    """Averages are constant matrices, and no operator computes with sizes. `export` compares the values."""
     export(make_model(name).float(), tmp_path / 'model.onnx', dynamic=dynamic)
     graph = onnx.load(tmp_path / 'model.onnx').graph
     operators = collections.Counter(node.op_type for node in graph.node)
