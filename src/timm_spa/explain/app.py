@@ -24,7 +24,7 @@ NOTHING = 'no second model'
 LARGEST_FILE = '20mb'
 TOP = 5
 BLOCKS = 4  # blocks in the figure of gates, evenly spaced over the model
-TITLE = 'What Spatial Pyramid Attention looks at'
+TITLE = 'Spatial Pyramid Attention: class activation maps and gates'
 ABOUT = """
 Choose an image, or one of the photographs below. The page shows the likeliest classes, the parts of the image that
 raise the score of the first class (Grad-CAM), the gates of four blocks, and the pyramid weights. A model multiplies its
@@ -132,7 +132,7 @@ def build(models: Sequence[str] = SHIPPED) -> Any:
                             label=label, show_label=False, interactive=False, buttons=['download', 'fullscreen'],
                             elem_id=f'{label.split()[-1]}{number}'))
         for changed in (image, first, second):
-            # `preprocess=False` skips Gradio's own reading of the image, whose errors do not help a user
+            # `preprocess=False` skips Gradio's own reading of the image, whose errors do not help users
             changed.change(
                 show, [image, first, second], [*cells, column], preprocess=False, show_progress='minimal',
                 trigger_mode='always_last')

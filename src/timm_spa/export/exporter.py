@@ -210,7 +210,10 @@ def _write_and_check(
     form = reparameterize_model(model) if fuse else model
     # torch.export would treat a batch size of 1 as a constant
     example = torch.zeros(2 if dynamic else batch_size, *description['input_size'])
-    batches, count = labelled_batches(model, images, split, batch_size) if images is not None else (None, 0)
+    batches: Any = None
+    count = 0
+    if images is not None:
+        batches, count = labelled_batches(model, images, split, batch_size)
     before: Dict[str, Any] = {}
     with as_export_error(f'{name} cannot be exported to {to}'):
         FORMATS[to].write(form, path, example, AXES[dynamic], dtype == 'float16')
