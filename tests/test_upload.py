@@ -1,5 +1,4 @@
-"""Uploads to a Hub on this machine: one commit or none, whatever fails."""
-
+"""Uploads to a local Hub: one commit or none, whatever fails."""
 import pytest
 import safetensors
 import safetensors.torch
@@ -16,15 +15,15 @@ def uploads(hub):
     return [r for r in hub.requests if r.startswith('PUT') or '/commit/' in r]
 
 
-def test_publish_and_publish_again(hub, owner, weights_to_publish, dry_run, capsys):
+def test_publishing_twice_makes_one_commit(hub, owner, weights_to_publish, dry_run, capsys):
     arguments = ['publish', str(weights_to_publish), '--model', NAME, '--repo', REPO]
     assert timm_spa_cli.main(arguments) == 0
     first = hub.head(REPO)
     assert f'Published: {hub.url}/{REPO}/commit/{first}' in capsys.readouterr().out
-    assert len(hub.repositories[REPO].commits) == 2, 'that of the creation, and one'
+    assert len(hub.repositories[REPO].commits) == 2, 'the creation and the upload'
     assert not hub.repositories[REPO].private
     files = hub.files(REPO)
-    assert sorted(set(files) - {'.gitattributes'}) == FILES, 'and no pickle'
+    assert sorted(set(files) - {'.gitattributes'}) == FILES, 'without a pickle'
     assert all(files[name] == (dry_run / name).read_bytes() for name in FILES)
 
     hub.requests.clear()
@@ -34,33 +33,33 @@ def test_publish_and_publish_again(hub, owner, weights_to_publish, dry_run, caps
 
     weights_to_publish.with_name('README.md').write_text('---\nlicense: mit\n---\nmine')
     assert timm_spa_cli.main(arguments) == 0
-    assert 'has a README.md, which is kept (--replace-card replaces it)' in capsys.readouterr().out
+    assert f'The README.md of {REPO} is unchanged; --replace-card replaces it.' in capsys.readouterr().out
     assert hub.head(REPO) == first
     weights_to_publish.with_name('summary.csv').unlink()
     assert timm_spa_cli.main([*arguments, '--replace-card']) == 0
     assert len(hub.repositories[REPO].commits) == 3
     assert hub.files(REPO)['README.md'].endswith(b'mine')
-    assert 'summary.csv' not in hub.files(REPO), 'it is of another run'
+    assert 'summary.csv' not in hub.files(REPO), 'it belongs to another run'
     assert '.gitattributes' in hub.files(REPO)
 
     everything = dict(hub.repositories[REPO].commits[hub.head(REPO)])
     hub.repositories[REPO].commit('main', dict(everything, **{'notes.txt': everything['README.md']}))
     assert timm_spa_cli.main(arguments) == 0
-    assert 'has other files too, which stay: notes.txt.' in capsys.readouterr().out
+    assert f'Other files of {REPO} are unchanged: notes.txt.' in capsys.readouterr().out
 
 
-def test_the_repository_has_a_default(hub, owner, weights_to_publish, monkeypatch):
+def test_default_repository(hub, owner, weights_to_publish, monkeypatch):
     monkeypatch.setattr('timm_spa.hub.publish.HUB_ORG', 'org')
     publish(weights_to_publish, NAME)
     assert list(hub.repositories) == [REPO]
 
 
-def test_private(hub, owner, weights_to_publish):
+def test_private_repository(hub, owner, weights_to_publish):
     publish(weights_to_publish, NAME, REPO, private=True)
     assert hub.repositories[REPO].private
     hub.repositories[REPO].private = False
     hub.requests.clear()
-    with pytest.raises(PublishError, match='org/.* is public, and --private'):
+    with pytest.raises(PublishError, match='org/.* is public, but --private was given'):
         publish(weights_to_publish, NAME, REPO, private=True)
     assert not uploads(hub)
 
@@ -69,13 +68,13 @@ def test_pull_request(hub, owner, weights_to_publish, monkeypatch):
     publish(weights_to_publish, NAME, REPO)
     first = hub.head(REPO)
     weights_to_publish.with_name('args.yaml').unlink()
-    monkeypatch.setenv('HF_TOKEN', STRANGER)  # who may propose, and not write
+    monkeypatch.setenv('HF_TOKEN', STRANGER)  # may propose changes, but not write
     proposed = publish(weights_to_publish, NAME, REPO, create_pr=True)
     assert proposed.changed
     assert proposed.url == f'{hub.url}/{REPO}/discussions/1'
     assert hub.head(REPO) == first
     assert 'args.yaml' not in hub.files(REPO, 'refs/pr/1')
-    with pytest.raises(PublishError, match='pull request has none'):
+    with pytest.raises(PublishError, match='Tag v1 cannot be set on a pull request, which has no commit'):
         publish(weights_to_publish, NAME, REPO, create_pr=True, tag='v1')
 
 
@@ -85,33 +84,33 @@ def test_tags_are_never_moved(hub, owner, weights_to_publish):
     assert hub.head(REPO, 'v1') == first
     assert not publish(weights_to_publish, NAME, REPO, tag='v1').changed
     weights_to_publish.with_name('args.yaml').unlink()
-    with pytest.raises(PublishError, match='Tag v1 names the commit before it'):
+    with pytest.raises(PublishError, match='without the tag v1: it names the previous commit'):
         publish(weights_to_publish, NAME, REPO, tag='v1')
     hub.requests.clear()
-    with pytest.raises(PublishError, match=f'the tag v1 already, for {first}'):
+    with pytest.raises(PublishError, match=f'already has a tag v1, for commit {first}'):
         publish(weights_to_publish, NAME, REPO, tag='v1')
     assert not uploads(hub)
     assert hub.head(REPO, 'v1') == first
     publish(weights_to_publish, NAME, REPO, tag='v2')
     assert hub.head(REPO, 'v2') == hub.head(REPO)
     hub.fail('POST', '/tag/', status=500)
-    with pytest.raises(PublishError, match=f'status 500 .* published as {hub.head(REPO)}, and have no tag v3'):
+    with pytest.raises(PublishError, match=f'status 500 .* published as {hub.head(REPO)}, without the tag v3'):
         publish(weights_to_publish, NAME, REPO, tag='v3')
 
 
 @pytest.mark.parametrize(('token', 'cause'), [
-    (None, 'There is no token on this machine: `hf auth login`'),
+    (None, 'No token on this machine. Log in with `hf auth login`'),
     ('hf_wrong', 'does not accept the token'),
-    (STRANGER, f'no right to write to {REPO}'),
+    (STRANGER, f'no permission to write to {REPO}'),
 ])
-def test_who_may_not_publish(hub, weights_to_publish, monkeypatch, token, cause):
+def test_publishing_without_permission(hub, weights_to_publish, monkeypatch, token, cause):
     if token:
         monkeypatch.setenv('HF_TOKEN', token)
     with pytest.raises(PublishError, match=f'{cause}.* Nothing was uploaded'):
         publish(weights_to_publish, NAME, REPO)
     assert not uploads(hub)
     assert not hub.repositories
-    # also not to a repository that is there
+    # an existing repository is refused too
     monkeypatch.setenv('HF_TOKEN', OWNER)
     publish(weights_to_publish, NAME, REPO)
     before = hub.head(REPO)
@@ -134,9 +133,9 @@ def test_no_network(hub, owner, weights_to_publish, monkeypatch):
     with pytest.raises(PublishError, match='http://127.0.0.1:9 does not answer'):
         publish(weights_to_publish, NAME, REPO)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    with pytest.raises(PublishError, match='HF_HUB_OFFLINE is set'):
+    with pytest.raises(PublishError, match='HF_HUB_OFFLINE is set. Unset it'):
         publish(weights_to_publish, NAME, REPO)
-    with pytest.raises(CardError, match="organization/name, and 'name'"):
+    with pytest.raises(CardError, match="'name' is not the name of a repository"):
         publish(weights_to_publish, NAME, 'name')
 
 
@@ -149,7 +148,7 @@ def test_no_network(hub, owner, weights_to_publish, monkeypatch):
     dict(method='POST', pattern='/commit/', drop=True),
     dict(method='POST', pattern='/commit/', status=412),
 ], ids=lambda fault: '-'.join(map(str, fault.values())))
-def test_a_failed_upload_changes_nothing_and_can_be_repeated(hub, owner, weights_to_publish, fault):
+def test_a_failed_upload_changes_nothing_and_can_be_resumed(hub, owner, weights_to_publish, fault):
     publish(weights_to_publish, NAME, REPO)
     before, files = hub.head(REPO), hub.files(REPO)
     hub.large_files.clear()
@@ -159,9 +158,9 @@ def test_a_failed_upload_changes_nothing_and_can_be_repeated(hub, owner, weights
     with pytest.raises(PublishError) as e:
         publish(weights_to_publish, NAME, REPO)
     message = str(e.value)
-    assert {503: 'status 503', 500: 'status 500', 412: 'changed by somebody else'}.get(
+    assert {503: 'status 503', 500: 'status 500', 412: 'changed by another commit'}.get(
         fault.get('status'), 'does not answer') in message
-    assert f'{REPO} is as it was. Give the same command again' in message
+    assert f'{REPO} is unchanged. Run the same command again' in message
     assert (hub.head(REPO), hub.files(REPO)) == (before, files)
     hub.heal()
     publish(weights_to_publish, NAME, REPO)
@@ -171,23 +170,23 @@ def test_a_failed_upload_changes_nothing_and_can_be_repeated(hub, owner, weights
 
 def test_a_first_upload_that_fails(hub, owner, weights_to_publish):
     hub.fail('POST', '/commit/', status=500)
-    with pytest.raises(PublishError, match='is there, and empty. Give the same command again'):
+    with pytest.raises(PublishError, match='exists, but is empty. Run the same command again'):
         publish(weights_to_publish, NAME, REPO)
     assert list(hub.files(REPO)) == ['.gitattributes']
     hub.heal()
     assert publish(weights_to_publish, NAME, REPO).changed
 
 
-def test_a_commit_whose_answer_is_lost(hub, owner, weights_to_publish):
+def test_a_commit_whose_response_is_lost(hub, owner, weights_to_publish):
     hub.fail('POST', '/commit/', lose=True)
-    with pytest.raises(PublishError, match='has the new commit .* Give the same command again'):
+    with pytest.raises(PublishError, match='has a new commit, .* Run the same command again'):
         publish(weights_to_publish, NAME, REPO)
     hub.heal()
     assert not publish(weights_to_publish, NAME, REPO).changed
     assert sorted(set(hub.files(REPO)) - {'.gitattributes'}) == FILES
 
 
-def test_a_commit_of_somebody_else_in_between(hub, owner, weights_to_publish, monkeypatch):
+def test_another_commit_during_the_upload(hub, owner, weights_to_publish, monkeypatch):
     original = HfApi.create_commit
 
     def later(*args, **kwargs):
@@ -195,12 +194,12 @@ def test_a_commit_of_somebody_else_in_between(hub, owner, weights_to_publish, mo
         return original(*args, **kwargs)
 
     monkeypatch.setattr(HfApi, 'create_commit', later)
-    with pytest.raises(PublishError, match='was changed by somebody else in the meantime. .* has the new commit'):
+    with pytest.raises(PublishError, match='was changed by another commit during the upload. .* has a new commit'):
         publish(weights_to_publish, NAME, REPO)
     assert not hub.files(REPO)
 
 
-def test_one_passing_fault_is_no_failure(hub, owner, weights_to_publish):
+def test_a_temporary_failure_is_retried(hub, owner, weights_to_publish):
     hub.fail('PUT', '/objects/', status=503, times=2)
     publish(weights_to_publish, NAME, REPO)
     assert len(hub.repositories[REPO].commits) == 2

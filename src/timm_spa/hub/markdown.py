@@ -1,43 +1,38 @@
-"""Text of a card as Markdown."""
+"""Formatting of text for Markdown cards."""
 import re
 from typing import Any, List, Optional
 
-__all__ = ['link', 'listed', 'numbers', 'paragraphs', 'plain', 'wrapped']
+__all__ = ['link', 'numbers', 'paragraphs', 'plain', 'wrapped']
 
 
 def paragraphs(*texts: Optional[str]) -> str:
-    """Joins texts, those that there are, with an empty line between them."""
+    """Joins the given texts with an empty line between them; leaves out empty texts."""
     return '\n\n'.join(text.strip() for text in texts if text)
 
 
 def plain(text: str) -> str:
-    """Escapes a line of text, so that nothing in it is markup of a page or a table."""
+    """Returns text as one line that a page or a table shows without interpreting it as markup."""
     text = ' '.join(text.split()).replace('```', '').replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
     return text.replace('|', '\\|')
 
 
-def listed(value: Optional[str]) -> List[str]:
-    """Returns a list of the one text, empty if there is none."""
-    return [value] if value else []
-
-
 def numbers(values: Any) -> str:
-    """Returns numbers in brackets, without needless digits."""
+    """Returns numbers in parentheses, without trailing zeros."""
     return '(' + ', '.join(f'{v:g}' for v in values) + ')'
 
 
 def link(paper: str) -> str:
-    """Returns the address of a paper, 'doi:...' or 'arXiv:...'; any other text as it is."""
+    """Returns the address of a paper given as 'doi:...' or 'arXiv:...'; any other text unchanged."""
     kind, _, number = paper.partition(':')
     return {'doi': f'https://doi.org/{number}', 'arxiv': f'https://arxiv.org/abs/{number}'}.get(kind.lower(), paper)
 
 
 def wrapped(command: str, width: int = 110) -> str:
-    """Breaks a command between its words, never inside quotes or between an option and its values."""
+    """Breaks a command between its words, but never inside quotes or between an option and its values."""
     pieces: List[str] = []
-    command = ' '.join(command.replace('```', '').replace('\\\n', ' ').split('\n'))  # the first would end its block
+    command = ' '.join(command.replace('```', '').replace('\\\n', ' ').split('\n'))  # ``` would end the code block
     if any(command.count(quote) % 2 for quote in '\'"'):
-        return command.strip()  # an apostrophe, say: not to be taken apart
+        return command.strip()  # a single apostrophe: the words cannot be told apart safely
     for word in re.findall(r'''(?:[^\s'"]|'[^']*'|"[^"]*")+''', command):
         if pieces and pieces[-1].startswith('-') and not word.startswith('-'):
             pieces[-1] += f' {word}'
