@@ -1,4 +1,4 @@
-"""Publishing, against a Hub on this machine: what is sent, what is refused before, and what a failure leaves."""
+"""Publishing to a local Hub: files, refused weights and private data."""
 import argparse
 import json
 import os
@@ -49,7 +49,7 @@ def test_the_files_of_a_repository(dry_run, weights_to_publish):
 
 
 def test_a_checkpoint_of_timms_training(tmp_path, capsys):
-    """Averaged weights, the model and the preprocessing of the training; and no path of this machine."""
+    """Averaged weights, the model and the preprocessing of the training are published, paths of the machine are not."""
     args = argparse.Namespace(
         model='spa_mobilenetv2_cifar', num_classes=7, model_kwargs=dict(pyramid_sizes=(1, 2)), crop_pct=0.9, gp=None,
         interpolation='bicubic', input_size=(3, 40, 40), data_dir='/home/someone/my pictures/tin', output='runs/a',
@@ -76,10 +76,10 @@ def test_a_checkpoint_of_timms_training(tmp_path, capsys):
     assert 'state_dict_ema' in out
     assert 'epoch 3' in out
     for value in ('/home/someone/my pictures/tin', '../../someone/last.pth.tar'):
-        assert value in out, 'the user is told of each path that is cut'
+        assert value in out, 'each shortened path is reported'
     published = tmp_path / 'out'
     for file in published.iterdir():
-        assert b'someone' not in file.read_bytes(), f'{file.name} tells of the machine'
+        assert b'someone' not in file.read_bytes(), f'{file.name} has a path of the machine'
     own = yaml.safe_load((published / 'args.yaml').read_text())
     assert (own['data_dir'], own['resume'], own['output']) == ('tin', 'last.pth.tar', 'runs/a')
     assert '--data-dir=tin --config' in (published / 'README.md').read_text()
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_timms_training(tmp_path, capsys):
 
 
 def test_an_existing_folder(weights_to_publish, dry_run, tmp_path, monkeypatch):
-    """What is written replaces what was there, but for the card and for files that are none of ours."""
+    """Existing files are replaced, except for the card and for files of other names."""
     weights_to_publish.with_name('notes.txt').write_text('mine')
     weights_to_publish.with_name('README.md').write_text('my card')
     changed = {k: v.flip(0) if v.ndim else v for k, v in safetensors.torch.load_file(weights_to_publish).items()}
@@ -110,7 +110,7 @@ def test_an_existing_folder(weights_to_publish, dry_run, tmp_path, monkeypatch):
             write_repository(weights_to_publish.parent, tmp_path / 'new.safetensors', NAME, replace_card=True)
     assert weights_to_publish.read_bytes() == (dry_run / 'model.safetensors').read_bytes(), 'all files or none'
     notes = write_repository(weights_to_publish.parent, tmp_path / 'new.safetensors', NAME)
-    assert any('README.md, as it is' in note for note in notes)
+    assert any('README.md, unchanged' in note for note in notes)
     assert sorted(p.name for p in weights_to_publish.parent.iterdir()) == sorted([*WRITTEN, 'notes.txt'])
     written = safetensors.torch.load_file(weights_to_publish)
     assert all(torch.equal(written[k], v) for k, v in changed.items())
@@ -119,8 +119,8 @@ def test_an_existing_folder(weights_to_publish, dry_run, tmp_path, monkeypatch):
     assert weights_to_publish.with_name('README.md').read_text().startswith('---')
 
 
-def test_labels_are_those_of_the_registered_weights_only(weights_to_publish, tmp_path):
-    """Two hundred classes of one's own are not Tiny-ImageNet's."""
+def test_labels_belong_to_the_registered_weights_only(weights_to_publish, tmp_path):
+    """Other weights with 200 classes do not get the labels of Tiny-ImageNet."""
     write_repository(tmp_path / 'mine', weights_to_publish, 'spa_mobilenetv2_cifar.mine')
     config = json.loads((tmp_path / 'mine' / 'config.json').read_text())
     assert config['num_classes'] == 200
@@ -129,28 +129,28 @@ def test_labels_are_those_of_the_registered_weights_only(weights_to_publish, tmp
 
 
 def test_names_of_classes(weights_to_publish, tmp_path):
-    """timm reads labels and descriptions; transformers reads names for people, and the precision to train in."""
+    """timm reads labels and descriptions; transformers reads descriptions and the data type for training."""
     cfg = timm.get_pretrained_cfg(NAME)
     loaded = timm.create_model(f'local-dir:{weights_to_publish.parent}', pretrained=True).pretrained_cfg
     assert list(loaded['label_names']) == list(cfg.label_names)
     assert loaded['label_descriptions'] == cfg.label_descriptions
     config = json.loads(weights_to_publish.with_name('config.json').read_text())
     assert config['dtype'] == 'float32'
-    assert 'label_names' not in config, 'transformers would show these, and leave id2label unread'
+    assert 'label_names' not in config, 'transformers would show these instead of id2label'
     assert config['id2label'] == {str(i): cfg.label_descriptions[n] for i, n in enumerate(cfg.label_names)}
 
     notes = write_repository(tmp_path / 'unnamed', weights_to_publish, 'spa_mobilenetv2_cifar.mine')
-    assert any('classes.txt beside the checkpoint names them' in note for note in notes)
+    assert any('write a classes.txt next to the checkpoint' in note for note in notes)
     names = [f'thing {i}' for i in range(200)]
     weights_to_publish.with_name('classes.txt').write_text('\n'.join(names))
     notes = write_repository(tmp_path / 'named', weights_to_publish, 'spa_mobilenetv2_cifar.mine')
     assert not any('classes.txt' in note for note in notes)
     config = json.loads((tmp_path / 'named' / 'config.json').read_text())
-    assert config['label_names'] == names, 'both read these'
+    assert config['label_names'] == names, 'timm and transformers read these'
     assert 'id2label' not in config
 
 
-def test_another_model_than_was_trained(hub, owner, weights_to_publish, capsys):
+def test_a_model_name_that_contradicts_the_training(hub, owner, weights_to_publish, capsys):
     args = weights_to_publish.with_name('args.yaml')
     args.write_text(args.read_text().replace('model: spa_mobilenetv2_cifar', 'model: spa_b_mobilenetv2_cifar'))
     refused(hub, weights_to_publish, 'names the model spa_b_mobilenetv2_cifar, and not spa_mobilenetv2_cifar', capsys)
@@ -209,8 +209,8 @@ def refused(hub, checkpoint, message, capsys, name=NAME):
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.count('\n') == 1, 'one line'
-    assert 'weights_only' not in error, 'advice to run what the file says'
-    assert not hub.requests, 'nothing has left the machine'
+    assert 'weights_only' not in error, 'advice to run code from the file'
+    assert not hub.requests, 'nothing was uploaded'
 
 
 @pytest.mark.parametrize('kind', BAD_WEIGHTS)
@@ -221,13 +221,13 @@ def test_weights_that_do_not_fit_are_refused(hub, owner, tmp_path, capsys, kind)
 
 
 @pytest.mark.parametrize('name', BAD_FILES)
-def test_files_that_are_not_weights_are_named(hub, owner, tmp_path, capsys, name):
+def test_the_kind_of_an_unreadable_file_is_named(hub, owner, tmp_path, capsys, name):
     content, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
     refused(hub, tmp_path / name, f'{name} cannot be read as weights: .*{message}', capsys)
 
 
-def test_more_files_that_are_not_weights(hub, owner, tmp_path, capsys):
+def test_more_unreadable_files(hub, owner, tmp_path, capsys):
     torch.save(dict(state_dict=Payload(f'touch {tmp_path}/ran')), tmp_path / 'payload.pth')
     refused(hub, tmp_path / 'payload.pth', r'payload.pth .* wants posix.system', capsys)
     assert not (tmp_path / 'ran').exists()
@@ -238,15 +238,29 @@ def test_more_files_that_are_not_weights(hub, owner, tmp_path, capsys):
     refused(hub, tmp_path / 'none.pth', 'none.pth does not exist', capsys)
     torch.save(dict(epoch=3), tmp_path / 'no.pth')
     refused(hub, tmp_path / 'no.pth', r'no.pth holds no weights: .*\(epoch\)', capsys)
-    for name in ('spa_mobilenetv2_cifar', 'spa_mobile.mine'):
-        refused(hub, SHIPPED, f'{name!r} names no weights', capsys, name=name)
+
+
+@pytest.mark.parametrize('name', [
+    'spa_mobilenetv2_cifar', 'spa_mobilenetv2_cifar.', 'spa_mobile.mine', 'spa_mobilenetv2_cifar.a/b',
+    'spa_mobilenetv2_cifar.ü'])
+def test_invalid_names_of_weights(hub, owner, capsys, name):
+    refused(hub, SHIPPED, f'Invalid name of weights {name!r}: expected ARCHITECTURE.TAG', capsys, name=name)
+
+
+@pytest.mark.parametrize('epoch', [0, 12])
+def test_the_epoch_is_in_the_metadata(tmp_path, epoch):
+    torch.save(dict(state_dict=safetensors.torch.load_file(SHIPPED), epoch=epoch), tmp_path / 'best.pth')
+    notes = write_repository(tmp_path / 'out', tmp_path / 'best.pth', NAME)
+    assert notes[0].endswith(f'best.pth, epoch {epoch}.')
+    with safetensors.safe_open(tmp_path / 'out' / 'model.safetensors', framework='pt') as f:
+        assert f.metadata()['epoch'] == str(epoch)
 
 
 @pytest.mark.parametrize('name', ['args.yaml', 'summary.csv', 'run.json', 'card.yaml', 'best.safetensors'])
 @pytest.mark.parametrize('kind', ['pipe', 'large', 'bomb', 'merge bomb', 'deep', 'endless'])
-def test_files_that_would_take_for_ever(hub, owner, tmp_path, capsys, name, kind):
+def test_files_that_would_take_forever(hub, owner, tmp_path, capsys, name, kind):
     if kind in ('bomb', 'merge bomb', 'endless') and not name.endswith('.yaml'):
-        pytest.skip('only YAML knows names')
+        pytest.skip('only YAML has aliases')
     if (name, kind) == ('best.safetensors', 'large'):
         pytest.skip('weights may be large')
     shutil.copy(SHIPPED, tmp_path / 'best.safetensors')
@@ -265,7 +279,7 @@ def test_files_that_would_take_for_ever(hub, owner, tmp_path, capsys, name, kind
 
 
 @pytest.mark.parametrize('key', ['model', 'model_ema', 'state_dict', 'state_dict_ema'])
-def test_the_names_that_training_scripts_give_to_weights(key, tmp_path):
+def test_keys_of_weights_in_training_checkpoints(key, tmp_path):
     state = safetensors.torch.load_file(SHIPPED)
     torch.save({'model': 'spa_mobilenetv2_cifar', 'epoch': 3, key: state}, tmp_path / 'a.pth')
     weights = read_weights(tmp_path / 'a.pth')
@@ -306,7 +320,7 @@ def test_a_password_of_the_endpoint_is_not_printed(owner, monkeypatch, weights_t
 def test_names_of_repositories_are_checked_in_a_dry_run_too(repo, tmp_path, capsys):
     arguments = ['publish', str(SHIPPED), '--model', NAME, '--repo', repo, '--dry-run', str(tmp_path / 'out')]
     assert timm_spa_cli.main(arguments) == 1
-    assert 'A repository is organization/name' in capsys.readouterr().err
+    assert f'{repo!r} is not the name of a repository' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 

@@ -1,4 +1,4 @@
-"""Verification: a sound repository passes, and each seeded fault is one line that names it."""
+"""Verification: a valid repository passes, and each kind of damage is named in one line."""
 import copy
 import hashlib
 import json
@@ -67,16 +67,29 @@ def change_weights(folder, metadata=METADATA, **changes):
     safetensors.torch.save_file(tensors, folder / 'model.safetensors', metadata=metadata)
 
 
-def test_a_sound_folder(folder, capsys):
+def test_a_valid_folder(folder, capsys):
     report = verify(folder)
     assert report.problems == []
     checked = '\n'.join(report.checked)
-    for what in ('no', 'README.md', 'config.json', 'metadata', 'every value finite', 'one forward pass of (3, 32, 32)'):
-        assert what in checked
+    for check in ('README.md', 'config.json', 'metadata', 'for pickles', 'finite values', 'one forward pass of (3, 32, 32)'):
+        assert check in checked
     assert timm_spa_cli.main(['verify', str(folder)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == 'No problem found.'
     assert all(line.startswith('checked: ') for line in out[:-1])
+
+
+def test_a_detector_needs_its_check(folder):
+    """Its files are checked anyway, and the check of the detector has its own lines."""
+    change_config(folder, detector='retinanet')
+    (folder / 'README.md').unlink()
+    missing, problem = verify(folder).problems
+    assert missing == 'README.md is missing'
+    assert 'has a detector, which was not checked' in problem
+    assert 'check_detector=timm_spa.detection.repository.check_detector' in problem
+    report = verify(folder, check_detector=lambda path: ([f'boxes of {path}'], ['no boxes']))
+    assert report.checked[-1] == f'boxes of {folder}'
+    assert report.problems == [missing, 'no boxes']
 
 
 def test_a_file_that_names_the_architecture_alone(folder):
@@ -85,9 +98,9 @@ def test_a_file_that_names_the_architecture_alone(folder):
 
 
 @pytest.mark.parametrize(('logits', 'shown'), [
-    (torch.zeros(2, 4), 'gave (2, 4), 0 values'),
-    (torch.tensor([[0., float('inf'), 0.]] * 2), 'gave (2, 3), 2 values')])
-def test_a_forward_pass_that_goes_wrong(folder, logits, shown):
+    (torch.zeros(2, 4), 'returned (2, 4) with 0 values'),
+    (torch.tensor([[0., float('inf'), 0.]] * 2), 'returned (2, 3) with 2 values')])
+def test_an_invalid_forward_pass(folder, logits, shown):
     class Model:
         num_classes = 3
         pretrained_cfg = dict(input_size=(3, 32, 32))
@@ -101,15 +114,15 @@ def test_a_forward_pass_that_goes_wrong(folder, logits, shown):
     assert shown in problem
 
 
-def test_a_file_in_place_of_its_folder(folder):
+def test_a_file_instead_of_its_folder(folder):
     (problem,) = verify(folder / 'model.safetensors').problems
-    assert 'is a file: name the folder that it is in' in problem
+    assert 'is a file. Name its folder' in problem
 
 
 def test_a_folder_whose_files_were_being_replaced(folder):
     (folder / '.timm_spa-1-a.old').mkdir()
     (problem,) = verify(folder).problems
-    assert problem.startswith('.timm_spa-1-a.old is there: a command was killed')
+    assert problem.startswith('.timm_spa-1-a.old exists: a command was killed')
 
 
 def test_a_size_that_looks_like_a_pickle(folder):
@@ -174,8 +187,8 @@ def damaged_zip(folder):
     (folder / 'notes').write_bytes(content.replace(b'PK\x01\x02', b'PK\x01\x03'))
 
 
-FAULTS = [
-    (damaged_zip, 'notes cannot be read: Bad magic number for central directory'),
+DAMAGE = [
+    (damaged_zip, 'notes cannot be read and may be a pickle: Bad magic number for central directory'),
     (nan_tensor, '1 tensors with values that are not finite: conv_stem.weight'),
     (infinite_variance, 'not finite: bn1.running_var'),
     (negative_variance, 'variances below zero: bn1.running_var'),
@@ -184,40 +197,40 @@ FAULTS = [
     (other_model, 'does not fit spa_mobilenetv2_cifar'),
     (truncated, 'truncated'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'model.safetensors does not exist'),
-    (lambda folder: change_weights(folder, metadata=None), 'is of model None'),
-    (lambda folder: change_weights(folder, metadata=dict(METADATA, model='se_x.y')), 'is of model se_x.y'),
-    (lambda folder: change_weights(folder, metadata=dict(model=NAME)), 'does not say that it is of torch'),
+    (lambda folder: change_weights(folder, metadata=None), 'names the model None, but'),
+    (lambda folder: change_weights(folder, metadata=dict(METADATA, model='se_x.y')), 'names the model se_x.y, but config.json describes spa_mobilenetv2_cifar.test'),
+    (lambda folder: change_weights(folder, metadata=dict(model=NAME)), 'has no format "pt" in its metadata'),
     (pickle_by_name, 'pytorch_model.bin is a pickle'),
     (pickle_by_content, 'notes is a pickle'),
     (old_pickle_by_content, 'notes.txt is a pickle'),
     (newest_pickle, 'notes is a pickle'),
-    (lambda folder: change_config(folder, architecture='spa_resnet7'), "'spa_resnet7', which is none"),
-    (lambda folder: change_config(folder, num_classes=4), 'config.json has 4 classes, and 3'),
-    (lambda folder: change_config(folder, num_features=7), 'num_features 7, and spa_mobilenetv2_cifar has 1280'),
-    (lambda folder: change_config(folder, label_names=['a', 'b']), '2 label_names for 3 classes'),
-    (lambda folder: change_config(folder, label_names=['a', 'b', 'a']), '2 label_names for 3 classes'),
-    (lambda folder: change_config(folder, id2label={'0': 'a', '1': 'b'}), 'id2label for the classes 0 to 2'),
-    (lambda folder: change_config(folder, model_args=dict(num_classes=3)), 'num_classes in model_args'),
+    (lambda folder: change_config(folder, architecture='spa_resnet7'), "the name of a registered model, got 'spa_resnet7'"),
+    (lambda folder: change_config(folder, num_classes=4), 'config.json has 4 classes, but 3'),
+    (lambda folder: change_config(folder, num_features=7), 'num_features 7, but spa_mobilenetv2_cifar has 1280'),
+    (lambda folder: change_config(folder, label_names=['a', 'b']), '2 different label_names for 3 classes'),
+    (lambda folder: change_config(folder, label_names=['a', 'b', 'a']), '2 different label_names for 3 classes'),
+    (lambda folder: change_config(folder, id2label={'0': 'a', '1': 'b'}), 'the keys of id2label should be the classes 0 to 2'),
+    (lambda folder: change_config(folder, model_args=dict(num_classes=3)), 'a duplicate num_classes in model_args'),
     (lambda folder: change_config(folder, model_args=dict(pyramid_sizes=[0])), 'cannot be created'),
     (lambda folder: change_cfg(folder, hf_hub_filename=None), 'does not set hf_hub_filename'),
     (lambda folder: (folder / 'config.json').write_text('{'), 'config.json cannot be read'),
-    (lambda folder: (folder / 'config.json').write_text('{}'), 'lacks architecture, num_classes, pretrained_cfg'),
-    (lambda folder: (folder / 'README.md').unlink(), 'no README.md'),
-    (lambda folder: (folder / 'README.md').write_text('# text'), 'README.md lacks metadata'),
-    (lambda folder: (folder / 'README.md').write_text('---\nlicense: mit\n---\n'), 'lacks library_name, pipeline_tag'),
+    (lambda folder: (folder / 'config.json').write_text('{}'), 'config.json: missing architecture, num_classes, pretrained_cfg'),
+    (lambda folder: (folder / 'README.md').unlink(), 'README.md is missing'),
+    (lambda folder: (folder / 'README.md').write_text('# text'), 'README.md has no readable metadata'),
+    (lambda folder: (folder / 'README.md').write_text('---\nlicense: mit\n---\n'), 'README.md has no library_name, pipeline_tag'),
 ]
 
 
-@pytest.mark.parametrize(('fault', 'line'), FAULTS, ids=[f'{i} {line}' for i, (_, line) in enumerate(FAULTS)])
-def test_a_fault_is_named(folder, fault, line, capsys):
-    fault(folder)
+@pytest.mark.parametrize(('damage', 'line'), DAMAGE, ids=[f'{i} {line}' for i, (_, line) in enumerate(DAMAGE)])
+def test_damage_is_named(folder, damage, line, capsys):
+    damage(folder)
     assert timm_spa_cli.main(['verify', str(folder)]) == 1
     problems = [text for text in capsys.readouterr().out.splitlines() if text.startswith('problem: ')]
     assert any(line in problem for problem in problems), problems
 
 
 SIZES = ([3, 20000, 20000], [3, 32], [3, 32, -1], [3, 32.5, 32], [3, 'a', 32], [True, 32, 32], '3x32x32', None, {}, 7)
-HOSTILE = [
+INVALID_CONFIGS = [
     *(dict(architecture=value) for value in (7, None, ['spa_resnet18'], {}, '../x', 'resnet18.a1_in1k')),
     *(dict(num_classes=value) for value in (0, -1, 2.5, '3', None, True, 10 ** 12)),
     *(dict(num_features=value) for value in ('1280', [1280])), dict(global_pool=['avg']),
@@ -243,9 +256,9 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize('change', HOSTILE, ids=str)
-def test_a_config_that_asks_for_harm_or_nonsense(folder, change, monkeypatch, capsys):
-    """It is a problem that is named, nothing is raised, and nothing is fetched or opened for it."""
+@pytest.mark.parametrize('change', INVALID_CONFIGS, ids=str)
+def test_a_hostile_or_invalid_config(folder, change, monkeypatch, capsys):
+    """It is a problem of the report; nothing is raised, downloaded or opened."""
     def refuse(*args, **kwargs):
         raise AssertionError(f'a file asked for {args}')
 
@@ -257,12 +270,12 @@ def test_a_config_that_asks_for_harm_or_nonsense(folder, change, monkeypatch, ca
         change_config(folder, **({'pretrained_cfg': change['cfg']} if 'cfg' in change else change))
     report = verify(folder)
     assert report.problems
-    assert 'cannot be used' not in report.problems[0], 'found out by looking, not by an accident'
+    assert 'cannot be used' not in report.problems[0], 'found by a check, not by an unexpected error'
     assert all('asked for' not in problem and len(problem) < 700 for problem in report.problems), report.problems
 
 
 @pytest.mark.parametrize('text', ['[]', '"x"', '3', 'null', '[' * 100_000, '{"a": ' * 50_000, ' ' * 3_000_000, '\xff'])
-def test_a_config_that_is_none(folder, text):
+def test_a_config_that_is_not_a_mapping(folder, text):
     (folder / 'config.json').write_bytes(text.encode('latin-1'))
     (problem,) = verify(folder).problems
     assert problem.startswith('config.json')
@@ -281,17 +294,17 @@ def test_a_name_that_would_break_the_report(folder, capsys):
     (folder / 'a\nNo problem found.\x1b[2J.pkl').write_bytes(b'')
     assert timm_spa_cli.main(['verify', str(folder)]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert r'problem: a\nNo problem found.\x1b[2J.pkl is a pickle, which can run code when it is opened' in out
-    assert out[-1] == '1 problems.'
+    assert r'problem: a\nNo problem found.\x1b[2J.pkl is a pickle, which can run code when it is opened. Remove it' in out
+    assert out[-1] == '1 problem.'
 
 
-def test_a_file_that_cannot_be_read_stops_no_other_check(folder):
+def test_other_checks_run_after_an_unreadable_file(folder):
     damaged_zip(folder)
     (folder / 'README.md').unlink()
     assert len(verify(folder).problems) == 2
 
 
-def test_several_faults_are_several_lines(folder):
+def test_several_problems_are_several_lines(folder):
     nan_tensor(folder)
     pickle_by_name(folder)
     (folder / 'README.md').unlink()
@@ -299,7 +312,7 @@ def test_several_faults_are_several_lines(folder):
 
 
 def on_the_hub(hub, folder, **more):
-    """Lays a folder as a repository; of its files the weights are a large one."""
+    """Stores a folder as a repository of the Hub, with the weights as a large file."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()} | more
     hub.large_files.update({sha256(content): content for content in files.values()})
     repository = hub.repositories['org/name'] = Repository(private=False)
@@ -321,19 +334,19 @@ def test_a_repository_of_the_hub(hub, folder):
         assert any('3 files against the digests of the Hub' in line and commit in line for line in report.checked)
 
 
-def test_what_is_published_is_sound(hub, tmp_path, trained, monkeypatch):
+def test_a_published_repository_is_valid(hub, tmp_path, trained, monkeypatch):
     monkeypatch.setenv('HF_TOKEN', OWNER)
     torch.save(trained, tmp_path / 'weights.pth')
     (tmp_path / 'card.yaml').write_text('license: mit')
     publish(tmp_path / 'weights.pth', f'{NAME}.test', 'org/name', num_classes=3)
     report = verify('org/name')
     assert report.problems == []
-    assert 'a photograph classified' in report.checked[-1]
+    assert 'classifying a photograph' in report.checked[-1]
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'README.md'])
 def test_a_flipped_byte_in_the_cache(hub, folder, name):
-    """A large file and a small one, which have digests of two kinds. The weights would load with a wrong value."""
+    """Large and small files have different kinds of digests. The damaged weights would load with a wrong value."""
     on_the_hub(hub, folder)
     verify('org/name')
     (cached,) = Path(constants.HF_HUB_CACHE).rglob(f'snapshots/*/{name}')
@@ -341,14 +354,14 @@ def test_a_flipped_byte_in_the_cache(hub, folder, name):
     content[-2] ^= 1
     cached.resolve().write_bytes(content)
     (problem,) = verify('hf-hub:org/name').problems
-    assert problem.startswith(f'{name} has the digest')
+    assert problem.startswith(f'{name} is damaged: its digest is')
     assert str(cached.resolve()) in problem
 
 
-def test_a_flipped_byte_on_the_way(hub, folder):
+def test_a_flipped_byte_during_the_download(hub, folder):
     on_the_hub(hub, folder)
     hub.fail('GET', '/objects/', flip=True)
-    assert any(problem.startswith('model.safetensors has the digest') for problem in verify('org/name').problems)
+    assert any(problem.startswith('model.safetensors is damaged: its digest is') for problem in verify('org/name').problems)
 
 
 @pytest.mark.parametrize('other', [{}, {'*': b'a file whose name is a pattern'}])
@@ -362,8 +375,8 @@ def test_a_pickle_on_the_hub_is_not_downloaded(hub, folder, other):
 
 @pytest.mark.parametrize(('source', 'revision', 'cause'), [
     ('org/missing', None, 'RepositoryNotFoundError'), ('org/name', 'v9', 'RevisionNotFoundError'),
-    ('no folder', None, 'no name of a repository')])
-def test_a_repository_that_is_not_there(hub, folder, source, revision, cause, capsys):
+    ('no folder', None, 'neither a folder nor the name of a repository')])
+def test_a_missing_repository(hub, folder, source, revision, cause, capsys):
     on_the_hub(hub, folder)
     assert timm_spa_cli.main(['verify', source, *(['--revision', revision] if revision else [])]) == 1
     problem = [line for line in capsys.readouterr().out.splitlines() if line.startswith('problem')]
@@ -377,7 +390,7 @@ def test_a_hub_that_does_not_answer(hub, folder, fault):
     on_the_hub(hub, folder)
     hub.fail('GET', '/api/models', **fault)
     (problem,) = verify('org/name').problems
-    assert f'org/name cannot be had from {hub.url}' in problem
+    assert f'org/name cannot be downloaded from {hub.url}' in problem
 
 
 def test_offline_mode(hub, folder, monkeypatch):
@@ -388,27 +401,27 @@ def test_offline_mode(hub, folder, monkeypatch):
 
 
 def test_accuracy(folder, tmp_path, trained):
-    """On pictures whose right answers are computed here; the labels' order is not that of the alphabet."""
+    """On images whose correct classes are computed here; the labels are not in alphabetical order."""
     model = timm.create_model(NAME, num_classes=3).eval()
     model.load_state_dict(trained)
     cfg = timm.get_pretrained_cfg(NAME)
     mean, std = (torch.tensor(value)[:, None, None] for value in (cfg.mean, cfg.std))
-    labels, right, in_order = ['bird', 'cat', 'ant'], 0, 0
-    pictures = torch.Generator().manual_seed(1)
+    labels, correct, in_order = ['bird', 'cat', 'ant'], 0, 0
+    generator = torch.Generator().manual_seed(1)
     for i in range(12):
-        pixels = torch.randint(0, 256, (3, 32, 32), generator=pictures, dtype=torch.uint8)
+        pixels = torch.randint(0, 256, (3, 32, 32), generator=generator, dtype=torch.uint8)
         with torch.no_grad():
-            answer = model(((pixels / 255 - mean) / std)[None]).argmax().item()
-        label = labels[(answer + (i % 3 == 0)) % 3]  # every third is put in a wrong folder
-        right += i % 3 != 0
-        in_order += answer == i % 3
+            prediction = model(((pixels / 255 - mean) / std)[None]).argmax().item()
+        label = labels[(prediction + (i % 3 == 0)) % 3]  # every third image is put in a wrong folder
+        correct += i % 3 != 0
+        in_order += prediction == i % 3
         for path in (f'images/validation/{label}/{i}.png', f'unnamed/{"xyz"[i % 3]}/{i}.png'):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / path)
     report = verify(folder, images=tmp_path / 'images', batch_size=5)
     assert report.problems == []
-    assert report.accuracy == {1: pytest.approx(100 * right / 12, abs=1e-3), 3: 100.0}
-    assert '12 pictures' in report.checked[-1]
+    assert report.accuracy == {1: pytest.approx(100 * correct / 12, abs=1e-3), 3: 100.0}
+    assert '12 images' in report.checked[-1]
     change_config(folder, label_names=None)
     report = verify(folder, images=tmp_path / 'unnamed')
     assert report.accuracy[1] == pytest.approx(100 * in_order / 12, abs=1e-3), 'the labels of other weights were taken'
@@ -416,7 +429,7 @@ def test_accuracy(folder, tmp_path, trained):
     change_config(folder, label_names=labels)
     dog = tmp_path / 'images' / 'validation' / 'dog'
     dog.mkdir()
-    assert verify(folder, images=tmp_path / 'images').problems == [], 'a folder without a picture is no class'
+    assert verify(folder, images=tmp_path / 'images').problems == [], 'a folder without images is not a class'
     Image.new('RGB', (32, 32)).save(dog / 'dog.png')
     (problem,) = verify(folder, images=tmp_path / 'images').problems
     assert 'other classes than the 3 of the model: ' in problem

@@ -1,19 +1,19 @@
-"""`timm-spa card`: the card of a repository's folder, made of the files in it."""
+"""`timm-spa card`: create the model card of a repository's folder."""
 import argparse
 import os
 
-HELP = "make the card of a repository's folder from the files in it, and print it"
+HELP = "create the model card of a repository's folder from its files, and print it"
 EXAMPLES = ('timm-spa card out --repo ORG/NAME --write',)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument('folder', metavar='FOLDER', help='folder that `publish --dry-run` wrote')
-    parser.add_argument('--repo', metavar='ORG/NAME', help='repository that the folder is of')
-    parser.add_argument('--results', metavar='DIR', help='results of a sweep with the controls to compare with')
+    parser.add_argument('folder', metavar='FOLDER', help='folder written by `publish --dry-run`')
+    parser.add_argument('--repo', metavar='ORG/NAME', help='repository of the folder')
+    parser.add_argument('--results', metavar='DIR', help='results of a sweep, for a comparison in the card')
     parser.add_argument('--write', action='store_true', help='replace the README.md of the folder')
     parser.add_argument(
-        '--overwrite', action='store_true', help='with --write: also in a folder that `publish` did not write')
+        '--overwrite', action='store_true', help='with --write: replace it even in a folder that `publish` did not write')
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`timm-spa publish`: weights as a repository of the Hub."""
+"""`timm-spa publish`: publish weights as a repository of the Hub."""
 import argparse
 from functools import partial
 from typing import Any
@@ -16,19 +16,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument(
         'checkpoint', metavar='CHECKPOINT',
-        help='model_best.pth.tar of a run, or a file of its weights; of a detector the folder `best` or `last`')
-    parser.add_argument('--model', metavar='NAME.TAG', help='e.g. spa_resnet50.tmm_in1k; none for a detector')
-    parser.add_argument('--repo', metavar='ORG/NAME', help='repository (default: NAME.TAG of TIMM_SPA_HUB_ORG)')
+        help='checkpoint of a training run, or a file of weights; for a detector its folder `best` or `last`')
+    parser.add_argument('--model', metavar='NAME.TAG', help='architecture and tag, e.g. spa_resnet50.mine; not for a detector')
+    parser.add_argument('--repo', metavar='ORG/NAME', help='repository (default: $TIMM_SPA_HUB_ORG/NAME.TAG)')
     parser.add_argument(
-        '--num-classes', type=positive, help="classes of the checkpoint, if the run's args.yaml is missing")
-    parser.add_argument('--private', action='store_true', help='to a private repository, or not at all')
-    parser.add_argument('--pr', action='store_true', help='as a pull request')
-    parser.add_argument('--tag', help='name for the commit, e.g. v1')
-    parser.add_argument('--results', metavar='DIR', help='results of a sweep with the controls for the card')
-    parser.add_argument('--replace-card', action='store_true', help='replace the README.md of the repository or folder')
-    parser.add_argument('--dry-run', metavar='DIR', help='write the files to a folder, and upload nothing')
+        '--num-classes', type=positive, help='number of classes, if the checkpoint has no args.yaml')
+    parser.add_argument('--private', action='store_true', help='fail unless the repository is private')
+    parser.add_argument('--pr', action='store_true', help='open a pull request')
+    parser.add_argument('--tag', help='tag of the commit, e.g. v1')
+    parser.add_argument('--results', metavar='DIR', help='results of a sweep, for a comparison in the card')
+    parser.add_argument('--replace-card', action='store_true', help='replace an existing README.md')
+    parser.add_argument('--dry-run', metavar='DIR', help='write the files to a folder without an upload')
     parser.add_argument(
-        '--overwrite', action='store_true', help='replace files also in a folder that this verb did not write')
+        '--overwrite', action='store_true', help='replace files even in a folder that `publish` did not write')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     upload: Any = dict(private=args.private, create_pr=args.pr, tag=args.tag, replace_card=args.replace_card)
     if is_detector(args.checkpoint):
         if args.model is not None or args.num_classes or args.results:
-            args.error(f'{args.checkpoint} is a detector, which takes no --model, --num-classes or --results')
+            args.error(f'{args.checkpoint} is a detector: leave out --model, --num-classes and --results')
         if not args.repo and not args.dry_run:
             args.error('a detector needs --repo ORG/NAME')
         write: Any = partial(

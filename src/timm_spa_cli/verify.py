@@ -1,10 +1,12 @@
-"""`timm-spa verify`: checks of a repository of the Hub, or of a folder that will be one."""
+"""`timm-spa verify`: check a repository of the Hub, or its folder before publishing."""
 import argparse
+from pathlib import Path
+from typing import List, Tuple
 
 from timm_spa_cli._table import printable
 from timm_spa_cli.predict import positive
 
-HELP = 'check a repository of the Hub, or a folder that will be one'
+HELP = 'check a repository of the Hub, or its folder before publishing'
 EXAMPLES = ('timm-spa verify ORG/NAME --images DATA --split val',)
 
 
@@ -13,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', metavar='ORG/NAME|FOLDER')
     parser.add_argument('--revision', help='branch, tag or commit of the repository')
     parser.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy on')
-    parser.add_argument('--split', default='validation', help='subfolder of it (default: %(default)s)')
-    parser.add_argument('--batch-size', type=positive, default=64, help='pictures at a time (default: %(default)s)')
+    parser.add_argument('--split', default='validation', help='subfolder of DIR (default: %(default)s)')
+    parser.add_argument('--batch-size', type=positive, default=64, help='images per batch (default: %(default)s)')
     parser.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
 
 
@@ -25,10 +27,17 @@ def run(args: argparse.Namespace) -> int:
     from timm_spa.hub.verify import verify
     from timm_spa.predict import on_device
 
-    on_device(torch.nn.Identity(), args.device)  # before a download, and no fault of the repository
-    report = verify(args.source, args.revision, args.images, args.split, args.batch_size, args.device)
+    def check_detector(folder: Path) -> Tuple[List[str], List[str]]:
+        from timm_spa.detection.repository import check_detector  # imports torchvision, for a detector only
+
+        return check_detector(folder)
+
+    on_device(torch.nn.Identity(), args.device)  # fails before a download, and is not a problem of the repository
+    report = verify(
+        args.source, args.revision, args.images, args.split, args.batch_size, args.device, check_detector)
     for kind, lines in (('checked', report.checked), ('problem', report.problems)):
-        for line in lines:  # with names of files that may come from anywhere
+        for line in lines:  # names of files may contain control characters
             print(printable(f'{kind}: {line}').replace('\n', '\\n'))
-    print(f'{len(report.problems)} problems.' if report.problems else 'No problem found.')
+    count = len(report.problems)
+    print(f'{count} problem{"s" if count > 1 else ""}.' if count else 'No problem found.')
     return 1 if report.problems else 0

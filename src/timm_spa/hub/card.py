@@ -1,4 +1,4 @@
-"""Model cards, made of what was measured and of nothing else."""
+"""Model cards, written from the files of a training run."""
 import json
 import os
 import re
@@ -11,10 +11,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..checkpoints.config_file import class_labels, config_problems
 from ..checkpoints.files import ReadError, read_text
 from ..checkpoints.reading import CheckpointError, read_header, stored_epoch
+from ..checkpoints.run_arguments import untagged
 from ..predict import load_model, predict
 from ..training.run_record import Run
 from .card_sections import (
-    CardError,
     cost_of,
     description,
     details,
@@ -27,12 +27,14 @@ from .card_sections import (
     start_weights,
 )
 from .comparison import comparison_table, read_results
-from .markdown import listed, paragraphs, wrapped
+from .markdown import paragraphs, wrapped
+from .upload import PublishError
 
 __all__ = ['CardError', 'card_of_folder', 'check_repository_name', 'make_card']
 
+CardError = PublishError  # earlier name
 TEMPLATE = Path(__file__).with_name('card_template.md')
-# data sets that a tag names: the Hub's id and the name
+# datasets by the end of a tag: the id on the Hub, and the name
 DATASETS: Dict[str, Tuple[str, str]] = {'in1k': ('ILSVRC/imagenet-1k', 'ImageNet-1k')}
 
 
@@ -46,28 +48,28 @@ def make_card(
         epoch: Optional[int] = None,
         results: Optional[Union[str, Path]] = None,
 ) -> ModelCard:
-    """Makes the card of a repository. A fact that is not known leaves its line out.
+    """Creates the card of a repository. Lines about unknown facts are left out.
 
     Args:
         model_name: Name of the weights, architecture and tag, e.g. 'spa_resnet50.tmm_in1k'.
-        repo_id: Repository, 'organization/name'. If None, the card shows how to load the registered weights of the
-            name, or from the folder itself if there are none.
-        run: What lies beside the checkpoint.
+        repo_id: Repository, 'organization/name'. If None, the card shows how to load the registered weights of
+            `model_name`, or how to load from the folder if no weights are registered.
+        run: Files next to the checkpoint.
         config: Content of the repository's config.json.
-        weights: The safetensors file, to state how it is stored.
-        epoch: Epoch of the run that the weights are of (a training checkpoint knows it); the accuracy is then that of
-            its row in summary.csv, unless card.yaml has one that was measured on the published file. If None, it is
-            taken from card.yaml, or from the metadata of `weights` ('epoch').
-        results: Folder of a sweep, `train_scripts/results/<sweep>`, with the controls to compare with.
+        weights: The safetensors file; the card states its size and data types.
+        epoch: Epoch of the weights. The accuracy is that of its row in summary.csv, unless card.yaml has an accuracy
+            that was measured on the published file. If None, the epoch is read from card.yaml or from the metadata of
+            `weights`.
+        results: Folder of a sweep with the baselines to compare with, e.g. `train_scripts/results/tin200`.
 
     Returns:
         The card; `card.save(path)` writes it.
 
     Raises:
-        CardError: A fact is missing that a card must state, or facts contradict each other.
-        CheckpointError: `weights` cannot be read, or are of a smaller model.
-        RunError: A file of a control's run cannot be read, or it is no control.
-        SummaryError: The metrics of a control are no table.
+        PublishError: A required fact is missing, or facts contradict each other.
+        CheckpointError: `weights` cannot be read, or are too small for the model.
+        RunError: A file of a baseline's run cannot be read, or the run cannot be compared.
+        SummaryError: The metrics of a baseline are not a table.
     """
     run = run or Run()
     facts = run.facts
@@ -75,31 +77,34 @@ def make_card(
     _check_agreement(model_name, config, run)
     row = run.row(_agreed_epoch(run, weights, epoch))
     if run.args.get('model_ema') and run.args.get('model_ema_force_cpu'):
-        row = None  # timm measured the weights that are not averaged then
+        row = None  # timm measured the weights without averaging in this case
     dataset = _dataset(model_name, run)
     scores = _scores(run, row, config['num_classes'])
     for k, value in scores.items():
-        if not 0 <= value <= 100:  # nor is it for NaN
-            raise CardError(f'The top-{k} accuracy of {model_name} is said to be {value} %.')
+        if not 0 <= value <= 100:  # also refuses NaN
+            raise PublishError(
+                f'Invalid top-{k} accuracy of {model_name}: {value}, expected a percentage from 0 to 100. Correct '
+                'card.yaml or summary.csv next to the checkpoint.')
     if scores and 'name' not in dataset:
-        raise CardError(
-            f'The accuracy {scores} is of an unnamed data set. Name it in card.yaml beside the checkpoint: '
+        raise PublishError(
+            f'The dataset of the accuracy {scores} has no name. Add it to card.yaml next to the checkpoint: '
             '"dataset: {name: ..., id: its id on the Hub, if it has one}".')
     cfg = config['pretrained_cfg']
-    licence = facts.get('license') or cfg.get('license')
-    if not licence:
-        raise CardError(
-            f'Nobody but you can choose the licence of {model_name}, and a card must name it. Say in card.yaml beside '
-            'the checkpoint: "license: apache-2.0", or another identifier of the Hub.')
+    license_id = facts.get('license') or cfg.get('license')
+    if not license_id:
+        raise PublishError(
+            f'No license given for {model_name}, and a card needs one. Add "license: apache-2.0", or another '
+            "identifier of the Hub's list, to card.yaml next to the checkpoint.")
     try:
         cost, examples = cost_of(config), shapes(config)
-    except Exception as e:  # timm's and torch's, for arguments that are not the model's
-        raise CardError(f'{config["architecture"]} cannot be made with the arguments of config.json: {e}') from e
+    except Exception as e:  # errors of timm and torch for invalid arguments
+        raise PublishError(f'{config["architecture"]} cannot be created with the arguments of config.json: {e}') from e
     if weights is not None and cost.parameters > os.path.getsize(weights):
         raise CheckpointError(
-            f'{weights} is too small for the {cost.parameters:,} parameters of the model in config.json.')
+            f'{weights} is too small for the {cost.parameters:,} parameters of the model in config.json. Write the '
+            'repository again with `timm-spa publish`.')
     data = ModelCardData(
-        license=licence,
+        license=license_id,
         library_name='timm',
         pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'timm_spa'],
@@ -119,8 +124,9 @@ def make_card(
                 metric_value=value,
             ) for k, value in scores.items()] or None,
     )
-    comparison = comparison_table(read_results(results, config['architecture']), run, config['architecture']) \
-        if results else []
+    comparison = comparison_table(
+        read_results(results, config['architecture']), run, config['architecture']) if results else []
+    recorded = run.record.get('command')
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding='utf-8'),
@@ -132,7 +138,7 @@ def make_card(
         top_k=min(5, config['num_classes']),
         mode='L' if config['pretrained_cfg']['input_size'][0] == 1 else 'RGB',
         **examples,
-        commands=[wrapped(command) for command in facts.get('commands') or listed(run.record.get('command'))],
+        commands=[wrapped(command) for command in facts.get('commands') or ([recorded] if recorded else [])],
         recipe=recipe(run),
         training=facts.get('training', '').strip(),
         evidence=evidence(run, alone=not comparison),
@@ -149,11 +155,11 @@ def card_of_folder(
         repo_id: Optional[str] = None,
         results: Optional[Union[str, Path]] = None,
 ) -> ModelCard:
-    """Makes the card of a repository's folder from the files in it.
+    """Creates the card of a repository's folder from the files in it.
 
     Args:
-        folder: Folder with config.json, as `timm-spa publish --dry-run` writes it.
-        repo_id: Repository that the folder is of, as for `make_card`.
+        folder: Folder as written by `timm-spa publish --dry-run`.
+        repo_id: As for `make_card`.
         results: As for `make_card`.
 
     Returns:
@@ -161,7 +167,7 @@ def card_of_folder(
 
     Raises:
         CheckpointError: model.safetensors cannot be read.
-        CardError: The folder has no config.json that a model can be made of, or as for `make_card`.
+        PublishError: config.json is missing or does not describe a model, or as for `make_card`.
         RunError: As for `make_card`, also for the files of the folder.
         SummaryError: As for `make_card`, also for the files of the folder.
     """
@@ -169,10 +175,12 @@ def card_of_folder(
     try:
         config = json.loads(read_text(folder / 'config.json'))
     except (ReadError, ValueError, RecursionError) as e:
-        raise CardError(f'{folder} is no folder of a repository: config.json cannot be read ({e}).') from e
+        raise PublishError(
+            f'{folder} is not the folder of a repository: config.json cannot be read ({e}). Write the folder with '
+            '`timm-spa publish --dry-run`.') from e
     problems = config_problems(config)
     if problems:
-        raise CardError(f'{folder}: {"; ".join(problems)}.')
+        raise PublishError(f'{folder}: {"; ".join(problems)}.')
     architecture = config['architecture']
     name = '.'.join(filter(None, (architecture, config['pretrained_cfg'].get('tag'))))
     cfg = timm.get_pretrained_cfg(name) if name in timm.list_pretrained(f'{architecture}.*') else None
@@ -182,7 +190,7 @@ def card_of_folder(
 
 
 def _source(model_name: str, repo_id: Optional[str]) -> str:
-    """Returns what `timm.create_model` loads the weights by."""
+    """Returns the first argument of `timm.create_model` for these weights."""
     if repo_id:
         return f'hf-hub:{repo_id}'
     return model_name if model_name in timm.list_pretrained(model_name.partition('.')[0]) else 'local-dir:.'
@@ -191,32 +199,32 @@ def _source(model_name: str, repo_id: Optional[str]) -> str:
 def _check_agreement(model_name: str, config: Mapping[str, Any], run: Run) -> None:
     architecture = model_name.partition('.')[0]
     claims = {
-        'architecture': [('config.json', config.get('architecture')), ('args.yaml', _untagged(run.args.get('model'))),
-                         ('run.json', _untagged(run.record.get('model'))), ('the name', architecture)],
-        'number of classes': [('config.json', config.get('num_classes')), ('args.yaml', run.args.get('num_classes'))],
-        'seed': [('args.yaml', run.args.get('seed')), ('run.json', run.record.get('seed'))],
+        'architecture': {
+            'the name': architecture, 'config.json': config.get('architecture'),
+            'args.yaml': untagged(run.args.get('model')), 'run.json': untagged(run.record.get('model'))},
+        'number of classes': {'config.json': config.get('num_classes'), 'args.yaml': run.args.get('num_classes')},
+        'seed': {'args.yaml': run.args.get('seed'), 'run.json': run.record.get('seed')},
     }
-    for what, sources in claims.items():
-        said = [(source, value) for source, value in sources if value is not None]
-        if len({value for _, value in said}) > 1:
-            raise CardError(f'The {what} is ' + ', '.join(f'{value} by {source}' for source, value in said) + '.')
+    for fact, values in claims.items():
+        known = {source: value for source, value in values.items() if value not in (None, '')}
+        if len(set(known.values())) > 1:
+            listed = ', '.join(f'{value} ({source})' for source, value in known.items())
+            raise PublishError(f'Conflicting {fact}: {listed}. Correct the wrong file, or move it to another folder.')
     if not timm.is_model(architecture):
-        raise CardError(f'There is no model {architecture!r} to make a card of.')
-
-
-def _untagged(name: Optional[str]) -> Optional[str]:
-    return None if name is None else str(name).partition('.')[0]
+        raise PublishError(f'Unknown model {architecture!r}: timm has no architecture of this name.')
 
 
 def _agreed_epoch(run: Run, weights: Optional[Union[str, Path]], epoch: Optional[int]) -> Optional[int]:
     stored = None if weights is None else stored_epoch(read_header(weights).facts)
-    said = {e for e in (epoch, run.facts.get('epoch'), stored) if e is not None}
-    if len(said) > 1:
-        raise CardError(f'The weights are of epoch {" and ".join(map(str, sorted(said)))}: only one can be true.')
-    found = next(iter(said), None)
-    if found is not None and run.summary and run.row(found) is None:
-        raise CardError(f'The weights are of epoch {found}, which summary.csv does not have.')
-    return found
+    epochs = sorted({e for e in (epoch, run.facts.get('epoch'), stored) if e is not None})
+    if len(epochs) > 1:
+        raise PublishError(
+            f'Conflicting epochs of the weights: {" and ".join(map(str, epochs))}. Correct "epoch" in card.yaml.')
+    if epochs and run.summary and run.row(epochs[0]) is None:
+        raise PublishError(
+            f'The weights are from epoch {epochs[0]}, but summary.csv has no row for it. Use the summary.csv of the '
+            'same training.')
+    return epochs[0] if epochs else None
 
 
 def _dataset(model_name: str, run: Run) -> Dict[str, str]:
@@ -224,18 +232,18 @@ def _dataset(model_name: str, run: Run) -> Dict[str, str]:
     loaded = str(run.args.get('dataset') or '')
     if loaded.startswith('hfds/'):
         dataset_id = loaded.removeprefix('hfds/')
-    found = dict(id=dataset_id, name=name or dataset_id, split=run.args.get('val_split'))
-    found.update(run.facts.get('dataset', {}))
-    return {k: ' '.join(str(v).split()) for k, v in found.items() if v is not None}
+    dataset = dict(id=dataset_id, name=name or dataset_id, split=run.args.get('val_split'))
+    dataset.update(run.facts.get('dataset', {}))
+    return {k: ' '.join(str(v).split()) for k, v in dataset.items() if v is not None}
 
 
 def _scores(run: Run, row: Optional[Mapping[str, float]], num_classes: int) -> Dict[int, float]:
-    """Returns the accuracy by k: what was measured on the published file, else that of the run's own evaluation."""
-    ks = (1, 5) if num_classes > 5 else (1,)  # the best five of five are always right
+    """Returns the accuracy by k: as measured on the published file, else from the run's own evaluation."""
+    ks = (1, 5) if num_classes > 5 else (1,)  # top-5 of five classes is always 100 %
     measured = run.facts.get('accuracy')
     if measured:
         if 'top1' not in measured:
-            raise CardError("'accuracy' in card.yaml lacks 'top1'.")
+            raise PublishError("'accuracy' in card.yaml has no 'top1'. Add it, in percent.")
         return {k: measured[f'top{k}'] for k in ks if f'top{k}' in measured}
     return {k: round(row[f'eval_top{k}'], 3) for k in ks if f'eval_top{k}' in row} if row else {}
 
@@ -245,9 +253,9 @@ def _base_model(config: Mapping[str, Any], run: Run) -> Optional[str]:
         return run.facts['base_model']
     for option in ('initial_checkpoint', 'pretrained_path'):
         if run.args.get(option):
-            raise CardError(
-                f'Training started from a file (args.yaml has {option} {run.args[option]!r}). Say in card.yaml whose '
-                'weights these are, "base_model: organization/name", or "base_model: \'\'" if they are not on the Hub.')
+            raise PublishError(
+                f'The origin of the start weights is unknown: args.yaml has {option} {run.args[option]!r}. Add '
+                '"base_model: organization/name" to card.yaml, or "base_model: \'\'" if they are not on the Hub.')
     start = start_weights(run)
     cfg = timm.get_pretrained_cfg(start) if start else None
     return cfg.hf_hub_id.partition('@')[0] if cfg and cfg.hf_hub_id else None
@@ -258,34 +266,37 @@ def _widget(
         run: Run,
         weights: Optional[Union[str, Path]],
 ) -> Optional[List[Dict[str, Any]]]:
-    """Returns the pictures for the Hub's page, with what these weights say of them."""
-    pictures = run.facts.get('widget')
-    if not pictures:
+    """Returns the example images of the Hub's page, with the predictions of these weights."""
+    images = run.facts.get('widget')
+    if not images:
         return None
     if weights is None:
-        raise CardError("'widget' in card.yaml needs the weights: what they say of a picture is computed.")
+        raise PublishError(
+            "'widget' in card.yaml needs the weights to compute predictions, and model.safetensors is missing. Add the "
+            'file, or remove the entry.')
     model: Any = load_model(config['architecture'], weights, config['num_classes'])
     model.pretrained_cfg.update(config['pretrained_cfg'], **class_labels(config))
     entries = []
-    for entry in pictures:
+    for entry in images:
         if not {'src', 'picture'} <= entry.keys():
-            raise CardError(f"An entry of 'widget' in card.yaml needs 'src' and 'picture', and is {entry}.")
+            raise PublishError(f"Invalid entry of 'widget' in card.yaml: expected 'src' and 'picture', got {entry}.")
         prediction = next(predict(model, [run.folder / entry['picture']]))
         if prediction.error:
-            raise CardError(f'The picture {entry["picture"]} of card.yaml cannot be read: {prediction.error}')
+            raise PublishError(
+                f"Image {entry['picture']} of 'widget' in card.yaml cannot be read: {prediction.error}")
         entries.append(dict(src=entry['src'], output=[
             dict(label=c['name'], score=round(c['probability'], 4)) for c in prediction.classes]))
     return entries
 
 
 def check_repository_name(repo_id: Optional[str]) -> None:
-    """Checks that a name can stand in the code of a card.
+    """Checks the name of a repository, which a card shows inside code.
 
     Args:
         repo_id: Repository, 'organization/name', or None.
 
     Raises:
-        CardError: It is no name of a repository.
+        PublishError: The name is invalid.
     """
     if repo_id is not None and not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id, re.ASCII):
-        raise CardError(f'A repository is organization/name, and {repo_id!r} is not.')
+        raise PublishError(f'{repo_id!r} is not the name of a repository. Expected ORGANIZATION/NAME.')

@@ -1,4 +1,4 @@
-"""Models of a sweep that were trained alike, side by side."""
+"""Comparison of models that a sweep trained with the same arguments."""
 import csv
 import statistics
 from pathlib import Path
@@ -11,31 +11,36 @@ from ..training.run_record import Run
 
 __all__ = ['check_alike', 'comparison_table', 'mean_and_spread', 'read_results', 'tested_top1', 'verdicts']
 
-# arguments of timm's train.py that name the run, or say where it ran and what it printed
+# arguments of timm's train.py that may differ between compared runs: names, the seed, places and logging
 NAMING = frozenset((
     'checkpoint_hist', 'data', 'data_dir', 'device', 'experiment', 'local_rank', 'log_interval', 'log_wandb', 'model',
     'output', 'pin_mem', 'recovery_interval', 'resume', 'save_images', 'seed', 'wandb_project', 'wandb_resume_id',
     'wandb_tags', 'workers'))
-# arguments of a model that describe its gates: they name the model too
+# model arguments that describe the gates, and are part of a model's name in tables
 GATING = frozenset(('base', 'gate', 'neutral', 'pyramid_sizes', 'rd_ratio', 'where'))
 
 
 def read_results(folder: Union[str, Path], architecture: Optional[str] = None) -> List[Run]:
-    """Reads the runs of a sweep, in the order of names; with `architecture` those of the same net with any gate."""
+    """Reads the runs of a sweep, sorted by name.
+
+    With `architecture`, only runs of the same network are returned, with any gate.
+    """
     runs = [Run.read(path.parent) for path in sorted(Path(folder).glob('*/args.yaml'))]
     if not runs:
-        raise RunError(f'{folder} holds no results: expected folders with args.yaml and summary.csv in them.')
+        raise RunError(f'{folder} holds no results: expected folders that contain args.yaml and summary.csv.')
     for run in runs:
         missing = [key for key in ('model', 'seed') if key not in run.args]
         if missing:
-            raise RunError(f'{run.folder / "args.yaml"} lacks {" and ".join(missing)}.')
-    return [run for run in runs if architecture is None or _net(run.args['model']) == _net(architecture)]
+            raise RunError(
+                f'{run.folder / "args.yaml"} has no value for {" and ".join(missing)}. Copy the args.yaml of the run '
+                'again.')
+    return [run for run in runs if architecture is None or _network(run.args['model']) == _network(architecture)]
 
 
 def comparison_table(runs: List[Run], reference: Run, architecture: str) -> List[List[str]]:
-    """Compares runs of a sweep in rows of cells, the names of the columns first, the model itself last.
+    """Returns a table of the runs of a sweep: first the names of the columns, last the model of `reference`.
 
-    Empty if there is no other model. A RunError says that a run is no control for the reference.
+    The table is empty if all runs are of that model. Raises a RunError if a run cannot be compared with `reference`.
     """
     by_model: Dict[str, List[Run]] = {}
     for run in runs:
@@ -46,26 +51,30 @@ def comparison_table(runs: List[Run], reference: Run, architecture: str) -> List
         return []
     if own not in by_model:
         raise RunError(
-            f'The results have {", ".join(by_model)}, and no run of {own} that the others could be compared with.')
+            f'The results have runs of {", ".join(by_model)}, but none of {own} to compare them with. Add a run of '
+            f'{own}, or leave out --results.')
     tested = ['test top-1 %'] if any(map(verdicts, runs)) else []
     table = [['model', 'top-1 %', 'top-5 %', *tested, 'seeds', 'parameters (M)', 'GMACs']]
     for model in sorted(by_model, key=lambda name: (name == own, name)):
-        same = by_model[model]
-        args = same[0].args
+        model_runs = by_model[model]
+        args = model_runs[0].args
         cost = count_cost(args['model'], num_classes=args.get('num_classes'), **args.get('model_kwargs') or {})
-        last = [run.summary[-1] for run in same]
-        seeds = ', '.join(str(seed) for seed in sorted(run.args['seed'] for run in same))
-        shares = tested_top1(same)
-        few = f' ({len(shares)} of {len(same)} runs)' if len(shares) < len(same) else ''
+        last = [run.summary[-1] for run in model_runs]
+        seeds = ', '.join(str(seed) for seed in sorted(run.args['seed'] for run in model_runs))
+        tested_runs = tested_top1(model_runs)
+        count = f' ({len(tested_runs)} of {len(model_runs)} runs)' if len(tested_runs) < len(model_runs) else ''
         table.append([
             model, *(mean_and_spread([row[key] for row in last]) for key in ('eval_top1', 'eval_top5')),
-            *[mean_and_spread(shares) + few if shares else 'not known'] * len(tested), seeds,
+            *[mean_and_spread(tested_runs) + count if tested_runs else 'unknown'] * len(tested), seeds,
             f'{cost.parameters / 1e6:.2f}', f'{cost.macs / 1e9:.3f}'])
     return table
 
 
 def verdicts(run: Run) -> Optional[List[bool]]:
-    """Returns whether a run has each test picture right, in an order of all runs; None if it has no `test.csv`."""
+    """Returns for each test image whether the run classifies it correctly; None if the run has no `test.csv`.
+
+    The order of the images is the same for all runs.
+    """
     path = run.folder / 'test.csv'
     if not path.exists():
         return None
@@ -73,47 +82,50 @@ def verdicts(run: Run) -> Optional[List[bool]]:
         with open(path, newline='', encoding='utf-8') as f:
             return [row['target'] == row['predicted'] for row in csv.DictReader(f)]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError) as e:
-        raise RunError(f'{path} is no table of targets and predictions: {e}') from e
+        raise RunError(f'{path} cannot be read as a table with columns "target" and "predicted": {e}') from e
 
 
 def tested_top1(runs: List[Run]) -> List[float]:
-    """Returns the top-1 accuracy in percent of those runs of which the test pictures' `verdicts` are known."""
-    return [100 * statistics.mean(right) for right in map(verdicts, runs) if right]
+    """Returns the top-1 accuracy on the test images, in percent, of each run with a `test.csv`."""
+    return [100 * statistics.mean(correct) for correct in map(verdicts, runs) if correct]
 
 
 def _label(run: Run) -> str:
-    """Names what a run trained: the model, and those of its arguments that describe its gates."""
+    """Returns the model of a run and its gate arguments as one name."""
     kwargs = run.args.get('model_kwargs') or {}
     return ' '.join([run.args['model'], *(f'{key}={kwargs[key]}' for key in sorted(GATING & kwargs.keys()))])
 
 
-def _net(model: str) -> str:
-    """Returns the name of a model without its gate; timm spells its own plain and SE models differently."""
+def _network(model: str) -> str:
+    """Returns the name of a model without its gate."""
+    # timm has other names for its own plain and SE models
     return split_gate(model)[0].removeprefix('se').removesuffix('_100')
 
 
 def check_alike(run: Run, reference: Run) -> None:
-    """Raises a RunError if the arguments of two runs differ in more than what names them, or their last epochs do."""
-    def arguments(of: Run) -> Dict[str, Any]:
-        kwargs = {k: v for k, v in (of.args.get('model_kwargs') or {}).items() if k not in GATING}
-        return dict({key: value for key, value in of.args.items() if key not in NAMING}, model_kwargs=kwargs)
+    """Raises a RunError if two runs differ in more than the model, the seed and the names of the run."""
+    def arguments(either: Run) -> Dict[str, Any]:
+        kwargs = {k: v for k, v in (either.args.get('model_kwargs') or {}).items() if k not in GATING}
+        return dict({key: value for key, value in either.args.items() if key not in NAMING}, model_kwargs=kwargs)
 
-    ours, theirs = arguments(reference), arguments(run)
-    different = [key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key)]
+    expected, given = arguments(reference), arguments(run)
+    different = [key for key in sorted(expected.keys() | given.keys()) if expected.get(key) != given.get(key)]
     if different:
-        shown = ', '.join(f'{key} ({theirs.get(key)!r}, here {ours.get(key)!r})' for key in different)
-        raise RunError(f'{run.folder} was not trained like {reference.folder}, and is no control for it: {shown}.')
-    if _last(run) is None or _last(run) != _last(reference):
+        shown = ', '.join(f'{key} ({given.get(key)!r}, expected {expected.get(key)!r})' for key in different)
         raise RunError(
-            f'{run.folder} ended with epoch {_last(run)} and {reference.folder} with epoch {_last(reference)}: '
-            'they cannot be compared.')
+            f'{run.folder} was not trained like {reference.folder}, so that they cannot be compared: {shown}. Remove '
+            'the folder from the results, or train it with the same arguments.')
+    if _last_epoch(run) is None or _last_epoch(run) != _last_epoch(reference):
+        raise RunError(
+            f'{run.folder} ends with epoch {_last_epoch(run)} and {reference.folder} with epoch '
+            f'{_last_epoch(reference)}, so that they cannot be compared. Train both for the same number of epochs.')
 
 
-def _last(run: Run) -> Optional[int]:
+def _last_epoch(run: Run) -> Optional[int]:
     return int(run.summary[-1]['epoch']) if run.summary else None
 
 
 def mean_and_spread(values: List[float]) -> str:
-    """Returns the mean of values, and from two on their sample standard deviation, with two decimals."""
+    """Returns the mean with two decimals, and the sample standard deviation if there are several values."""
     mean = f'{statistics.mean(values):.2f}'
     return f'{mean} ± {statistics.stdev(values):.2f}' if len(values) > 1 else mean

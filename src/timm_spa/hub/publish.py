@@ -1,15 +1,14 @@
-"""Publishing of trained weights: the files of one Hub repository."""
+"""Publishing of trained weights as a repository of the Hub."""
 import dataclasses
 import json
 import os
 import re
 import shutil
 import tempfile
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Union
 
 import timm
-from huggingface_hub import get_token
 from timm.models import get_pretrained_cfg
 from timm.models._hub import save_config_for_hf
 
@@ -17,12 +16,13 @@ from .. import __version__
 from ..checkpoints.config_file import class_labels, config_problems
 from ..checkpoints.files import WriteError, finish_interrupted, replacing
 from ..checkpoints.own_files import MARK, has_mark
-from ..checkpoints.reading import check_shapes, check_weights, read_weights, write_tensors
+from ..checkpoints.reading import CheckpointError, check_shapes, read_weights, value_problems, write_tensors
 from ..checkpoints.run_arguments import as_json, preprocessing, trained_with
 from ..models._builder import WEIGHTS_FILENAME
 from ..training.run_record import Run, card_facts
 from .card import check_repository_name, make_card
 from .card_sections import figure_file
+from .private import refuse_secrets, without_private_paths
 from .upload import CARD, Published, PublishError, upload
 
 __all__ = [
@@ -30,10 +30,6 @@ __all__ = [
     'without_private_paths', 'write_repository']
 
 HUB_ORG = os.environ.get('TIMM_SPA_HUB_ORG', 'timm-spa')
-# tokens of the Hub, of GitHub and of clouds; a password in an address
-SECRETS = re.compile(
-    r'\b(?:hf_[A-Za-z0-9]{16,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|sk-[\w-]{20,})'
-    r'|://[^/\s:@]*:[^/\s:@]+@')
 
 
 def write_repository(
@@ -48,28 +44,28 @@ def write_repository(
 ) -> List[str]:
     """Writes the files of a Hub repository, after a check that the weights fit the model.
 
-    These are model.safetensors, config.json and README.md, and args.yaml, summary.csv, run.json and card.yaml of the
-    training run if they are next to the checkpoint. All of them are written or none, as `replacing` describes.
+    The files are model.safetensors, config.json and README.md, and args.yaml, summary.csv, run.json and card.yaml of
+    the training run if they are next to the checkpoint. Either all files are written or none.
 
     Args:
-        folder: Folder to write to. Other files in it are left alone, and its card.yaml is never replaced.
+        folder: Folder to write to. Other files in it are unchanged, and its card.yaml is never replaced.
         checkpoint: A training checkpoint of timm, a file of a state dict, or a safetensors file.
         model_name: Architecture and tag, e.g. 'spa_resnet50.tmm_in1k'.
-        repo_id: Repository that the card names.
-        num_classes: Number of classes, if neither the training's arguments nor the model have it right.
-        replace_card: Write README.md also if there is one, in the folder or beside a model.safetensors.
-        results: Results of a sweep with the controls that the card compares with.
-        overwrite: Replace files of these names also in a folder that this package did not write.
+        repo_id: Name of the repository, for the card.
+        num_classes: Number of classes, if neither the training arguments nor the model have the right one.
+        replace_card: Replace an existing README.md, in the folder or next to a model.safetensors.
+        results: Results of a sweep with the baselines that the card compares with.
+        overwrite: Replace files of these names even in a folder that this package did not write.
 
     Returns:
-        Remarks for the reader, a line each.
+        Remarks for the user, one per line.
 
     Raises:
         CheckpointError: The file cannot be read, or its weights do not fit the model or are not finite.
-        PublishError: The name of the model is none, or a file beside the checkpoint has a token or a password in it.
-        CardError: A card cannot be made of what is known.
-        RunError: A file beside the checkpoint does not hold what it should.
-        SummaryError: The metrics beside the checkpoint are no table.
+        PublishError: The name of the model is invalid, a file next to the checkpoint has a token or a password in it,
+            or the card lacks a required fact.
+        RunError: A file next to the checkpoint has invalid content.
+        SummaryError: The metrics next to the checkpoint are not a table.
         WriteError: The folder has files that this package did not write, or cannot be written.
     """
     folder, checkpoint = Path(folder), Path(checkpoint)
@@ -77,28 +73,28 @@ def write_repository(
     architecture, _, tag = model_name.partition('.')
     if not timm.is_model(architecture) or not re.fullmatch(r'[\w.-]+', tag, re.ASCII):
         raise PublishError(
-            f'{model_name!r} names no weights: that is architecture.tag, e.g. spa_resnet50.tmm_in1k, the tag saying '
-            'how it was trained and on what. `timm-spa list` has the architectures.')
+            f'Invalid name of weights {model_name!r}: expected ARCHITECTURE.TAG, e.g. spa_resnet50.mine. `timm-spa list` '
+            'prints the architectures; a tag has letters, digits, ".", "_" and "-".')
     weights = read_weights(checkpoint)
     check_repository_name(repo_id)
-    run = Run.read(checkpoint.parent)
     args, model_args = trained_with(weights, checkpoint, model_name)
-    run = dataclasses.replace(run, args=_plain(args))
+    run = dataclasses.replace(Run.read(checkpoint.parent), args=_plain(args))
     for name, content in (('args.yaml', run.args), ('summary.csv', run.summary), ('run.json', run.record)):
         if (folder / name).exists() and not content:
             raise PublishError(
-                f'{folder} has the {name} of another training, and {checkpoint} has none: its card would tell of that '
-                'one. Name another folder.')
+                f'{folder} has the {name} of another training, and {checkpoint} has none: the card would describe the '
+                'other training. Choose another folder.')
     refuse_secrets(run)
     run, notes = without_private_paths(run)
     figures = [file for figure in run.facts.get('figures') or () if (file := figure_file(run, figure))]
     own = refuse_foreign(folder, run, figures, overwrite)
-    # without memory first: what a file says of the number of classes may be anything
-    check_shapes(weights.state_dict, _named_model(model_name, run, num_classes, model_args, device='meta'), checkpoint)
-    model = _named_model(model_name, run, num_classes, model_args)
-    check_weights(weights.state_dict, model, checkpoint)
-    notes.insert(0, f'Weights: {weights.used or "all tensors"} of {checkpoint}' + (
-        f', epoch {weights.epoch}.' if weights.epoch is not None else '.'))
+    # on the meta device: the file may claim any number of classes, and nothing here computes with the model
+    model = _create_model(model_name, run, num_classes, model_args)
+    check_shapes(weights.state_dict, model, checkpoint)
+    for problem in value_problems(weights.state_dict):
+        raise CheckpointError(f'{checkpoint} has {problem}.')
+    epoch = '' if weights.epoch is None else f', epoch {weights.epoch}'
+    notes.insert(0, f'Weights: {weights.used or "all tensors"} of {checkpoint}{epoch}.')
 
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
@@ -111,24 +107,26 @@ def write_repository(
         config = _write_config(partial / 'config.json', model)
         problems = config_problems(config)
         if problems:
-            raise PublishError(f'The arguments of the training describe no model that could be loaded: {problems[0]}.')
+            raise PublishError(
+                f'The training arguments of {checkpoint} do not describe a loadable model: {problems[0]}. Correct '
+                'args.yaml next to the checkpoint.')
         if not class_labels(config) and not model_name.endswith('_in1k'):
             taken = ", and will be taken for ImageNet's" if model.num_classes == 1000 else ''
             notes.append(
-                f'The classes have numbers and no names{taken}. classes.txt beside the checkpoint names them, one a '
-                'line.')
+                f'The classes have numbers but no names{taken}. To name them, write a classes.txt next to the '
+                'checkpoint, one name per line.')
         run.write(partial)
         keep_card_yaml(folder, partial)
-        for file in figures:  # the card says what is missing
+        for file in figures:  # a missing figure is an error of the card
             shutil.copyfile(run.folder / file, partial / file)
-        # what an earlier call wrote may have been edited since
+        # a card of an earlier call may have been edited since
         cards = [folder / CARD] if own else []
         if checkpoint.name == WEIGHTS_FILENAME:
             cards.append(checkpoint.parent / CARD)
-        written = next((card for card in cards if card.exists()), None)
-        if written and not replace_card:
-            notes.append(f'The card is {written}, as it is.')
-            shutil.copyfile(written, partial / CARD)
+        existing = next((card for card in cards if card.exists()), None)
+        if existing and not replace_card:
+            notes.append(f'The card is {existing}, unchanged; --replace-card replaces it.')
+            shutil.copyfile(existing, partial / CARD)
         else:
             make_card(
                 model_name, repo_id, run, config=config, weights=partial / WEIGHTS_FILENAME, epoch=weights.epoch,
@@ -140,17 +138,17 @@ def refuse_foreign(folder: Path, run: Run, figures: Sequence[str], overwrite: bo
     """Refuses to replace files in a folder that this package did not write.
 
     Args:
-        folder: Folder of a repository, which need not exist.
-        run: What is next to a checkpoint.
+        folder: Folder of a repository; it may be missing.
+        run: Files next to a checkpoint.
         figures: Names of the figures of its card.
-        overwrite: Allow it.
+        overwrite: Allow the replacement.
 
     Returns:
         Whether this package wrote the folder: its config.json has the mark.
 
     Raises:
-        WriteError: A file would be lost; the message names all of them.
-        PublishError: card.yaml has other facts than the one next to the checkpoint.
+        WriteError: Files would be lost; the message names all of them.
+        PublishError: card.yaml differs from the one next to the checkpoint.
     """
     own = has_mark(folder)
     contents = {'args.yaml': run.args, 'summary.csv': run.summary, 'run.json': run.record}
@@ -159,17 +157,17 @@ def refuse_foreign(folder: Path, run: Run, figures: Sequence[str], overwrite: bo
     if foreign and not own and not overwrite:
         raise WriteError(
             f'{folder} is not a folder that `timm-spa publish` wrote, and has {", ".join(foreign)}, which would be '
-            'replaced. Name another folder, or replace them with --overwrite.')
+            'replaced. Choose another folder, or replace them with --overwrite.')
     card_yaml = folder / 'card.yaml'
     if run.facts and os.path.lexists(card_yaml) and card_facts(folder) != run.facts:
         raise PublishError(
-            f'{card_yaml} says something else than the card.yaml of the checkpoint, and is never replaced. Make them '
-            'the same, or remove the first.')
+            f'{card_yaml} says something else than the card.yaml of the checkpoint, and is never replaced. Make the '
+            f'two files equal, or remove {card_yaml}.')
     return own
 
 
 def keep_card_yaml(folder: Path, partial: Path) -> None:
-    """Leaves the card.yaml of a folder as it is, which its owner may have edited, comments included."""
+    """Keeps the card.yaml of a folder, comments included: its owner may have edited it."""
     if os.path.lexists(folder / 'card.yaml'):
         (partial / 'card.yaml').unlink(missing_ok=True)
 
@@ -186,7 +184,7 @@ def publish(
         replace_card: bool = False,
         results: Optional[Union[str, Path]] = None,
 ) -> Published:
-    """Publishes weights as one commit of a Hub repository, which is created if there is none.
+    """Publishes weights as one commit of a Hub repository, which is created if needed.
 
     Args:
         checkpoint: As for `write_repository`.
@@ -195,17 +193,17 @@ def publish(
         num_classes: As for `write_repository`.
         private: Publish to a private repository only.
         create_pr: Propose the commit in a pull request.
-        tag: Name to give to the commit; a tag is never moved.
+        tag: Tag of the commit; an existing tag is never moved.
         replace_card: Replace the README.md of the repository, if it has one.
         results: As for `write_repository`.
 
     Returns:
-        What became of the repository.
+        The state of the repository.
 
     Raises:
-        PublishError: There is no token, no right to write, no network, or the upload failed; or the repository is
-            public and should not be, or the tag is there and names another commit.
-        CheckpointError: As for `write_repository`, and also its other errors; nothing has left the machine then.
+        PublishError: No token, no permission to write, no network, or a failed upload; the repository is public
+            although `private` is set; or the tag names another commit.
+        CheckpointError: As for `write_repository`. After this and its other errors, nothing has been uploaded.
     """
     repo_id = repo_id or f'{HUB_ORG}/{model_name}'
     check_repository_name(repo_id)
@@ -217,40 +215,33 @@ def publish(
             replace_card=replace_card)
 
 
-def _named_model(
-        model_name: str,
-        run: Run,
-        num_classes: Optional[int],
-        model_args: Dict[str, Any],
-        **kwargs: Any,
-) -> Any:
-    """Creates the model as it was trained, with the preprocessing of the training in its configuration."""
-    args = run.args
+def _create_model(model_name: str, run: Run, num_classes: Optional[int], model_args: Dict[str, Any]) -> Any:
+    """Creates the trained model on the meta device, with the preprocessing of the training in its configuration."""
     architecture, _, tag = model_name.partition('.')
     registered = model_name in timm.list_pretrained(architecture)
-    overlay = preprocessing(args, architecture)
-    if not registered:  # the default configuration is that of other weights
+    overlay = preprocessing(run.args, architecture)
+    if not registered:  # the default configuration belongs to other weights
         overlay.update(
             tag=tag, hf_hub_id=None, hf_hub_filename=None, url=None, file=None, description=None, notes=None,
             label_names=run.classes or None, label_descriptions=None, license=run.facts.get('license'))
     elif run.classes and run.classes != list(get_pretrained_cfg(model_name).label_names or run.classes):
         raise PublishError(
-            f'classes.txt beside the checkpoint has other classes than {model_name}, which is of other weights: '
-            'choose another tag.')
+            f'{run.folder / "classes.txt"} has other classes than {model_name}, a tag of other weights. Choose another '
+            'tag.')
     try:
         model: Any = timm.create_model(
             model_name if registered else architecture,
-            num_classes=num_classes or args.get('num_classes'),
+            num_classes=num_classes or run.args.get('num_classes'),
             pretrained_cfg_overlay=overlay,
+            device='meta',
             **model_args,
-            **kwargs,
         )
-    except Exception as e:  # timm's, for arguments that are not the model's
-        raise PublishError(f'{architecture} cannot be made with the arguments of the training: {e}') from e
+    except Exception as e:  # errors of timm and torch for invalid arguments
+        raise PublishError(f'{architecture} cannot be created with the arguments of the training: {e}') from e
     if run.classes and len(run.classes) != model.num_classes:
         raise PublishError(
-            f'classes.txt beside the checkpoint names {len(run.classes)} classes, and the model has '
-            f'{model.num_classes}: it needs one name a line, or to go.')
+            f'{run.folder / "classes.txt"} names {len(run.classes)} classes, and the model has {model.num_classes}. '
+            'Write one name per line, or remove the file.')
     return model
 
 
@@ -258,15 +249,15 @@ def _write_config(path: Path, model: Any) -> Dict[str, Any]:
     names, descriptions = (model.pretrained_cfg.get(key) for key in ('label_names', 'label_descriptions'))
     if len(names or ()) != model.num_classes:
         names = descriptions = None
-    # timm reads labels at either level; transformers shows `label_names` of the upper one as they are, and reads
-    # `id2label` only where there are none
+    # timm reads labels at either level. transformers shows `label_names` of the top level without descriptions, and
+    # reads `id2label` only where `label_names` is missing
     labels: Dict[str, Any] = dict(label_names=names) if names and not descriptions else {}
     if descriptions:
         labels['id2label'] = {i: descriptions.get(name, name) for i, name in enumerate(names)}
-    # transformers would compute in the precision of the file, and AdamW in float16 gives NaN after one step
+    # without `dtype`, transformers would train in the float16 of the file, where AdamW gives NaN after one step
     save_config_for_hf(model, path, model_config=dict(dtype='float32', **labels))
     config = json.loads(path.read_text(encoding='utf-8'))
-    config.get('model_args', {}).pop('num_classes', None)  # also at the top level; transformers fails on two
+    config.get('model_args', {}).pop('num_classes', None)  # a duplicate of the top level; transformers fails on two
     config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_FILENAME  # without it timm may look for a pickle
     for key in ('label_names', 'label_descriptions'):
         config['pretrained_cfg'].pop(key, None)
@@ -279,80 +270,9 @@ def _write_config(path: Path, model: Any) -> Dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Returns arguments as YAML and JSON can hold them: a checkpoint's may have types of torch among them."""
+    """Converts arguments to what YAML and JSON can hold: those of a checkpoint may have types of torch."""
     if isinstance(value, dict):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def refuse_secrets(run: Run) -> None:
-    """Refuses to publish a run with a secret in it.
-
-    Args:
-        run: What lies beside a checkpoint.
-
-    Raises:
-        PublishError: Something looks like a token or a password; the message names the field.
-    """
-    own = get_token()
-
-    def look(value: Any, field: str) -> None:
-        if isinstance(value, dict):
-            for key, part in value.items():
-                look(part, f'{field}: {key}')
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                look(part, field)
-        elif isinstance(value, str) and (SECRETS.search(value) or (own and own in value)):
-            raise PublishError(
-                f'{field} has what looks like a token or a password in it, which would be published. Take it out of '
-                'the file, and withdraw it if others could see it.')
-
-    for name, content in (('args.yaml', run.args), ('run.json', run.record), ('card.yaml', run.facts)):
-        look(content, name)
-
-
-def without_private_paths(run: Run) -> Tuple[Run, List[str]]:
-    """Reduces paths of this machine in the arguments and the command to their last part.
-
-    Args:
-        run: What lies beside a checkpoint.
-
-    Returns:
-        The run without these paths, and a line on each.
-    """
-    notes: List[str] = []
-
-    def reduce(value: Any, key: str) -> Any:
-        if isinstance(value, dict):
-            return {k: reduce(v, str(k)) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [reduce(v, key) for v in value]
-        reduced = _reduced(value) if isinstance(value, str) else value
-        if reduced != value:
-            notes.append(f'{key}: {value!r} is a path of this machine, and is published as {reduced!r}.')
-        return reduced
-
-    return dataclasses.replace(run, args=reduce(run.args, 'args'), record=reduce(run.record, 'run')), notes
-
-
-def _reduced(value: str) -> str:
-    """Returns text with the last part of each path in it: of the whole, of what is quoted, or of a word."""
-    def replace(found: Any) -> str:
-        text = found[0]
-        quote = text[0] if text[0] in '\'"' else ''
-        return f'{quote}{_reduced(text[1:-1])}{quote}' if quote else _last_part(text)
-
-    whole = _last_part(value)
-    return whole if whole != value else re.sub(r''''[^']*'|"[^"]*"|(?<![^\s='",])[^\s='",]+''', replace, value)
-
-
-def _last_part(value: str) -> str:
-    """Returns the last part of a path that is absolute or leaves the working folder, everything else unchanged."""
-    for kind in (PurePosixPath, PureWindowsPath):
-        path = kind(value)
-        if len(path.parts) > 1 and (path.is_absolute() or path.parts[0] == '..' or path.parts[0].startswith('~')):
-            return path.name
-    return value
