@@ -1,4 +1,4 @@
-"""The repository that the tests of publishing write and upload: that of the shipped weights."""
+"""The repository of the shipped weights, which tests of publishing write and upload."""
 from pathlib import Path
 
 import timm_spa

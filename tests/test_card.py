@@ -1,4 +1,4 @@
-"""Model cards say what is known of the weights, and nothing that nobody measured."""
+"""Model cards state facts from files and measurements only."""
 import copy
 import json
 import re
@@ -15,8 +15,8 @@ from test_hub_cards import CARDS, ROOT, parts, run_snippets, weights_of
 import timm_spa  # noqa: F401
 import timm_spa_cli
 from timm_spa.checkpoints.run_files import RunError
-from timm_spa.hub.card import CardError, make_card
-from timm_spa.hub.publish import write_repository
+from timm_spa.hub.card import make_card
+from timm_spa.hub.publish import PublishError, write_repository
 from timm_spa.training.run_record import Run
 
 MODEL = 'spa_preresnet18_cifar'
@@ -27,7 +27,7 @@ DATASET = dict(name='Ten things', id='Some-Org/Ten-Things')
 
 
 def config_of(architecture, **kwargs):
-    """A repository's configuration, written out by hand."""
+    """Returns the configuration of a repository, written by hand."""
     cfg = timm.get_pretrained_cfg(architecture)
     fields = dict(
         input_size=list(cfg.input_size), mean=list(cfg.mean), std=list(cfg.std), crop_pct=cfg.crop_pct,
@@ -41,7 +41,7 @@ def summary(*top1):
 
 
 def keep(folder, args, *top1):
-    """Lays a run as a sweep keeps it."""
+    """Writes the files of a run in the layout of a sweep."""
     path = folder / f'{args["model"]}-seed{args["seed"]}'
     path.mkdir(parents=True)
     (path / 'args.yaml').write_text(yaml.safe_dump(args))
@@ -51,7 +51,7 @@ def keep(folder, args, *top1):
 
 
 def test_snippets_of_another_family_run(tmp_path, monkeypatch):
-    """Few classes, and an embedding and maps of other widths."""
+    """Few classes, and embeddings and feature maps of other widths."""
     config = dict(config_of('spa_densenet_cifar', num_classes=3), num_classes=3)
     (tmp_path / 'config.json').write_text(json.dumps(config))
     model = timm.create_model('spa_densenet_cifar', num_classes=3)
@@ -60,15 +60,15 @@ def test_snippets_of_another_family_run(tmp_path, monkeypatch):
     assert values[0]['classes'].shape == (1, 3)
 
 
-def test_how_to_load_is_true():
-    """By the name only where the name has weights; else from the Hub, or from the folder that the card lies in."""
+def test_the_source_in_the_examples():
+    """The registered name if it has weights; else the Hub, or the folder of the card."""
     shipped = CARDS[0].name
     config = config_of(shipped.partition('.')[0])
     for name, source in ((shipped, shipped), (f'{shipped}_mine', 'local-dir:.')):
         assert str(make_card(name, config=config)).count(f"create_model('{source}', pretrained=True") == 3
 
 
-def test_without_facts_nothing_is_claimed():
+def test_unknown_facts_are_left_out():
     text = str(make_card(MODEL, config=config_of(MODEL)))
     metadata, body = parts(text)
     assert set(metadata) == {'license', 'library_name', 'pipeline_tag', 'tags'}
@@ -76,22 +76,22 @@ def test_without_facts_nothing_is_claimed():
         assert f'## {heading}' not in body
     for heading in ('Model', 'Use', 'Limits', 'Citation'):
         assert f'## {heading}\n' in body
-    assert not re.search(r'None|nan|TODO|\{\{|\{%|top-1|storage|data set', body)
+    assert not re.search(r'None|nan|TODO|\{\{|\{%|top-1|storage|dataset', body)
     assert '\n\n\n' not in body
 
 
 @pytest.mark.parametrize(('epoch', 'chosen'), [(1, True), (2, False)])
-def test_accuracy_is_that_of_the_epoch(epoch, chosen):
+def test_accuracy_of_the_epoch_of_the_weights(epoch, chosen):
     run = Run(args=ARGS, summary=summary(20.0, 31.2342, 30.5), facts=dict(dataset=DATASET))
     metadata, body = parts(str(make_card(f'{MODEL}.tag', 'org/name', run, config=config_of(MODEL), epoch=epoch)))
     result = metadata['model-index'][0]['results'][0]
     assert [m['value'] for m in result['metrics']] == ([31.234, 51.234] if chosen else [30.5, 50.5])
     assert result['dataset'] == dict(name='Ten things', type='Some-Org/Ten-Things', split='validation')
     assert metadata['datasets'] == ['Some-Org/Ten-Things'], 'in its exact case'
-    assert ('no held-out set' in body) == chosen
+    assert ('the best of all epochs on these images' in body) == chosen
     assert f'epoch {epoch + 1} of 3' in body
     assert "create_model('hf-hub:org/name'" in body
-    assert 'one run, seed 42: no spread is known' in body
+    assert 'one run, seed 42: unknown spread over seeds' in body
 
 
 def test_an_unknown_epoch_gives_no_accuracy():
@@ -102,7 +102,7 @@ def test_an_unknown_epoch_gives_no_accuracy():
 
 
 def test_imagenet_and_fine_tunes():
-    """What the tag and the arguments say: the data set's id, and whose weights it started from."""
+    """The id of the dataset comes from the tag, the start weights from the arguments."""
     args = dict(ARGS, model='spa_resnet18', pretrained=True)
     config = config_of('spa_resnet18')
     metadata, body = parts(str(make_card('spa_resnet18.ft_in1k', 'org/name', Run(args=args), config=config)))
@@ -123,15 +123,15 @@ def test_evidence():
         assert fact in body
 
 
-HARM = 'x<script>alert(1)</script> | y\n# heading\n```\nimport os'
+MARKUP = 'x<script>alert(1)</script> | y\n# heading\n```\nimport os'
 
 
-def test_text_of_others_is_no_markup():
-    args = dict(ARGS, opt=HARM, sched=HARM, lr='0.1', val_split=HARM, amp=True, amp_dtype=HARM)
+def test_text_from_files_is_escaped():
+    args = dict(ARGS, opt=MARKUP, sched=MARKUP, lr='0.1', val_split=MARKUP, amp=True, amp_dtype=MARKUP)
     record = dict(
-        model=MODEL, seed=42, seconds=3, command=f'train --a {HARM}', hardware=HARM, python=HARM,
-        versions={'timm': HARM})
-    facts = dict(dataset=dict(name=HARM, note=HARM, split=HARM), accuracy=dict(top1=1.0))
+        model=MODEL, seed=42, seconds=3, command=f'train --a {MARKUP}', hardware=MARKUP, python=MARKUP,
+        versions={'timm': MARKUP})
+    facts = dict(dataset=dict(name=MARKUP, note=MARKUP, split=MARKUP), accuracy=dict(top1=1.0))
     run = Run(args=args, record=record, facts=facts, summary=summary(20.0))
     _, body = parts(str(make_card(MODEL, 'o/n', run, config=config_of(MODEL))))
     text = re.sub(r'```.*?```', '', body, flags=re.DOTALL)
@@ -144,7 +144,7 @@ def test_text_of_others_is_no_markup():
 
 
 @pytest.mark.parametrize('count', [2, 4, 5, 6])
-def test_the_best_five_of_few_classes(count):
+def test_no_top_5_for_five_classes_or_fewer(count):
     config = copy.deepcopy(config_of(MODEL))
     config['num_classes'] = config['pretrained_cfg']['num_classes'] = count
     run = Run(args=dict(ARGS, num_classes=count), summary=summary(20.0), facts=dict(dataset=DATASET, epoch=0))
@@ -158,14 +158,14 @@ def test_the_best_five_of_few_classes(count):
      'timm/resnet18.a3_in1k'),
     (dict(model='spa_resnet18'), None, None),
 ])
-def test_what_the_training_started_from(args, start, hub):
+def test_start_weights(args, start, hub):
     name = args['model'].partition('.')[0]
     config = config_of('spa_resnet18' if name == 'gated' else name)
     if name == 'gated':
         config = dict(config, architecture='gated', model_args=args['model_kwargs'])
     metadata, body = parts(str(make_card(f'{name}.x', 'o/n', Run(args=args), config=config)))
     assert metadata.get('base_model') == hub
-    assert (f'start: the weights of `{start}`' in body) == (start is not None)
+    assert (f'start weights: `{start}`' in body) == (start is not None)
 
 
 def changed(config, **kwargs):
@@ -175,19 +175,21 @@ def changed(config, **kwargs):
 
 
 @pytest.mark.parametrize(('run', 'options', 'message'), [
-    (Run(summary=summary(20.0)), dict(epoch=0), 'unnamed data set'),
-    (Run(summary=summary(20.0), facts=dict(epoch=1)), dict(epoch=0), 'only one can be true'),
-    (Run(summary=summary(20.0)), dict(epoch=7), 'epoch 7, which summary.csv does not have'),
-    (Run(facts=dict(accuracy=dict(top5=3.0))), {}, "lacks 'top1'"),
-    (Run(args=dict(ARGS, model='spa_resnet18')), {}, 'spa_resnet18 by args.yaml'),
-    (Run(args=ARGS, record=dict(seed=43)), {}, 'seed is 42 by args.yaml, 43 by run.json'),
-    (Run(args=dict(ARGS, num_classes=100)), {}, 'number of classes is 10 by config.json, 100 by args.yaml'),
-    (Run(args=dict(ARGS, initial_checkpoint='x.pth')), {}, 'base_model'),
-    (Run(facts=dict(widget=[dict(src='https://x/y.jpg', picture='y.jpg')])), {}, 'needs the weights'),
-    (Run(), dict(config=changed(config_of(MODEL), license=None)), 'Nobody but you can choose the licence'),
+    (Run(summary=summary(20.0)), dict(epoch=0), 'The dataset of the accuracy .* has no name'),
+    (Run(summary=summary(20.0), facts=dict(epoch=1)), dict(epoch=0), 'Conflicting epochs of the weights: 0 and 1'),
+    (Run(summary=summary(20.0)), dict(epoch=7), 'from epoch 7, but summary.csv has no row'),
+    (Run(facts=dict(accuracy=dict(top5=3.0))), {}, "'accuracy' in card.yaml has no 'top1'"),
+    (Run(args=dict(ARGS, model='spa_resnet18')), {}, r'Conflicting architecture: .*spa_resnet18 \(args.yaml\)'),
+    (Run(args=ARGS, record=dict(seed=43)), {}, r'Conflicting seed: 42 \(args.yaml\), 43 \(run.json\)'),
+    (Run(args=dict(ARGS, num_classes=100)), {},
+     r'Conflicting number of classes: 10 \(config.json\), 100 \(args.yaml\)'),
+    (Run(args=dict(ARGS, initial_checkpoint='x.pth')), {}, 'origin of the start weights is unknown: .*base_model'),
+    (Run(facts=dict(widget=[dict(src='https://x/y.jpg', picture='y.jpg')])), {},
+     'needs the weights to compute predictions'),
+    (Run(), dict(config=changed(config_of(MODEL), license=None)), f'No license given for {MODEL}'),
 ])
-def test_facts_that_are_missing_or_contradict(run, options, message):
-    with pytest.raises(CardError, match=message):
+def test_missing_or_conflicting_facts(run, options, message):
+    with pytest.raises(PublishError, match=message):
         make_card(MODEL, 'o/n', run, **dict(dict(config=config_of(MODEL)), **options))
 
 
@@ -204,11 +206,11 @@ def test_comparison(tmp_path):
     assert rows == [
         ['preresnet18_cifar', '58.00', '78.00', '1', '11.17', '0.555'],
         [MODEL, '62.00 ± 2.83', '82.00 ± 2.83', '1, 2', '11.26', '0.557']]
-    assert 'no spread is known' not in body
+    assert 'unknown spread' not in body
 
 
 def test_gates_of_other_arguments_are_other_models(tmp_path):
-    """Their figures are no seeds of one another."""
+    """Their accuracies are not averaged as seeds of one model."""
     for seed, kwargs, top1 in ((1, {}, 60.0), (2, {}, 62.0), (1, dict(pyramid_sizes=[1, 2]), 80.0)):
         shutil.move(keep(tmp_path, dict(ARGS, seed=seed, model_kwargs=kwargs), 1.0, top1), tmp_path / f'{top1}')
     run = Run.read(tmp_path / '60.0')
@@ -217,7 +219,7 @@ def test_gates_of_other_arguments_are_other_models(tmp_path):
     assert rows == [[f'| {MODEL} pyramid_sizes=[1, 2]', '80.00'], [f'| {MODEL}', '61.00 ± 1.41']]
 
 
-def test_cost_is_that_of_the_image():
+def test_cost_depends_on_the_image_size():
     costs = []
     for size in ([3, 32, 32], [3, 64, 64]):
         _, body = parts(str(make_card(MODEL, 'o/n', config=config_of(MODEL, input_size=size))))
@@ -225,16 +227,16 @@ def test_cost_is_that_of_the_image():
     assert costs[1] == pytest.approx(4 * costs[0], rel=0.01)
 
 
-def test_a_summary_that_starts_late_makes_no_claim():
+def test_a_summary_without_the_first_epochs():
     run = Run(args=ARGS, summary=[dict(row, epoch=row['epoch'] + 5) for row in summary(20.0, 30.0, 29.0)],
               facts=dict(dataset=DATASET))
     body = str(make_card(MODEL, 'o/n', run, config=config_of(MODEL), epoch=6))
     assert 'after epoch 7 of 8' in body
-    assert 'no held-out set' not in body, 'earlier epochs may have been better'
+    assert 'best of all epochs' not in body, 'earlier epochs may have been better'
 
 
-def test_accuracy_of_other_weights_is_not_stated():
-    """timm measures the weights that are not averaged where the averaged ones lie on the CPU."""
+def test_accuracy_of_other_weights_is_left_out():
+    """timm measures the weights without averaging if the averaged weights are on the CPU."""
     args = dict(ARGS, model_ema=True, model_ema_force_cpu=True)
     run = Run(args=args, summary=summary(20.0, 31.0), facts=dict(dataset=DATASET))
     assert '31.0' not in str(make_card(MODEL, 'o/n', run, config=config_of(MODEL), epoch=1))
@@ -244,9 +246,9 @@ def test_accuracy_of_other_weights_is_not_stated():
 
 @pytest.mark.parametrize('value', [float('nan'), 250., -3.])
 @pytest.mark.parametrize('measured', [True, False])
-def test_accuracies_that_cannot_be(value, measured):
+def test_impossible_accuracies(value, measured):
     facts = dict(dataset=DATASET, epoch=0, **(dict(accuracy=dict(top1=value)) if measured else {}))
-    with pytest.raises(CardError, match='top-1 accuracy of .* is said to be'):
+    with pytest.raises(PublishError, match='Invalid top-1 accuracy of'):
         make_card(MODEL, 'o/n', Run(summary=summary(value), facts=facts), config=config_of(MODEL))
 
 
@@ -254,33 +256,33 @@ def test_accuracies_that_cannot_be(value, measured):
     ('train --data-dir DATA \\\n    --lr 0.1\n', 'train --data-dir DATA --lr 0.1'),
     ("echo it is Ann's", "echo it is Ann's"),
     ("train --name 'a  b'", "train --name 'a  b'")])
-def test_commands_are_those_that_were_given(command, shown):
+def test_commands_are_unchanged(command, shown):
     run = Run(args=ARGS, facts=dict(commands=[command]))
     _, body = parts(str(make_card(MODEL, 'o/n', run, config=config_of(MODEL))))
     block = body.split('## Training')[1].split('```bash\n')[1].split('\n```')[0]
     assert ' '.join(block.split()) == ' '.join(shown.split())
-    assert 'summary.csv' not in body, 'there is none'
+    assert 'summary.csv' not in body, 'the run has no such file'
 
 
-def test_what_is_no_control(tmp_path):
+def test_runs_that_cannot_be_compared(tmp_path):
     run = Run.read(keep(tmp_path, ARGS, 1.0, 2.0))
     with pytest.raises(RunError, match='holds no results'):
         make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path / 'elsewhere')
     (tmp_path / 'nameless').mkdir()
     (tmp_path / 'nameless' / 'args.yaml').write_text('model: spa_resnet18')
-    with pytest.raises(RunError, match=r'nameless/args.yaml lacks seed'):
+    with pytest.raises(RunError, match=r'nameless/args.yaml has no value for seed'):
         make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)
     shutil.rmtree(tmp_path / 'nameless')
     other = keep(tmp_path, dict(ARGS, model='preresnet18_cifar', lr=0.2), 1.0, 2.0)
-    with pytest.raises(RunError, match=r'lr \(0.2, here 0.1\)'):
+    with pytest.raises(RunError, match=r'lr \(0.2, expected 0.1\)'):
         make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)
     shutil.rmtree(other)
     keep(tmp_path, dict(ARGS, model='preresnet18_cifar'), 1.0)
-    with pytest.raises(RunError, match='ended with epoch 0 and .* with epoch 1'):
+    with pytest.raises(RunError, match='ends with epoch 0 and .* with epoch 1'):
         make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)
 
 
-def test_widget_shows_what_the_weights_say(tmp_path):
+def test_widget_shows_predictions_of_the_weights(tmp_path):
     model = timm.create_model(MODEL, num_classes=3).eval()
     safetensors.torch.save_file(model.state_dict(), tmp_path / 'model.safetensors')
     Image.new('RGB', (32, 32), (250, 120, 0)).save(tmp_path / 'orange.png')
@@ -297,10 +299,10 @@ def test_widget_shows_what_the_weights_say(tmp_path):
 
 
 def test_figures(tmp_path):
-    """They are shown, and go with the card to where it goes, and nothing else does."""
+    """Figures are shown and copied with the card; other files are not."""
     folder = tmp_path / 'run'
     folder.mkdir()
-    (folder / 'a.png').write_bytes(b'picture')
+    (folder / 'a.png').write_bytes(b'image')
     (tmp_path / 'b.png').write_bytes(b'private')
     name = CARDS[0].name
     shutil.copy(weights_of(CARDS[0]), folder / 'best.safetensors')
@@ -310,12 +312,12 @@ def test_figures(tmp_path):
 
     facts(file='a.png', text='Gates [of] <b>one</b> block')
     write_repository(tmp_path / 'out', folder / 'best.safetensors', name)
-    assert (tmp_path / 'out' / 'a.png').read_bytes() == b'picture'
+    assert (tmp_path / 'out' / 'a.png').read_bytes() == b'image'
     shown = '![Gates (of) &lt;b&gt;one&lt;/b&gt; block](a.png)\n\nGates [of] &lt;b&gt;one&lt;/b&gt; block\n'
     assert shown in (tmp_path / 'out' / 'README.md').read_text()
     for figure in (dict(file='none.png'), dict(file='../b.png'), dict(file='card.yaml'), dict(text='x'), dict(file=3)):
         facts(**figure)
-        with pytest.raises(CardError, match="'figures' in card.yaml has"):
+        with pytest.raises(PublishError, match="Invalid entry of 'figures' in card.yaml"):
             write_repository(tmp_path / 'other', folder / 'best.safetensors', name)
         assert not (tmp_path / 'other').exists()
 
@@ -337,14 +339,14 @@ def test_figures(tmp_path):
     ('run.json', '{"versions": "2.6"}', "'versions' should be a dict"),
     ('run.json', '{"seconds": "one hour"}', "'seconds' should be a number"),
 ])
-def test_a_wrong_file_of_a_run_is_named(tmp_path, name, text, message):
+def test_an_invalid_file_of_a_run_is_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(RunError, match=re.escape(message)) as e:
         Run.read(tmp_path)
     assert name in str(e.value)
 
 
-def test_what_timm_writes_of_arguments_that_are_not_set(tmp_path):
+def test_arguments_that_timm_writes_as_null(tmp_path):
     (tmp_path / 'args.yaml').write_text('num_classes: null\nmean: null\nmodel_kwargs: {}\nopt_betas: [0.9, 0.999]\n')
     assert Run.read(tmp_path).args['num_classes'] is None
 
@@ -357,7 +359,7 @@ def test_command_line(tmp_path, capsys):
     sweep = ['--results', str(ROOT / 'train_scripts' / 'results' / 'tin200')]
     assert timm_spa_cli.main(['card', str(folder), *sweep]) == 0
     assert capsys.readouterr().out == published
-    assert (folder / 'README.md').read_text() == 'mine\n', 'it is replaced on request only'
+    assert (folder / 'README.md').read_text() == 'mine\n', 'replaced only with --write'
     assert timm_spa_cli.main(['card', str(folder), *sweep, '--write']) == 0
     assert (folder / 'README.md').read_text() == published
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in CARDS[0].iterdir())
@@ -370,8 +372,8 @@ def test_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('tag', ['tmm_mine', 'tmm_tin200'])
-def test_the_card_is_made_again_from_a_dry_run(tag, tmp_path, capsys):
-    """Whether the tag is a registered one or not; what only the owner knows lies there too, and is not uploaded."""
+def test_the_card_is_reproduced_from_a_dry_run(tag, tmp_path, capsys):
+    """For a registered tag and a new one."""
     run = tmp_path / 'run'
     run.mkdir()
     folder = ROOT / 'hub_cards' / 'spa_mobilenetv2_cifar.tmm_tin200'

@@ -1,4 +1,4 @@
-"""Every folder of hub_cards/: what its card says is what its files say."""
+"""Every folder of hub_cards/: the card agrees with the files of the folder."""
 import json
 import re
 import shutil
@@ -29,7 +29,7 @@ def weights_of(folder):
 
 
 @pytest.mark.parametrize('folder', CARDS, ids=lambda p: p.name)
-def test_card_is_made_of_its_files(folder):
+def test_card_is_up_to_date(folder):
     text = (folder / 'README.md').read_text()
     repository = re.search(r"create_model\('hf-hub:([^']+)'", text)
     sweeps = [None, *sorted((ROOT / 'train_scripts').glob('results/*'))]
@@ -37,7 +37,7 @@ def test_card_is_made_of_its_files(folder):
     for sweep in sweeps:
         try:
             made.append(str(card_of_folder(folder, repository and repository[1], sweep)))
-        except RunError:  # a sweep of other models, or under another recipe
+        except RunError:  # a sweep of other models, or with another recipe
             assert sweep is not None
     assert text in made, f'run `timm-spa card {folder} --write`'
 
@@ -54,7 +54,7 @@ def test_card_config_cfg_and_results_agree(folder):
     assert metadata['license'] == config['pretrained_cfg']['license'] == cfg.license
     assert metadata['library_name'] == 'timm'
     assert metadata['pipeline_tag'] == 'image-classification'
-    assert 'transformers' not in metadata['tags'], 'the Hub would show its own lines, without `import timm_spa`'
+    assert 'transformers' not in metadata['tags'], 'the Hub would show code without `import timm_spa`'
     for field in ('mean', 'std', 'input_size'):
         assert tuple(config['pretrained_cfg'][field]) == getattr(cfg, field)
     for field in ('crop_pct', 'interpolation', 'num_classes'):
@@ -96,8 +96,8 @@ def numbers(text):
 
 
 @pytest.mark.parametrize('folder', CARDS, ids=lambda p: p.name)
-def test_no_number_from_nowhere(folder):
-    """Every number of the text is in a file beside it, is an epoch, or is counted here."""
+def test_every_number_has_a_source(folder):
+    """Every number of the text is in a file of the folder, is an epoch, or is counted here."""
     _, body = parts((folder / 'README.md').read_text())
     body = re.sub(r'```(?:python|bibtex).*?```', '', body, flags=re.DOTALL)
     body = re.sub(r'^(\|(?: \w+_\w+ ).*)\|[ .\d]+\|[ .\d]+\|$', r'\1|', body, flags=re.MULTILINE)  # see test_card.py
@@ -110,10 +110,10 @@ def test_no_number_from_nowhere(folder):
     cost = count_cost(config['architecture'], num_classes=config['num_classes'])
     known |= {cost.parameters, round(cost.parameters / 1e6, 2), round(cost.macs / 1e9, 3),
               round(cost.activations / 1e6, 2), round(weights_of(folder).stat().st_size / 1e6, 1)}
-    known |= {1, 5}  # of top-1 and top-5
-    for table in (ROOT / 'train_scripts' / 'results').glob('*/table.md'):  # held against its runs in test_sweep.py
+    known |= {1, 5}  # in top-1 and top-5
+    for table in (ROOT / 'train_scripts' / 'results').glob('*/table.md'):  # compared with its runs in test_sweep.py
         known |= numbers(table.read_text()) if '## Comparison' in body else set()
-    assert numbers(body) <= known, 'numbers that no file has'
+    assert numbers(body) <= known, 'numbers without a source'
 
 
 @pytest.mark.parametrize('folder', CARDS, ids=lambda p: p.name)
@@ -124,11 +124,11 @@ def test_snippets_of_a_card_run(folder, tmp_path, monkeypatch):
 
 
 def run_snippets(text, repository, monkeypatch):
-    """Runs the Python of a card for timm, with its repository's folder in the place of the repository."""
+    """Runs the Python code of a card for timm, with a folder instead of the repository."""
     monkeypatch.chdir(repository)
-    shutil.copy(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg', repository / 'picture.jpg')
+    shutil.copy(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg', repository / 'image.jpg')
     *snippets, for_transformers = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-    assert len(snippets) == 3, 'classes, feature maps, an embedding'
+    assert len(snippets) == 3, 'classes, feature maps, embedding'
     assert for_transformers.startswith('import timm_spa\nfrom transformers'), 'see hosts/test_cards.py'
     values = []
     for snippet in snippets:
