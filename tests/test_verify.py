@@ -71,7 +71,8 @@ def test_a_valid_folder(folder, capsys):
     report = verify(folder)
     assert report.problems == []
     checked = '\n'.join(report.checked)
-    for check in ('README.md', 'config.json', 'metadata', 'for pickles', 'finite values', 'one forward pass of (3, 32, 32)'):
+    for check in (
+            'README.md', 'config.json', 'metadata', 'for pickles', 'finite values', 'one forward pass of (3, 32, 32)'):
         assert check in checked
     assert timm_spa_cli.main(['verify', str(folder)]) == 0
     out = capsys.readouterr().out.splitlines()
@@ -198,26 +199,31 @@ DAMAGE = [
     (truncated, 'truncated'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'model.safetensors does not exist'),
     (lambda folder: change_weights(folder, metadata=None), 'names the model None, but'),
-    (lambda folder: change_weights(folder, metadata=dict(METADATA, model='se_x.y')), 'names the model se_x.y, but config.json describes spa_mobilenetv2_cifar.test'),
+    (lambda folder: change_weights(folder, metadata=dict(METADATA, model='se_x.y')),
+     'names the model se_x.y, but config.json describes spa_mobilenetv2_cifar.test'),
     (lambda folder: change_weights(folder, metadata=dict(model=NAME)), 'has no format "pt" in its metadata'),
     (pickle_by_name, 'pytorch_model.bin is a pickle'),
     (pickle_by_content, 'notes is a pickle'),
     (old_pickle_by_content, 'notes.txt is a pickle'),
     (newest_pickle, 'notes is a pickle'),
-    (lambda folder: change_config(folder, architecture='spa_resnet7'), "the name of a registered model, got 'spa_resnet7'"),
+    (lambda folder: change_config(folder, architecture='spa_resnet7'),
+     "the name of a registered model, got 'spa_resnet7'"),
     (lambda folder: change_config(folder, num_classes=4), 'config.json has 4 classes, but 3'),
     (lambda folder: change_config(folder, num_features=7), 'num_features 7, but spa_mobilenetv2_cifar has 1280'),
     (lambda folder: change_config(folder, label_names=['a', 'b']), '2 different label_names for 3 classes'),
     (lambda folder: change_config(folder, label_names=['a', 'b', 'a']), '2 different label_names for 3 classes'),
-    (lambda folder: change_config(folder, id2label={'0': 'a', '1': 'b'}), 'the keys of id2label should be the classes 0 to 2'),
+    (lambda folder: change_config(folder, id2label={'0': 'a', '1': 'b'}),
+     'the keys of id2label should be the classes 0 to 2'),
     (lambda folder: change_config(folder, model_args=dict(num_classes=3)), 'a duplicate num_classes in model_args'),
     (lambda folder: change_config(folder, model_args=dict(pyramid_sizes=[0])), 'cannot be created'),
     (lambda folder: change_cfg(folder, hf_hub_filename=None), 'does not set hf_hub_filename'),
     (lambda folder: (folder / 'config.json').write_text('{'), 'config.json cannot be read'),
-    (lambda folder: (folder / 'config.json').write_text('{}'), 'config.json: missing architecture, num_classes, pretrained_cfg'),
+    (lambda folder: (folder / 'config.json').write_text('{}'),
+     'config.json: missing architecture, num_classes, pretrained_cfg'),
     (lambda folder: (folder / 'README.md').unlink(), 'README.md is missing'),
     (lambda folder: (folder / 'README.md').write_text('# text'), 'README.md has no readable metadata'),
-    (lambda folder: (folder / 'README.md').write_text('---\nlicense: mit\n---\n'), 'README.md has no library_name, pipeline_tag'),
+    (lambda folder: (folder / 'README.md').write_text('---\nlicense: mit\n---\n'),
+     'README.md has no library_name, pipeline_tag'),
 ]
 
 
@@ -294,7 +300,8 @@ def test_a_name_that_would_break_the_report(folder, capsys):
     (folder / 'a\nNo problem found.\x1b[2J.pkl').write_bytes(b'')
     assert timm_spa_cli.main(['verify', str(folder)]) == 1
     out = capsys.readouterr().out.splitlines()
-    assert r'problem: a\nNo problem found.\x1b[2J.pkl is a pickle, which can run code when it is opened. Remove it' in out
+    assert out[-2] == (
+        r'problem: a\nNo problem found.\x1b[2J.pkl is a pickle, which can run code when it is opened. Remove it')
     assert out[-1] == '1 problem.'
 
 
@@ -361,7 +368,8 @@ def test_a_flipped_byte_in_the_cache(hub, folder, name):
 def test_a_flipped_byte_during_the_download(hub, folder):
     on_the_hub(hub, folder)
     hub.fail('GET', '/objects/', flip=True)
-    assert any(problem.startswith('model.safetensors is damaged: its digest is') for problem in verify('org/name').problems)
+    start = 'model.safetensors is damaged: its digest is'
+    assert any(problem.startswith(start) for problem in verify('org/name').problems)
 
 
 @pytest.mark.parametrize('other', [{}, {'*': b'a file whose name is a pattern'}])

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--results', metavar='DIR', help='results of a sweep, for a comparison in the card')
     parser.add_argument('--write', action='store_true', help='replace the README.md of the folder')
     parser.add_argument(
-        '--overwrite', action='store_true', help='with --write: replace it even in a folder that `publish` did not write')
+        '--overwrite', action='store_true', help='with --write: even in a folder that `publish` did not write')
 
 
 def run(args: argparse.Namespace) -> int:

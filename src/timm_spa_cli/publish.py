@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument(
         'checkpoint', metavar='CHECKPOINT',
-        help='checkpoint of a training run, or a file of weights; for a detector its folder `best` or `last`')
+        help='training checkpoint or file of weights; for a detector the folder `best` or `last`')
     parser.add_argument('--model', metavar='NAME.TAG', help='architecture and tag, e.g. spa_resnet50.mine; not for a detector')
     parser.add_argument('--repo', metavar='ORG/NAME', help='repository (default: $TIMM_SPA_HUB_ORG/NAME.TAG)')
     parser.add_argument(

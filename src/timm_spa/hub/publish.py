@@ -73,8 +73,8 @@ def write_repository(
     architecture, _, tag = model_name.partition('.')
     if not timm.is_model(architecture) or not re.fullmatch(r'[\w.-]+', tag, re.ASCII):
         raise PublishError(
-            f'Invalid name of weights {model_name!r}: expected ARCHITECTURE.TAG, e.g. spa_resnet50.mine. `timm-spa list` '
-            'prints the architectures; a tag has letters, digits, ".", "_" and "-".')
+            f'Invalid name of weights {model_name!r}: expected ARCHITECTURE.TAG, e.g. spa_resnet50.mine. The '
+            'architectures are printed by `timm-spa list`. A tag may have ASCII letters, digits, ".", "_" and "-".')
     weights = read_weights(checkpoint)
     check_repository_name(repo_id)
     args, model_args = trained_with(weights, checkpoint, model_name)
