@@ -12,7 +12,7 @@ from PIL import Image
 
 import timm_spa_cli
 from timm_spa.detection import DetectionError, load_detector, retinanet, save_detector
-from timm_spa.detection.repository import write_detector_repository
+from timm_spa.detection.repository import check_detector, write_detector_repository
 from timm_spa.hub.card import CardError
 from timm_spa.hub.publish import PublishError
 from timm_spa.hub.verify import verify
@@ -118,7 +118,7 @@ NORM = 'backbone.body.bn1.running_var'
     (lambda f: spoil(f, lambda t: t[NORM].fill_(float('nan'))), 'not finite'),
     (lambda f: spoil(f, lambda t: t.pop(NORM)), NORM),
     (lambda f: (f / 'model.safetensors').unlink(), 'has no model.safetensors'),
-    (lambda f: (f / 'README.md').unlink(), 'there is no README.md'),
+    (lambda f: (f / 'README.md').unlink(), 'README.md is missing'),
     (lambda f: (f / 'weights.bin').write_bytes(b'\x80\x04'), 'weights.bin is a pickle'),
     (lambda f: edit(f, backbone='spa_resnet51'), 'spa_resnet51'),
     (lambda f: edit(f, backbone_kwargs=dict(checkpoint_path='x.pth')), 'checkpoint_path, which a checkpoint cannot'),
@@ -129,9 +129,9 @@ NORM = 'backbone.body.bn1.running_var'
 ])
 def test_verify_reports_and_never_raises(run, tmp_path, change, problem):
     write_detector_repository(tmp_path / 'out', run / 'best', REPO)
-    assert verify(tmp_path / 'out').problems == []
+    assert verify(tmp_path / 'out', check_detector=check_detector).problems == []
     change(tmp_path / 'out')
-    report = verify(tmp_path / 'out')
+    report = verify(tmp_path / 'out', check_detector=check_detector)
     assert any(problem in line for line in report.problems), report.problems
 
 

@@ -188,7 +188,7 @@ def test_a_model_of_four_channels(photograph):
     (dict(std=[0., 0., 0.]), 'std'), (dict(interpolation='foo'), 'interpolation'), (dict(crop_pct=5.), 'crop_pct')])
 def test_what_verify_would_refuse_is_not_written(args, message, tmp_path):
     train(tmp_path / 'run', NET, **args)
-    with pytest.raises(PublishError, match=f'no model that could be loaded: .*{message}'):
+    with pytest.raises(PublishError, match=f'do not describe a loadable model: .*{message}'):
         write_repository(tmp_path / 'out', tmp_path / 'run' / 'best.pth', f'{NET}.mine')
     assert not (tmp_path / 'out').exists()
 

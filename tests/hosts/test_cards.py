@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 def run_blocks(card, folder, monkeypatch):
     """Runs the blocks of a card in a folder, and returns the names of each."""
-    shutil.copy(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg', folder / 'picture.jpg')
+    shutil.copy(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg', folder / 'image.jpg')
     monkeypatch.chdir(folder)
     values = []
     for block in re.findall(r'^```python\n(.*?)^```', card, re.M | re.S):
