@@ -1,7 +1,7 @@
-"""A small Hub on this machine: repositories with commits, tags, pull requests and large files, and faults on demand.
+"""A small local Hub: repositories with commits, tags, pull requests, large files, and failures on demand.
 
-It speaks what huggingface_hub asks for when it publishes and downloads models over Git LFS. Large files are served from
-a second port: the client takes a redirect within one origin for a renamed repository, and follows it.
+It implements the requests of huggingface_hub for publishing and downloading models over Git LFS. Large files are served
+from a second port, because the client treats a redirect within one origin as a renamed repository.
 """
 import base64
 import contextlib
@@ -51,15 +51,15 @@ class Repository:
 
 @dataclasses.dataclass
 class Fault:
-    """What goes wrong with the requests from number `at` on, counted among those that match.
+    """A failure of matching requests, from request number `at` on.
 
     Attributes:
         status: Answer with this status.
         drop: Close the connection without an answer.
-        lose: Do what is asked, then close the connection without an answer.
-        short: Close the connection after so many bytes of the body.
+        lose: Process the request, then close the connection without an answer.
+        short: Close the connection after this many bytes of the body.
         flip: Change one bit in the middle of the body.
-        hang: Stop in the middle of the body, whichever way it goes, until the client is gone.
+        hang: Stop in the middle of the sent or received body until the client disconnects.
     """
     method: str
     pattern: str
@@ -90,15 +90,15 @@ def as_json(content, status: int = 200) -> Answer:
 
 
 class Hub:
-    """The state of the server; both ports answer from it.
+    """The state of the server, which both ports share.
 
     Attributes:
-        users: User of each token. `owner` may write to `org`, others may only read.
-        repositories: By 'organization/name'.
-        large_files: Content by SHA-256, whether a commit has it or not.
-        requests: Method and path of each, in order.
-        xet_store: Folder where clients put and find large files themselves, over the Xet protocol; None for Git LFS.
-        xet_hashes: Hash under that protocol by SHA-256, which there only the store knows.
+        users: User by token. `owner` may write to `org`, others may only read.
+        repositories: Repository by 'organization/name'.
+        large_files: Content by SHA-256, including files that no commit has.
+        requests: Method and path of each request, in order.
+        xet_store: Folder where clients of the Xet protocol store and read large files; None for Git LFS.
+        xet_hashes: Hash of the Xet protocol by SHA-256.
     """
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Hub:
             server.server_close()
 
     def fail(self, method: str, pattern: str, **kwargs) -> Fault:
-        """Lets requests fail from now on, see `Fault`."""
+        """Makes requests fail from now on, see `Fault`."""
         self.faults.append(Fault(method, pattern, **kwargs))
         return self.faults[-1]
 
@@ -153,22 +153,22 @@ class Hub:
         return {path: file.content for path, file in repository.commits[repository.resolve(ref)].items()}
 
     def environment(self, home, token: Optional[str] = None) -> Dict[str, str]:
-        """Returns the environment of a process that knows this Hub and no other."""
+        """Returns the environment of a process that uses only this Hub."""
         hidden = ('HF_', 'HUGGING_FACE_', 'HUGGINGFACE_')
         own = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
         return dict(
             own, HF_ENDPOINT=self.url, HF_HOME=str(home), HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_PROGRESS_BARS='1',
             **({'HF_TOKEN': token} if token else {}))
 
-    # what requests do, by method and path
+    # request handlers
 
     def answer(self, method: str, path: str, query: Dict[str, List[str]], token: Optional[str], body: bytes) -> Answer:
         if token is not None and token not in self.users:
             raise Refusal(401)
         user = self.users.get(token or '')
-        for of, pattern, name in ROUTES:
+        for methods, pattern, name in ROUTES:
             match = re.fullmatch(pattern, path)
-            if match and method in of.split():
+            if match and method in methods.split():
                 with self.lock:
                     groups = {key: unquote(value) for key, value in match.groupdict().items()}
                     return getattr(self, f'_{name}')(user=user, query=query, body=body, **groups)
@@ -257,11 +257,12 @@ class Hub:
             self._readable(repo, user)
         else:
             self._writable(repo, user)
-        _, there = self._revision(repo, user, revision)
+        _, existing = self._revision(repo, user, revision)
         return as_json(dict(files=[dict(
             path=file['path'], shouldIgnore=False,
             uploadMode='lfs' if file['path'].endswith('.safetensors') else 'regular',
-            oid=there[file['path']].oid if file['path'] in there else None) for file in json.loads(body)['files']]))
+            oid=existing[file['path']].oid if file['path'] in existing else None,
+        ) for file in json.loads(body)['files']]))
 
     def _batch(self, body, **_) -> Answer:
         return as_json(dict(transfer='basic', objects=[
@@ -271,7 +272,7 @@ class Hub:
 
     def _xet_token(self, repo, user, kind, **_) -> Answer:
         self._writable(repo, user) if kind == 'write' else self._readable(repo, user)
-        token = dict(casUrl=f'local://{self.xet_store}', accessToken='of no use', exp=2_000_000_000)
+        token = dict(casUrl=f'local://{self.xet_store}', accessToken='unused', exp=2_000_000_000)
         names = zip(('X-Xet-Cas-Url', 'X-Xet-Access-Token', 'X-Xet-Token-Expiration'), token.values(), strict=True)
         status, headers, body = as_json(token)
         return status, dict(headers, **{name: str(value) for name, value in names}), body
@@ -346,10 +347,10 @@ def _regular(content: bytes) -> File:
 class _Handler(http.server.BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = 'HTTP/1.1'
-    disable_nagle_algorithm = True  # or each answer waits for 40 ms
+    disable_nagle_algorithm = True  # otherwise each answer is delayed by 40 ms
 
     def handle_one_request(self) -> None:
-        with contextlib.suppress(OSError):  # the client is gone
+        with contextlib.suppress(OSError):  # the client has disconnected
             super().handle_one_request()
 
     def do_GET(self) -> None:  # noqa: N802
@@ -390,7 +391,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def _read_body(self, fault: Fault) -> Optional[bytes]:
-        """Returns the body, None if the client goes away before it has sent all of it."""
+        """Returns the body, None if the client disconnects before it has sent the whole body."""
         if 'chunked' in self.headers.get('Transfer-Encoding', ''):
             parts = []
             while size := int(self.rfile.readline() or b'-1', 16):
@@ -427,7 +428,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def point_at(monkeypatch, url: str, cache) -> None:
-    """Lets the huggingface_hub of this process know one Hub, one cache and no delay between its attempts."""
+    """Makes the huggingface_hub of this process use only this Hub and cache, without delays between attempts."""
     for name, value in dict(
             ENDPOINT=url,
             HUGGINGFACE_CO_URL_TEMPLATE=url + '/{repo_id}/resolve/{revision}/{filename}',

@@ -1,7 +1,7 @@
-"""Mutations of real files, through the verbs that read them: a success or a documented error, and nothing else.
+"""Mutated files are given to the verbs that read them: each must end in a success or a documented error.
 
-Each file is changed by a random number generator whose seed is the name of the case and the number of the mutation, so
-that a failure comes again; the message has that number, and the path of the mutated file.
+The seed of each mutation is the name of the case and the number of the mutation, so that a failure can be repeated. The
+message of a failure has this number and the path of the mutated file.
 """
 import contextlib
 import copy
@@ -30,15 +30,15 @@ pytestmark = [
 ]
 
 MUTATIONS = 143  # of each of the 14 cases: 2,002 files
-SECONDS = 1.0  # of one process, beyond what the sound file takes
-MEMORY = 500 * 2**20  # bytes beyond those at the start
+SECONDS = 1.0  # of one process, in addition to those of the original file
+MEMORY = 500 * 2**20  # bytes in addition to those at the start
 RUN_FILES = ('args.yaml', 'summary.csv', 'run.json', 'card.yaml')
 CASES = [
     *((verb, 'model.safetensors') for verb in ('convert', 'publish', 'verify', 'card')),
     *((verb, 'config.json') for verb in ('verify', 'card')),
     *((verb, name) for name in RUN_FILES for verb in ('publish', 'card')),
 ]
-ODD = (
+UNUSUAL = (
     None, True, False, 0, -1, 1, 3, 7, 10**6, 10**30, 2**63, -2**31, 0.5, 1e308, float('inf'), float('nan'), '', ' ',
     'nan', '1e9', '-', 'a' * 20_000, '\x00', '\u202e\ufeff', '../../../etc/passwd', '{{ 7 * 7 }}', '---\nx: 1\n---',
     '| a |', [], {}, [[]], {'': None}, [1, 2], [None] * 3, [1e30] * 3, {'a': {'b': []}}, ['x'] * 300,
@@ -50,7 +50,7 @@ TOKENS = (
 
 
 def change_bytes(data, rng):
-    """Changes a file without knowing its format."""
+    """Changes bytes, regardless of the format of the file."""
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5))):
         at = rng.randrange(len(data) + 1)
@@ -72,27 +72,27 @@ def change_bytes(data, rng):
 
 
 def change_value(value, rng):
-    """Puts something odd in the place of one value, or of one name, at any depth."""
-    places = []
+    """Replaces or deletes random values and names, at any depth."""
+    entries = []
 
     def collect(container):
         for key in container if isinstance(container, dict) else range(len(container)):
-            places.append((container, key))
+            entries.append((container, key))
             if isinstance(container[key], (dict, list)):
                 collect(container[key])
 
     value = copy.deepcopy(value)
     collect(value)
     for _ in range(rng.choice((1, 1, 1, 3))):
-        container, key = rng.choice(places)
+        container, key = rng.choice(entries)
         kind = rng.randrange(5)
-        with contextlib.suppress(KeyError, IndexError, TypeError):  # an earlier change took it out
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # removed by an earlier change
             if kind == 0 and isinstance(container, dict):
-                container[str(rng.choice(ODD))[:50]] = container.pop(key)
+                container[str(rng.choice(UNUSUAL))[:50]] = container.pop(key)
             elif kind == 1:
                 del container[key]
             else:
-                container[key] = copy.deepcopy(rng.choice(ODD))
+                container[key] = copy.deepcopy(rng.choice(UNUSUAL))
     return value
 
 
@@ -113,7 +113,7 @@ def change_csv(data, rng):
 
 
 def change_safetensors(data, rng):
-    """Changes the header, or the values."""
+    """Changes the header or the values."""
     size = int.from_bytes(data[:8], 'little')
     header, values = data[8:8 + size], bytearray(data[8 + size:])
     kind = rng.randrange(5)
@@ -144,12 +144,12 @@ def status(field):
 
 
 class TooLongError(BaseException):
-    """Not to be caught as an error of a file."""
+    """Not caught by handlers of file errors."""
 
 
 @contextlib.contextmanager
 def limited():
-    """Nothing can take more memory than the machine can spare, or run for longer than a minute."""
+    """Limits memory, and the time to one minute."""
     def stop(*_):
         raise TooLongError
 
@@ -166,31 +166,31 @@ def limited():
 
 
 def run(arguments):
-    """Runs a verb; returns what is wrong with how it ended, the seconds and the bytes that it took."""
-    said = io.StringIO()
+    """Runs a verb; returns a description of an invalid outcome or '', the seconds and the bytes that it took."""
+    output = io.StringIO()
     Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here
     start, memory = time.process_time(), status('VmRSS')
-    wrong = ''
-    with limited(), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    failure = ''
+    with limited(), contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
         try:
             code = timm_spa_cli.main(list(map(str, arguments)))
             if code not in (0, 1):
-                wrong = f'exit code {code}'
-        except BaseException as e:  # SystemExit and what Rust raises too
-            wrong = f'{type(e).__name__}: {e}'
-    if re.search("allocate|MemoryError", said.getvalue()):  # the limit of this test would hide it
-        wrong = 'asked for too much memory'
-    if 'This is a bug' in said.getvalue() or 'cannot be used' in said.getvalue():
-        wrong = said.getvalue().strip().splitlines()[-2]
-    return wrong[:300], time.process_time() - start, status('VmHWM') - memory
+                failure = f'exit code {code}'
+        except BaseException as e:  # also SystemExit, and exceptions of Rust
+            failure = f'{type(e).__name__}: {e}'
+    if re.search("allocate|MemoryError", output.getvalue()):  # hidden by the limit of this test otherwise
+        failure = 'asked for too much memory'
+    if 'This is a bug' in output.getvalue() or 'cannot be used' in output.getvalue():
+        failure = output.getvalue().strip().splitlines()[-2]
+    return failure[:300], time.process_time() - start, status('VmHWM') - memory
 
 
 @pytest.fixture
 def folder(tmp_path, dry_run):
-    """A repository with all files of its run: what `publish` starts from, and the others look at."""
-    shutil.copytree(dry_run, tmp_path / 'sound')
+    """A repository with all files of its run, as input of every verb."""
+    shutil.copytree(dry_run, tmp_path / 'original')
     torch.set_num_threads(1)
-    return tmp_path / 'sound'
+    return tmp_path / 'original'
 
 
 def arguments_of(verb, folder, out):
@@ -208,27 +208,27 @@ def test_mutated_files(verb, name, folder, tmp_path):
     out = tmp_path / 'out'
     out.mkdir()
     arguments = arguments_of(verb, folder, out)
-    sound = [run(arguments) for _ in range(3)]
-    assert not sound[-1][0]
-    seconds = max(s for _, s, _ in sound[1:]) + SECONDS
+    unchanged = [run(arguments) for _ in range(3)]
+    assert not unchanged[-1][0]
+    seconds = max(s for _, s, _ in unchanged[1:]) + SECONDS
     original = (folder / name).read_bytes()
     failures = []
     for i in range(MUTATIONS):
         data = mutated(original, name, random.Random(f'{verb} {name} {i}'))
         (folder / name).write_bytes(data)
-        wrong, took, memory = run(arguments)
+        failure, took, memory = run(arguments)
         if took > seconds:
-            wrong += f' {took:.1f} seconds'
+            failure += f' {took:.1f} seconds'
         if memory > MEMORY:
-            wrong += f' {memory / 2**20:.0f} MiB'
-        if wrong:
-            kept = tmp_path / f'{i}-{name}'
-            kept.write_bytes(data)
-            failures.append(f'mutation {i} ({kept}): {wrong}')
+            failure += f' {memory / 2**20:.0f} MiB'
+        if failure:
+            path = tmp_path / f'{i}-{name}'
+            path.write_bytes(data)
+            failures.append(f'mutation {i} ({path}): {failure}')
     assert not failures, f'{len(failures)} of {MUTATIONS}:\n' + '\n'.join(failures[:40])
 
 
-def test_the_files_are_two_thousand():
+def test_number_of_mutations_and_files():
     assert MUTATIONS * len(CASES) >= 2000
     assert {name for _, name in CASES} == {*RUN_FILES, 'config.json', SHIPPED.with_name('model.safetensors').name}
     assert all((CARDS / name).exists() for name in (*RUN_FILES, 'config.json'))

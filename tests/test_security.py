@@ -1,4 +1,4 @@
-"""A pickle that would write a file is planted wherever a verb of `timm-spa` reads weights: it never runs."""
+"""No verb of `timm-spa` runs a pickle: every place where a verb reads weights is tried."""
 import json
 import pickle
 import shutil
@@ -12,8 +12,8 @@ import timm_spa_cli
 from timm_spa._shipped import shipped_photographs
 from timm_spa.detection import retinanet, save_detector
 
-NET = 'spa_mobilenetv2_050'
-WITHOUT_WEIGHTS = {'list', 'demo', 'recipes'}  # verbs that read no file of weights but the shipped ones
+MODEL = 'spa_mobilenetv2_050'
+WITHOUT_WEIGHTS = {'list', 'demo', 'recipes'}  # verbs that read only the shipped weights
 
 
 class Payload:
@@ -43,7 +43,7 @@ KINDS = (zipped, legacy, bare)
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
 def plant(request, tmp_path):
-    """Writes a pickle that would write the file `plant.marker`."""
+    """Writes a pickle that creates the file `plant.marker` if it runs."""
     def write(path):
         path.parent.mkdir(exist_ok=True, parents=True)
         request.param(Payload(tmp_path / 'marker'), path)
@@ -54,34 +54,34 @@ def plant(request, tmp_path):
 
 
 def checkpoint(*arguments):
-    """The arguments of a verb that takes --model and --checkpoint."""
+    """Returns a function for the arguments of a verb with --model and --checkpoint."""
     def build(plant, folder):
-        return [*arguments, '--model', NET, '--checkpoint', plant(folder / 'best.pth.tar')]
+        return [*arguments, '--model', MODEL, '--checkpoint', plant(folder / 'best.pth.tar')]
 
     return build
 
 
 def local_dir(verb, *arguments):
-    """The arguments of a verb that takes a folder as a model."""
+    """Returns a function for the arguments of a verb that loads a model from a folder."""
     def build(plant, folder):
         plant(folder / 'pytorch_model.bin')
         (folder / 'config.json').write_text(json.dumps(dict(
-            architecture=NET, num_classes=1000, pretrained_cfg=dict(input_size=[3, 224, 224]))))
+            architecture=MODEL, num_classes=1000, pretrained_cfg=dict(input_size=[3, 224, 224]))))
         return [verb, *arguments, f'local-dir:{folder}']
 
     return build
 
 
 def convert(plant, folder):
-    return ['convert', plant(folder / 'best.pth'), folder / 'out.safetensors', '--model', NET]
+    return ['convert', plant(folder / 'best.pth'), folder / 'out.safetensors', '--model', MODEL]
 
 
 def convert_by_another_name(plant, folder):
-    return ['convert', plant(folder / 'best.safetensors'), folder / 'out.safetensors', '--model', NET]
+    return ['convert', plant(folder / 'best.safetensors'), folder / 'out.safetensors', '--model', MODEL]
 
 
 def publish(plant, folder):
-    return ['publish', plant(folder / 'best.pth'), '--model', f'{NET}.mine', '--dry-run', folder / 'repository']
+    return ['publish', plant(folder / 'best.pth'), '--model', f'{MODEL}.mine', '--dry-run', folder / 'repository']
 
 
 def repository(folder, plant, name):
@@ -97,7 +97,7 @@ def verify(plant, folder):
     return ['verify', repository(folder, plant, 'model.safetensors')]
 
 
-def verify_beside(plant, folder):
+def verify_next_to_weights(plant, folder):
     return ['verify', repository(folder, plant, 'pytorch_model.bin')]
 
 
@@ -107,7 +107,7 @@ def card(plant, folder):
 
 def detector(plant, folder):
     save_detector(
-        retinanet(NET, num_classes=2, pretrained_backbone=False), folder / 'detector',
+        retinanet(MODEL, num_classes=2, pretrained_backbone=False), folder / 'detector',
         [dict(id=1, name='a'), dict(id=2, name='b')])
     plant(folder / 'detector' / 'model.safetensors')
     return folder / 'detector'
@@ -125,7 +125,7 @@ def detect_predict(plant, folder):
 def train(folder, *arguments):
     data = write_rectangles(folder / 'data', count=2, size=64)
     return [
-        'detect', 'train', '--data', data, '--model', NET, '--device', 'cpu', '--output', folder / 'run', *arguments]
+        'detect', 'train', '--data', data, '--model', MODEL, '--device', 'cpu', '--output', folder / 'run', *arguments]
 
 
 def detect_train(plant, folder):
@@ -138,7 +138,7 @@ def detect_resume(plant, folder):
 
 
 def bench(plant, folder):
-    return ['bench', f'{NET} checkpoint_path={plant(folder / "best.pth")}', '--rounds', '2', '--img-size', '32']
+    return ['bench', f'{MODEL} checkpoint_path={plant(folder / "best.pth")}', '--rounds', '2', '--img-size', '32']
 
 
 PHOTOGRAPH = str(shipped_photographs()[0])
@@ -147,7 +147,7 @@ CASES = {
     'convert-by-another-name': convert_by_another_name,
     'publish': publish,
     'verify': verify,
-    'verify-beside': verify_beside,
+    'verify-next-to-weights': verify_next_to_weights,
     'card': card,
     'predict': checkpoint('predict', PHOTOGRAPH),
     'predict-folder': local_dir('predict', PHOTOGRAPH, '--model'),
@@ -156,7 +156,7 @@ CASES = {
     'explain-scales': checkpoint('explain', 'scales'),
     'explain-ablate': checkpoint('explain', 'ablate', '--images', str(CARDS)),
     'export': lambda plant, folder: [
-        'export', NET, folder / 'out.onnx', '--to', 'onnx', '--checkpoint', plant(folder / 'best.pth')],
+        'export', MODEL, folder / 'out.onnx', '--to', 'onnx', '--checkpoint', plant(folder / 'best.pth')],
     'export-folder': lambda plant, folder: [
         *local_dir('export')(plant, folder), folder / 'out.onnx', '--to', 'onnx'],
     'detect-eval': detect_eval,
@@ -171,22 +171,23 @@ CASES = {
 def test_a_planted_pickle_never_runs(case, plant, tmp_path, capsys):
     arguments = CASES[case](plant, tmp_path / 'planted')
     assert timm_spa_cli.main(list(map(str, arguments))) == 1
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert not plant.marker.exists(), 'the pickle was run'
-    assert 'bug' not in said.err
-    assert 'weights' in said.out + said.err or 'pickle' in said.out + said.err or 'state' in said.err
+    assert 'bug' not in output.err
+    text = output.out + output.err
+    assert 'weights' in text or 'pickle' in text or 'state' in output.err
 
 
 @pytest.mark.slow
 def test_bench_runs_no_pickle(plant, tmp_path, capsys):
-    """In the process that measures; timm reads the file there."""
+    """timm reads the file in the process that measures."""
     assert timm_spa_cli.main(list(map(str, bench(plant, tmp_path)))) == 1
     assert not plant.marker.exists()
     assert 'weights_only' in capsys.readouterr().err
 
 
 def test_the_pickles_would_run(plant, tmp_path):
-    """What the tests above rest on."""
+    """Without protection, so that the tests above can fail."""
     path = plant(tmp_path / 'planted.pth')
     if b'state_dict' in path.read_bytes():
         torch.load(path, weights_only=False)
@@ -195,6 +196,6 @@ def test_the_pickles_would_run(plant, tmp_path):
     assert plant.marker.exists()
 
 
-def test_no_verb_is_left_out():
+def test_every_verb_is_tried():
     assert {case.partition('-')[0] for case in CASES} | WITHOUT_WEIGHTS | {'bench'} == set(timm_spa_cli.VERBS)
 

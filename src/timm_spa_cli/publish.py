@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         'checkpoint', metavar='CHECKPOINT',
         help='training checkpoint or file of weights; for a detector the folder `best` or `last`')
-    parser.add_argument('--model', metavar='NAME.TAG', help='architecture and tag, e.g. spa_resnet50.mine; not for a detector')
+    parser.add_argument(
+        '--model', metavar='NAME.TAG', help='architecture and tag, e.g. spa_resnet50.mine; not for a detector')
     parser.add_argument('--repo', metavar='ORG/NAME', help='repository (default: $TIMM_SPA_HUB_ORG/NAME.TAG)')
     parser.add_argument(
         '--num-classes', type=positive, help='number of classes, if the checkpoint has no args.yaml')
