@@ -324,20 +324,20 @@ def test_figures(tmp_path):
 
 @pytest.mark.parametrize(('name', 'text', 'message'), [
     ('card.yaml', 'abuot: x', "unknown key 'abuot'"),
-    ('card.yaml', 'about: [x]', "'about' should be a str"),
-    ('card.yaml', 'training:', "'training' should be a str"),
+    ('card.yaml', 'about: [x]', "'about' must be a str"),
+    ('card.yaml', 'training:', "'training' must be a str"),
     ('card.yaml', 'dataset: {nme: x}', 'has nme'),
-    ('card.yaml', 'dataset: {name: [x]}', "'dataset: name' should be a text"),
-    ('card.yaml', 'accuracy: {top1: best}', "'accuracy: top1' should be a number"),
-    ('card.yaml', 'epoch: true', "'epoch' should be a int"),
-    ('card.yaml', 'commands: x', "'commands' should be a list"),
-    ('card.yaml', 'commands: [1]', "'an entry of commands' should be a str"),
+    ('card.yaml', 'dataset: {name: [x]}', "'dataset: name' must be a text"),
+    ('card.yaml', 'accuracy: {top1: best}', "'accuracy: top1' must be a number"),
+    ('card.yaml', 'epoch: true', "'epoch' must be a int"),
+    ('card.yaml', 'commands: x', "'commands' must be a list"),
+    ('card.yaml', 'commands: [1]', "'an entry of commands' must be a str"),
     ('card.yaml', '- x', 'holds a list'),
     ('card.yaml', 'about: "', 'cannot be read'),
-    ('args.yaml', 'num_classes: ten', "'num_classes' should be a int"),
-    ('args.yaml', 'input_size: 3', "'input_size' should be a list"),
-    ('run.json', '{"versions": "2.6"}', "'versions' should be a dict"),
-    ('run.json', '{"seconds": "one hour"}', "'seconds' should be a number"),
+    ('args.yaml', 'num_classes: ten', "'num_classes' must be a int"),
+    ('args.yaml', 'input_size: 3', "'input_size' must be a list"),
+    ('run.json', '{"versions": "2.6"}', "'versions' must be a dict"),
+    ('run.json', '{"seconds": "one hour"}', "'seconds' must be a number"),
 ])
 def test_an_invalid_file_of_a_run_is_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)

@@ -41,7 +41,7 @@ def test_an_empty_entry_is_not_the_weights(tmp_path):
     torch.save(dict(state_dict_ema={}, state_dict=dict(a=torch.ones(1))), tmp_path / 'w.pth')
     assert read_weights(tmp_path / 'w.pth').used == 'state_dict'
     torch.save({}, tmp_path / 'none.pth')
-    with pytest.raises(CheckpointError, match=r'none.pth holds no weights: it is readable, and has no entry'):
+    with pytest.raises(CheckpointError, match=r'none.pth does not contain weights: it is readable but empty'):
         read_weights(tmp_path / 'none.pth')
 
 
@@ -64,7 +64,7 @@ def test_values_that_no_weights_have(value):
     (problem,) = value_problems({'a': torch.ones(2), 'b': bad})
     assert problem.startswith('1 tensors with values that are not finite: b')
     (problem,) = value_problems({'a.running_var': torch.tensor([0., -1e-9]), 'a.running_mean': torch.tensor([-1.])})
-    assert problem.startswith('1 variances below zero: a.running_var')
+    assert problem.startswith('1 negative variances: a.running_var')
     assert value_problems({'a.running_var': torch.zeros(2), 'n': torch.tensor(-1)}) == []
 
 

@@ -282,7 +282,7 @@ def test_an_edited_recipe_is_not_replaced(tmp_path, capsys):
     mine = tmp_path / 'mine.yaml'
     mine.write_text('lr: 0.1\n')
     assert timm_spa_cli.main(['recipes', 'finetune_warm', '--to', str(mine)]) == 1
-    assert 'is there already' in capsys.readouterr().err
+    assert 'exists already' in capsys.readouterr().err
     assert mine.read_text() == 'lr: 0.1\n'
 
 

@@ -57,7 +57,7 @@ def test_what_cannot_be_written_is_named(tmp_path, disk_of):
 def test_what_is_no_regular_file_stays(tmp_path):
     """A pipe, or a device such as /dev/null, would be gone; a link leads to what is replaced."""
     os.mkfifo(tmp_path / 'pipe')
-    with pytest.raises(WriteError, match='pipe cannot be written: it is no regular file'), \
+    with pytest.raises(WriteError, match='pipe cannot be written: it is not a regular file'), \
             replacing(tmp_path / 'pipe') as partial:
         partial.write_text('x')
     assert stat.S_ISFIFO((tmp_path / 'pipe').stat().st_mode)
@@ -263,7 +263,7 @@ def test_files_of_others_are_not_replaced(tmp_path):
     refuse_replacing([path], overwrite=True)
     refuse_replacing([path], is_own=lambda path: path.read_text() == 'mine')
     for is_own in (None, lambda path: False):
-        with pytest.raises(WriteError, match=r'a.txt is there already; --overwrite replaces it'):
+        with pytest.raises(WriteError, match=r'a.txt exists already. Add --overwrite to replace it'):
             refuse_replacing([tmp_path / 'none', path], **(dict(is_own=is_own) if is_own else {}))
 
 

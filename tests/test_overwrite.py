@@ -209,7 +209,7 @@ def test_card_replaces_only_its_own(run, tmp_path, capsys):
     (out / 'README.md').write_text('mine')
     capsys.readouterr()
     assert main('card', out, '--write') == 1
-    assert 'README.md is there already; --overwrite replaces it' in capsys.readouterr().err
+    assert 'README.md exists already. Add --overwrite to replace it' in capsys.readouterr().err
     assert (out / 'README.md').read_text() == 'mine'
     assert main('card', out, '--write', '--overwrite') == 0
     assert (out / 'README.md').read_text().startswith('---')
@@ -221,7 +221,7 @@ def test_a_detector_does_not_replace_a_classifier(tmp_path, capsys):
     folder = tmp_path / 'folder'
     folder.mkdir()
     (folder / 'config.json').write_text(json.dumps(dict(architecture='bert', written_by='timm_spa')))
-    with pytest.raises(WriteError, match=r'config.json is there already; --overwrite'):
+    with pytest.raises(WriteError, match=r'config.json exists already. Add --overwrite'):
         save_detector(model, folder, categories)
     save_detector(model, folder, categories, overwrite=True)
     assert is_own(folder)
@@ -255,7 +255,7 @@ def test_recipes_and_bench(tmp_path, capsys, monkeypatch):
     path, = existing(tmp_path, 'bench.json')
     monkeypatch.setattr('timm_spa.benchmark.measure', lambda *args: pytest.fail('measured before the file was refused'))
     assert main('bench', 'spa_resnet18', '--json', path) == 1
-    assert 'bench.json is there already; --overwrite' in capsys.readouterr().err
+    assert 'bench.json exists already. Add --overwrite' in capsys.readouterr().err
     assert path.read_text() == 'mine'
 
 
@@ -271,7 +271,7 @@ def test_explain(arguments, names, tmp_path, capsys):
     for name in names:
         path, = existing(tmp_path, name)
         assert main('explain', *arguments, '--out', tmp_path) == 1
-        assert f'{name} is there already; --overwrite' in capsys.readouterr().err
+        assert f'{name} exists already. Add --overwrite' in capsys.readouterr().err
         assert os.listdir(tmp_path) == [name]
         assert path.read_text() == 'mine'
         path.unlink()
@@ -291,7 +291,7 @@ def test_detect(tmp_path, capsys):
         folder = tmp_path / name
         path, = existing(folder, name)
         assert main(*command, '--out', folder) == 1
-        assert f'{name} is there already; --overwrite' in capsys.readouterr().err
+        assert f'{name} exists already. Add --overwrite' in capsys.readouterr().err
         assert path.read_text() == 'mine'
         for options in (['--overwrite'], [], ['--score', 0.01]):
             assert main(*command, '--out', folder, *options) == 0
@@ -306,16 +306,16 @@ def test_detect(tmp_path, capsys):
 def test_detect_train(name, tmp_path, capsys):
     path, = existing(tmp_path, name)
     assert main('detect', 'train', '--data', tmp_path / 'none', '--output', tmp_path) == 1
-    assert f'{name} is there already; --overwrite' in capsys.readouterr().err
+    assert f'{name} exists already. Add --overwrite' in capsys.readouterr().err
     assert path.read_text() == 'mine'
     assert main('detect', 'train', '--data', tmp_path / 'none', '--output', tmp_path, '--overwrite') == 1
-    assert 'is there already' not in capsys.readouterr().err, 'the dataset is missing'
+    assert 'exists already' not in capsys.readouterr().err, 'the dataset is missing'
 
 
 def test_a_detector_run_that_failed_in_its_first_epoch_can_be_repeated(tmp_path, capsys):
     (tmp_path / 'args.yaml').write_text('detector: retinanet\nsettings: {epochs: 1}\n')
     assert main('detect', 'train', '--data', tmp_path / 'none', '--output', tmp_path) == 1
-    assert 'is there already' not in capsys.readouterr().err
+    assert 'exists already' not in capsys.readouterr().err
 
 
 def test_overwrite_needs_a_file_to_write(capsys):
@@ -340,6 +340,6 @@ def test_a_pipe_in_a_folder_stays(tmp_path):
         partial.mkdir()
         (partial / 'a.txt').write_text('x')
 
-    with pytest.raises(WriteError, match=r'a.txt cannot be written: it is no regular file'), \
+    with pytest.raises(WriteError, match=r'a.txt cannot be written: it is not a regular file'), \
             replacing(folder) as partial:
         write(partial)

@@ -157,7 +157,7 @@ def test_images_with_the_same_name(images, tmp_path, capsys):
     assert [entry['path'] for entry in json.loads(capsys.readouterr().out)] == paths
 
 
-@pytest.mark.parametrize(('value', 'message'), [(float('nan'), 'not finite'), (-1., 'variances below zero')])
+@pytest.mark.parametrize(('value', 'message'), [(float('nan'), 'not finite'), (-1., 'negative variances')])
 def test_invalid_weights(value, message, tmp_path):
     model = timm.create_model('spa_mobilenetv2_cifar')
     torch.nn.init.constant_(model.bn1.running_var, value)

@@ -153,7 +153,7 @@ def test_names_of_classes(weights_to_publish, tmp_path):
 def test_a_model_name_that_contradicts_the_training(hub, owner, weights_to_publish, capsys):
     args = weights_to_publish.with_name('args.yaml')
     args.write_text(args.read_text().replace('model: spa_mobilenetv2_cifar', 'model: spa_b_mobilenetv2_cifar'))
-    refused(hub, weights_to_publish, 'names the model spa_b_mobilenetv2_cifar, and not spa_mobilenetv2_cifar', capsys)
+    refused(hub, weights_to_publish, 'names the model spa_b_mobilenetv2_cifar, expected spa_mobilenetv2_cifar', capsys)
 
 
 class Payload:
@@ -237,7 +237,7 @@ def test_more_unreadable_files(hub, owner, tmp_path, capsys):
     refused(hub, tmp_path, 'it is a folder', capsys)
     refused(hub, tmp_path / 'none.pth', 'none.pth does not exist', capsys)
     torch.save(dict(epoch=3), tmp_path / 'no.pth')
-    refused(hub, tmp_path / 'no.pth', r'no.pth holds no weights: .*\(epoch\)', capsys)
+    refused(hub, tmp_path / 'no.pth', r'no.pth does not contain weights: .*\(epoch\)', capsys)
 
 
 @pytest.mark.parametrize('name', [

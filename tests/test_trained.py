@@ -119,14 +119,14 @@ def test_what_contradicts_itself_is_refused(tmp_path):
         lambda name: write_repository(tmp_path / 'out', run / 'best.pth', f'{name}.mine', num_classes=3)]
     for text, message in (
             (f'model: {NET}\n', r"model arguments \{'pyramid_sizes': .*args.yaml beside it has \{\}"),
-            ('model: spa_resnet18\n', f'names the model spa_resnet18, and not {NET}')):
+            ('model: spa_resnet18\n', f'names the model spa_resnet18, expected {NET}')):
         (run / 'args.yaml').write_text(text)
         for attempt in attempts:
             with pytest.raises(RunError, match=message):
                 attempt(NET)
     (run / 'args.yaml').unlink()
     for attempt in attempts:
-        with pytest.raises(RunError, match=f'best.pth names the model {NET}, and not spa_b_{NET[4:]}'):
+        with pytest.raises(RunError, match=f'best.pth names the model {NET}, expected spa_b_{NET[4:]}'):
             attempt(f'spa_b_{NET[4:]}')
     (run / 'args.yaml').symlink_to('gone')
     with pytest.raises(RunError, match=r'args.yaml cannot be read: No such file'):

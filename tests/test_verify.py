@@ -192,7 +192,7 @@ DAMAGE = [
     (damaged_zip, 'notes cannot be read and may be a pickle: Bad magic number for central directory'),
     (nan_tensor, '1 tensors with values that are not finite: conv_stem.weight'),
     (infinite_variance, 'not finite: bn1.running_var'),
-    (negative_variance, 'variances below zero: bn1.running_var'),
+    (negative_variance, 'negative variances: bn1.running_var'),
     (wrong_shape, '1 of the wrong shape: classifier.bias (4,), expected (3,)'),
     (missing_key, '1 missing: blocks.0.0.attn.pyramid_weight'),
     (other_model, 'does not fit spa_mobilenetv2_cifar'),
