@@ -86,7 +86,8 @@ def test_offline_mode_with_an_empty_cache(cache, monkeypatch):
     assert_clear(str(e.value))
 
 
-@pytest.mark.parametrize(('status', 'cause'), [(404, 'cannot read the file or repository'), (503, 'did not serve the file .* 503')])
+@pytest.mark.parametrize(('status', 'cause'), [
+    (404, 'cannot read the file or repository'), (503, 'did not serve the file .* 503')])
 def test_the_hub_says_no(cache, monkeypatch, status, cause):
     server = serve(status, monkeypatch)
     try:
