@@ -1,4 +1,4 @@
-"""`timm-spa detect`, as a user runs it: training that goes on where it was killed, evaluation, pictures."""
+"""`timm-spa detect` as a user runs it: training, resuming after a kill, evaluation and drawing."""
 import csv
 import json
 import math
@@ -27,8 +27,8 @@ from timm_spa.detection.train import Settings, learning_rate, train
 from timm_spa.training.guard import TrainingError
 from timm_spa_cli._table import distinct
 
-NET = 'spa_mobilenetv2_050'
-SMALL = ('--model', NET, '--min-size', 64, '--max-size', 64, '--batch-size', 4, '--device', 'cpu', '--workers', 0)
+MODEL = 'spa_mobilenetv2_050'
+SMALL = ('--model', MODEL, '--min-size', 64, '--max-size', 64, '--batch-size', 4, '--device', 'cpu', '--workers', 0)
 
 
 def detect(*arguments):
@@ -41,14 +41,14 @@ def data(tmp_path_factory):
 
 
 def evaluate_alone(checkpoint, data):
-    """COCO's AP in percent, by one process."""
+    """Returns COCO's AP in percent, computed by one process."""
     model = load_detector(checkpoint)
     dataset = CocoDataset(data / 'val', data / 'val.json', categories=model.categories)
     return coco_figures(dataset, run_detector(model, dataset, 4, 0))['AP']
 
 
 def content(run):
-    """What must not depend on how often a run was killed."""
+    """Returns the files that must not depend on how often a run was killed."""
     names = (
         'summary.csv', 'args.yaml', 'training_state.safetensors', 'last/model.safetensors', 'best/model.safetensors')
     return {name: (run / name).read_bytes() for name in names}
@@ -61,9 +61,9 @@ def test_train_evaluate_predict(tmp_path, data, capsys):
     assert detect(
         'train', '--data', data, *SMALL, '--epochs', 2, '--output', run, '--lr', 0.005, '--pretrained-path',
         tmp_path / 'plain.safetensors', '--clip-grad', 10) == 0
-    said = capsys.readouterr().err
-    assert 'train.json: 8 images, 0 without a box; 24 boxes of 3 categories' in said
-    assert said.count('epoch 1: loss') == 1
+    log = capsys.readouterr().err
+    assert 'train.json: 8 images, 0 without boxes; 24 boxes of 3 categories' in log
+    assert log.count('epoch 1: loss') == 1
     assert sorted(p.name for p in run.iterdir()) == [
         'args.yaml', 'best', 'last', 'summary.csv', 'training_state.safetensors']
     with open(run / 'summary.csv', newline='') as f:
@@ -71,46 +71,46 @@ def test_train_evaluate_predict(tmp_path, data, capsys):
     assert list(rows[0]) == ['epoch', 'train_loss', 'eval_map', 'eval_ap50', 'eval_ap75', 'lr']
     assert [row['epoch'] for row in rows] == ['0', '1']
     args = yaml.safe_load((run / 'args.yaml').read_text())
-    assert args['model'] == NET
+    assert args['model'] == MODEL
     assert args['settings']['batch_size'] == 4
     model = load_detector(run / 'best')
     assert [c['name'] for c in model.categories] == list(NAMES)
     stem = model.state_dict()['backbone.body.conv_stem.weight']
-    assert torch.equal(stem, plain.conv_stem.weight), 'the frozen stem is that of the file'
+    assert torch.equal(stem, plain.conv_stem.weight), 'the frozen stem has the weights of the file'
 
     assert timm_spa_cli.main(['explain', 'curves', str(run), '--out', str(tmp_path / 'curves')]) == 0
     drawn = capsys.readouterr().out
     assert 'validation AP50 (%)' in drawn
-    assert f'retinanet {NET}' in drawn
+    assert f'retinanet {MODEL}' in drawn
     assert (tmp_path / 'curves' / 'curves.png').exists()
 
-    found = tmp_path / 'found.json'
+    results = tmp_path / 'results.json'
     source = ('--images', data / 'val', '--json', data / 'val.json', '--device', 'cpu', '--workers', 0)
-    assert detect('eval', run / 'best', *source, '--results', found) == 0
+    assert detect('eval', run / 'best', *source, '--results', results) == 0
     figures = dict(line.split() for line in capsys.readouterr().out.splitlines())
     best = max(rows, key=lambda row: float(row['eval_map']))
     assert float(figures['AP']) == pytest.approx(float(best['eval_map']), abs=0.051)
     assert len(figures) == 13
     assert figures['AP_L'] == '-'
-    assert all(result['category_id'] in (1, 2, 3) for result in json.loads(found.read_text()))
+    assert all(result['category_id'] in (1, 2, 3) for result in json.loads(results.read_text()))
 
     out = tmp_path / 'out'
-    pictures = [data / 'val' / '0.png', data / 'val' / '1.png']
+    images = [data / 'val' / '0.png', data / 'val' / '1.png']
     assert detect(
-        'predict', *pictures, tmp_path / 'none.png', '--checkpoint', run / 'best', run / 'last', '--out', out,
+        'predict', *images, tmp_path / 'none.png', '--checkpoint', run / 'best', run / 'last', '--out', out,
         '--score', 0.01, '--device', 'cpu') == 1
     captured = capsys.readouterr()
     assert 'none.png cannot be read as an image: No such file' in captured.err
     assert captured.out.count('objects by run-') == 4
     assert sorted(p.name for p in out.iterdir()) == ['0-boxes.png', '1-boxes.png', 'run-best.json', 'run-last.json']
-    with Image.open(out / '0-boxes.png') as picture:
-        assert picture.width == 2 * 512 + 4
+    with Image.open(out / '0-boxes.png') as image:
+        assert image.width == 2 * 512 + 4
     assert {r['image_id'] for r in json.loads((out / 'run-last.json').read_text())} <= {'0.png', '1.png'}
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, data, monkeypatch):
-    """kill -9 in the second epoch; then a stop between the best checkpoint and the state; then to the end."""
+def test_a_killed_run_resumes_with_identical_results(tmp_path, data, monkeypatch):
+    """Killed by SIGKILL in the second epoch, then stopped between writing a checkpoint and the state, then resumed."""
     command = ['train', '--data', data, *SMALL, '--epochs', 3, '--lr', 0.002]
     assert detect(*command, '--output', tmp_path / 'whole') == 0
     run = tmp_path / 'killed'
@@ -127,30 +127,30 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, data, monkeypatch):
     finally:
         process.kill()
         process.wait()
-    written = training._write_state
+    written = training.write_state
 
     def stopped(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, '_write_state', stopped)
+    monkeypatch.setattr(training, 'write_state', stopped)
     assert detect(*command, '--output', run, '--resume') == 130
-    monkeypatch.setattr(training, '_write_state', written)
+    monkeypatch.setattr(training, 'write_state', written)
     assert detect(*command, '--output', run, '--resume') == 0
     whole, again = content(tmp_path / 'whole'), content(run)
     assert [name for name in whole if whole[name] != again[name]] == []
     before = os.stat(run / 'training_state.safetensors').st_mtime_ns
     assert detect(*command, '--output', run, '--resume') == 0
-    assert os.stat(run / 'training_state.safetensors').st_mtime_ns == before, 'nothing is left to do'
+    assert os.stat(run / 'training_state.safetensors').st_mtime_ns == before, 'the run was complete'
 
 
-def test_runs_that_cannot_go_on(tmp_path, data, capsys):
+def test_runs_that_cannot_resume(tmp_path, data, capsys):
     command = ['train', '--data', data, *SMALL, '--output', tmp_path, '--epochs', 1]
     assert detect(*command) == 0
     capsys.readouterr()
     assert detect(*command) == 1
-    assert 'has a run in it. Go on with it by --resume, or name another folder.' in capsys.readouterr().err
+    assert 'contains a training run. Resume it with --resume, or name another folder.' in capsys.readouterr().err
     assert detect(*command, '--resume', '--seed', 43, '--lr', 1) == 1
-    assert 'cannot go on with another settings: lr was 0.0025 and is 1.0; seed was 42 and is 43' in (
+    assert 'cannot resume with another settings: lr was 0.0025 and is 1.0; seed was 42 and is 43' in (
         capsys.readouterr().err)
     (tmp_path / 'training_state.safetensors').write_bytes(b'x' * 100)
     assert detect(*command, '--resume') == 1
@@ -164,35 +164,36 @@ def open_sets(data):
 
 def small(num_classes=3, size=64):
     torch.manual_seed(0)
-    return retinanet(NET, num_classes, False, min_size=size, max_size=size)
+    return retinanet(MODEL, num_classes, False, min_size=size, max_size=size)
 
 
 def test_one_dataset_for_training_and_validation(tmp_path, data, monkeypatch):
-    """Validation reads images and boxes as they are; the caller's dataset is not changed."""
+    """Validation reads unchanged images and boxes, and the caller's dataset is not changed."""
     dataset = open_sets(data)[0]
     before = dict(vars(dataset))
-    learned = []
+    trained_boxes = []
 
-    def perfect(model, dataset, batch_size, workers, places):
-        targets = [dataset[place][1] for place in places]
+    def detect_perfectly(model, dataset, batch_size, workers, indices):
+        targets = [dataset[index][1] for index in indices]
         return {
-            place: dict(target, scores=torch.ones(len(target['boxes'])))
-            for place, target in zip(places, targets, strict=True)}
+            index: dict(target, scores=torch.ones(len(target['boxes'])))
+            for index, target in zip(indices, targets, strict=True)}
 
-    def collect(examples, original=training.collate):
-        learned.extend(target['boxes'].flatten().tolist() for _, target in examples)
-        return original(examples)
+    def read_batches(loader, original=training.read_batches):
+        for images, targets in original(loader):
+            trained_boxes.extend(target['boxes'].flatten().tolist() for target in targets)
+            yield images, targets
 
-    monkeypatch.setattr(training, 'detect', perfect)
-    monkeypatch.setattr(training, 'collate', collect)
+    monkeypatch.setattr(training, 'detect', detect_perfectly)
+    monkeypatch.setattr(training, 'read_batches', read_batches)
     rows = train(small(), dataset, dataset, tmp_path, Settings(epochs=1, batch_size=8, seed=1), cpu=True)
     assert rows[0]['eval_map'] == 100
     assert vars(dataset) == before
-    original = [dataset[place][1]['boxes'].flatten().tolist() for place in range(len(dataset))]
-    assert 0 < sum(boxes in original for boxes in learned) < len(dataset), 'images are mirrored in training'
+    original = [dataset[index][1]['boxes'].flatten().tolist() for index in range(len(dataset))]
+    assert 0 < sum(boxes in original for boxes in trained_boxes) < len(dataset), 'images are mirrored in training'
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, data):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, data):
     model = small()
     with torch.no_grad():
         model.head.regression_head.bbox_reg.bias[0] = float('nan')
@@ -201,8 +202,8 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, data):
     assert not (tmp_path / 'last').exists()
 
 
-def test_weights_that_are_not_finite_are_not_written(tmp_path, data, monkeypatch):
-    """The checkpoint of the epoch before stays."""
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, data, monkeypatch):
+    """The checkpoint of the previous epoch is kept."""
     train(small(), *open_sets(data), tmp_path, Settings(epochs=1), cpu=True)
     files = ('best/model.safetensors', 'last/model.safetensors', 'training_state.safetensors')
     before = {name: (tmp_path / name).read_bytes() for name in files}
@@ -215,32 +216,32 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path, data, monkeypatch
                 self.param_groups[0]['params'][-1].fill_(math.inf)
         self.steps_left -= 1
 
-    monkeypatch.setattr(torch.optim.SGD, 'steps_left', 4, raising=False)  # the last step: its loss is a number
+    monkeypatch.setattr(torch.optim.SGD, 'steps_left', 4, raising=False)  # the last step, whose loss is finite
     monkeypatch.setattr(torch.optim.SGD, 'step', diverge)
-    monkeypatch.setattr(training, '_read_state', lambda path, model, now, resume: ([dict(
+    monkeypatch.setattr(training, 'read_state', lambda path, model, arguments, resume: ([dict(
         epoch=0, train_loss=1, eval_map=0, eval_ap50=0, eval_ap75=0, lr=1)], {}, {}))
     with pytest.raises(TrainingError, match='Epoch 1 is not saved: 1 tensors of the detector are not finite'):
         train(small(), *open_sets(data), tmp_path, Settings(epochs=2), cpu=True)
     assert {name: (tmp_path / name).read_bytes() for name in files} == before
 
 
-@pytest.mark.parametrize(('what', 'message'), [
-    (b'no picture', 'val/3.png cannot be read as an image'),
-    ((65, 64), 'val/3.png has 65 x 64 pixels, and the annotations say 64 x 64')])
-def test_pictures_are_looked_at_before_the_first_epoch(what, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize(('content', 'message'), [
+    (b'not an image', 'val/3.png cannot be read as an image'),
+    ((65, 64), 'val/3.png has 65 x 64 pixels, but the annotations give 64 x 64')])
+def test_images_are_checked_before_the_first_epoch(content, message, tmp_path, monkeypatch):
     data = write_rectangles(tmp_path / 'data', count=4, size=64)
-    if isinstance(what, bytes):
-        (data / 'val' / '3.png').write_bytes(what)
+    if isinstance(content, bytes):
+        (data / 'val' / '3.png').write_bytes(content)
     else:
-        Image.new('RGB', what).save(data / 'val' / '3.png')
-    monkeypatch.setattr(training, '_order', lambda *args: pytest.fail('an epoch has begun'))
+        Image.new('RGB', content).save(data / 'val' / '3.png')
+    monkeypatch.setattr(training, '_order', lambda *args: pytest.fail('an epoch has started'))
     with pytest.raises(DetectionError, match=message):
         train(small(), *open_sets(data), tmp_path / 'run', cpu=True)
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_broken_picture_of_a_worker_is_one_line(tmp_path):
-    """Cut off behind its head, which looks as it should."""
+def test_the_error_of_a_damaged_image_is_one_line(tmp_path):
+    """Truncated after its valid header, and read by the training process or by a worker."""
     data = write_rectangles(tmp_path / 'data', count=4, size=64)
     whole = (data / 'val' / '2.png').read_bytes()
     (data / 'val' / '2.png').write_bytes(whole[:len(whole) // 2])
@@ -258,7 +259,7 @@ def test_a_seed_of_any_size(tmp_path, data):
 
 
 @pytest.mark.parametrize('seed', [-1, 2 ** 32])
-def test_seeds_that_are_none(seed):
+def test_invalid_seeds(seed):
     with pytest.raises(DetectionError, match=f'seed must be a whole number from 0 to 4294967295, got {seed}'):
         Settings(seed=seed).completed('retinanet', 8, 1)
 
@@ -269,7 +270,7 @@ def test_seeds_that_are_none(seed):
     dict(lr=0), dict(lr=-1.), dict(lr='0.1'), dict(lr=math.nan), dict(clip_grad=-1.), dict(momentum=1.),
     dict(momentum=None), dict(weight_decay=-1e-4), dict(weight_decay='a'), dict(flip='no'), dict(decay_epochs=3),
     dict(decay_epochs=(1.5,))])
-def test_settings_that_are_none(changes):
+def test_invalid_settings(changes):
     ((name, value),) = changes.items()
     with pytest.raises(DetectionError, match=f'^{name} must be .*, got {re.escape(repr(value))}.$'):
         Settings(**changes).completed('retinanet', 8, 1)
@@ -277,8 +278,8 @@ def test_settings_that_are_none(changes):
 
 @pytest.mark.slow
 def test_another_precision_in_the_same_process(tmp_path, data):
-    # At 64 pixels a map of one pixel goes into a convolution of stride 2. In bfloat16 on CPUs, torch 2.14.1 returns
-    # memory that nobody has written as the gradient of its weights.
+    # At 64 pixels, a convolution of stride 2 gets a feature map of one pixel. In bfloat16 on CPUs, torch 2.14.1 then
+    # returns uninitialized memory as the gradient of its weights.
     for precision in ('no', 'bf16'):
         settings = Settings(epochs=1, batch_size=8, mixed_precision=precision)
         train(small(size=128), *open_sets(data), tmp_path / precision, settings, cpu=True)
@@ -287,14 +288,14 @@ def test_another_precision_in_the_same_process(tmp_path, data):
 
 @pytest.fixture
 def accelerate_state():
-    """accelerate as in a new process."""
+    """accelerate's state as in a new process."""
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state(reset_partial_state=True)
     yield AcceleratorState
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_the_programs_own_accelerator_is_kept(accelerate_state, tmp_path, data):
+def test_the_accelerator_of_the_program_is_kept(accelerate_state, tmp_path, data):
     from accelerate import Accelerator
     program = Accelerator(cpu=True, mixed_precision='bf16')
     before = dict(accelerate_state._shared_state)
@@ -317,7 +318,7 @@ def test_a_second_training_with_other_settings(accelerate_state):
         training._create_accelerator('fp16', True)
     assert training._create_accelerator('no', True).mixed_precision == 'no'
     accelerate_state._reset_state(reset_partial_state=True)
-    program = PartialState(cpu=True)  # a program that uses this part only
+    program = PartialState(cpu=True)  # a program that uses only this part of accelerate
     for precision in ('no', 'bf16'):
         training._create_accelerator(precision, True)
     assert PartialState._shared_state is program.__dict__
@@ -326,37 +327,37 @@ def test_a_second_training_with_other_settings(accelerate_state):
 
 @pytest.mark.parametrize(('names', 'expected'), [
     ('a b', 'a b'), ('x x', 'x-1 x-2'), ('x x x-1', 'x-2 x-3 x-1'), ('x-2 x x x-2', 'x-2-1 x-3 x-4 x-2-4')])
-def test_names_are_told_apart(names, expected):
+def test_distinct_names(names, expected):
     assert distinct(names.split()) == expected.split()
 
 
-def test_predict_keeps_its_pictures(tmp_path, monkeypatch, capsys):
-    """The folder of the pictures is that of the results; two have one name, and one is too narrow."""
+def test_predict_never_replaces_its_input(tmp_path, monkeypatch, capsys):
+    """Results are written next to the images. Two images have the same name, and one is too narrow."""
     monkeypatch.chdir(tmp_path)
     model = small()
-    torch.nn.init.zeros_(model.head.classification_head.cls_logits.bias)  # scores of 1/2
+    torch.nn.init.zeros_(model.head.classification_head.cls_logits.bias)  # all scores are 1/2
     save_detector(model, tmp_path / 'a', [dict(id=i, name=name) for i, name in enumerate('xyz')])
     (tmp_path / 'b').mkdir()
     for name, size in (('street.png', (64, 64)), ('b/street.png', (64, 64)), ('narrow.png', (3, 900))):
         Image.new('RGB', size, (90, 120, 60)).save(name)
     before = (tmp_path / 'street.png').read_bytes()
-    pictures = ['street.png', 'narrow.png', 'b/street.png']
-    command = ['predict', *pictures, '--checkpoint', 'a', '--device', 'cpu', '--score', 0.9]
+    images = ['street.png', 'narrow.png', 'b/street.png']
+    command = ['predict', *images, '--checkpoint', 'a', '--device', 'cpu', '--score', 0.9]
     assert detect(*command, '--out', '.') == 1
     assert (tmp_path / 'street.png').read_bytes() == before
     assert sorted(p.name for p in tmp_path.glob('*-boxes.png')) == ['street-1-boxes.png', 'street-3-boxes.png']
     assert {r['image_id'] for r in json.loads((tmp_path / 'a.json').read_text())} == {'street.png', 'b/street.png'}
     assert capsys.readouterr().err == (
-        'timm-spa: narrow.png: 3 x 900 pixels are too narrow for this detector. It resizes the longer side to 64 '
-        'pixels, which leaves nothing of the shorter one.\n')
+        'timm-spa: narrow.png: 3 x 900 pixels are too narrow for this detector, which resizes the longer side to 64 '
+        'pixels and the shorter side to 0. Crop the image, or train with a larger max_size.\n')
     (tmp_path / 'street-1-boxes.png').write_bytes(before)
-    assert detect('predict', *pictures, 'street-1-boxes.png', *command[4:], '--out', '.') == 1
+    assert detect('predict', *images, 'street-1-boxes.png', *command[4:], '--out', '.') == 1
     assert 'street-1-boxes.png would be replaced by an image with boxes' in capsys.readouterr().err
     assert (tmp_path / 'street-1-boxes.png').read_bytes() == before
 
 
 def test_predict_folders(tmp_path, monkeypatch, capsys):
-    """Subfolders too, in order of names; the command works again where its results are in the folder."""
+    """Reads subfolders in order of names, and skips the results of an earlier call."""
     monkeypatch.chdir(tmp_path)
     save_detector(small(), tmp_path / 'a', [dict(id=i, name=name) for i, name in enumerate('xyz')])
     for name in ('images/b.png', 'images/sub/a.jpg', 'images/sub/b.png', 'single.png'):
@@ -372,10 +373,12 @@ def test_predict_folders(tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in (tmp_path / 'images').glob('*-boxes.png')) == [
         'a-boxes.png', 'b-1-boxes.png', 'b-3-boxes.png', 'single-boxes.png']
     assert detect('predict', 'empty', *command) == 1
-    assert capsys.readouterr().err == 'timm-spa: empty cannot be read as an image: it is a folder without images.\n'
+    assert capsys.readouterr().err == (
+        'timm-spa: empty cannot be read as an image: it is a folder. Name an image, or a folder that contains '
+        'images.\n')
     (tmp_path / 'empty' / 'x-boxes.png').write_bytes((tmp_path / 'single.png').read_bytes())
     assert detect('predict', 'empty', '--checkpoint', 'a', '--out', 'empty') == 1
-    assert 'empty has only images that this command wrote' in capsys.readouterr().err
+    assert 'empty contains only images that this command wrote' in capsys.readouterr().err
 
 
 def test_curves_of_a_detector_and_a_classifier(tmp_path, capsys):
@@ -386,9 +389,9 @@ def test_curves_of_a_detector_and_a_classifier(tmp_path, capsys):
     assert 'are of a classifier and a detector. Draw each alone.' in capsys.readouterr().err
 
 
-def test_datasets_that_do_not_fit(tmp_path, data):
+def test_datasets_that_do_not_match(tmp_path, data):
     train_set, val_set = open_sets(data)
-    with pytest.raises(DetectionError, match='train.json has 3 categories, and the detector 2 classes'):
+    with pytest.raises(DetectionError, match='train.json has 3 categories, but the detector has 2 classes'):
         train(small(2), train_set, val_set, tmp_path, cpu=True)
     other = CocoDataset(*write_coco(tmp_path, [1], [dict(bbox=[0, 0, 9, 9])]))
     with pytest.raises(DetectionError, match='x.json has other categories than .*train.json'):
@@ -397,8 +400,8 @@ def test_datasets_that_do_not_fit(tmp_path, data):
         train(small(), train_set, val_set, tmp_path, Settings(epochs=0), cpu=True)
 
 
-def test_the_recipe_is_the_papers():
-    """Two pictures on each of eight GPUs, 24 epochs, a tenth after 18 and 22."""
+def test_default_settings_are_the_papers():
+    """Two images on each of eight GPUs, 24 epochs, the learning rate divided by 10 after 18 and 22."""
     for detector, rate in (('retinanet', 0.01), ('cascade_rcnn', 0.02)):
         settings = Settings().completed(detector, 117266, 8)
         assert settings.warmup_steps == 500
@@ -411,7 +414,7 @@ def test_the_recipe_is_the_papers():
     assert Settings(epochs=12).completed('retinanet', 480, 1).decay_epochs == (9, 11)
 
 
-def test_every_process_has_as_many_pictures():
+def test_all_processes_get_the_same_number_of_images():
     orders = [training._order(7, 0, epoch, 2) for epoch in (0, 1)]
     assert orders[0] != orders[1]
     for order in orders:
@@ -419,18 +422,20 @@ def test_every_process_has_as_many_pictures():
         assert set(order) == set(range(7))
 
 
-def test_categories_that_the_checkpoint_does_not_know(tmp_path, data, capsys):
+def test_categories_that_are_unknown_to_the_checkpoint(tmp_path, data, capsys):
     save_detector(small(), tmp_path / 'a', [dict(id=i, name=name) for i, name in enumerate('xyz')])
     assert detect('eval', tmp_path / 'a', '--images', data / 'val', '--json', data / 'val.json') == 1
-    assert 'the detector was not trained on: blue, green, red. It knows x, y, z' in capsys.readouterr().err
+    assert 'the detector was not trained on: blue, green, red. The detector knows x, y, z' in capsys.readouterr().err
 
 
-def test_bad_arguments(tmp_path, data, capsys):
+def test_invalid_arguments(tmp_path, data, capsys):
     for arguments, message in (
             (['train', '--output', tmp_path], 'name a dataset by --data, or all of --train-images'),
             (['train', '--data', data, '--train-json', 'x', '--output', tmp_path], 'name a dataset by --data'),
-            (['train', '--data', data, '--output', tmp_path, '--model-kwargs', '{'], '--model-kwargs: no JSON'),
-            (['train', '--data', data, '--output', tmp_path, '--detector-kwargs', '[1]'], '--detector-kwargs: no JSON'),
+            (['train', '--data', data, '--output', tmp_path, '--model-kwargs', '{'],
+             '--model-kwargs: must be a JSON object'),
+            (['train', '--data', data, '--output', tmp_path, '--detector-kwargs', '[1]'],
+             '--detector-kwargs: must be a JSON object'),
             (['train', '--data', data, '--output', tmp_path, '--detector-kwargs', '{"min_size": 64}'],
              'argument --detector-kwargs: min_size: set by another option, or by the dataset'),
             (['train', '--data', data, '--output', tmp_path, '--epochs', 0], 'must be at least 1'),
@@ -438,26 +443,26 @@ def test_bad_arguments(tmp_path, data, capsys):
               for option, value in (('--workers', -1), ('--lr', -1), ('--lr', 'nan'), ('--clip-grad', 0),
                                     ('--seed', -1), ('--warmup-steps', -1))),
             *([] if torch.cuda.is_available() else [
-                (['train', '--data', data, '--output', tmp_path, '--device', 'cuda'], 'torch sees no GPU')])):
+                (['train', '--data', data, '--output', tmp_path, '--device', 'cuda'], 'torch does not find a GPU')])):
         with pytest.raises(SystemExit, match='2'):
             detect(*arguments)
         assert message in capsys.readouterr().err
     assert detect('train', '--data', tmp_path / 'none', '--output', tmp_path) == 1
-    assert "one JSON file of the part 'train'" in capsys.readouterr().err
+    assert "one JSON file for the split 'train'" in capsys.readouterr().err
     assert detect('train', '--data', data, '--output', tmp_path, '--model', 'spa_resnet51') == 1
     assert "Unknown model 'spa_resnet51'" in capsys.readouterr().err
     unknown = ('train', '--data', data, '--output', tmp_path, *SMALL, '--detector-kwargs', '{"no_such": 1}')
     assert detect(*unknown) == 1
-    assert 'retinanet has no argument no_such.' in capsys.readouterr().err
+    assert 'retinanet: unknown argument no_such.' in capsys.readouterr().err
     assert detect(*unknown, '--detector', 'cascade_rcnn') == 1
-    assert 'cascade_rcnn has no argument no_such. Its further arguments are batch_size_per_image, detections_' in (
+    assert 'cascade_rcnn: unknown argument no_such. Further arguments are batch_size_per_image, detections_' in (
         capsys.readouterr().err)
     assert detect('train', '--data', data, '--output', tmp_path, *SMALL, '--model-kwargs', '{"in_chans": 1}') == 1
-    assert 'Detectors take images of 3 channels, and in_chans is 1.' in capsys.readouterr().err
+    assert 'Detectors need in_chans=3, got 1.' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_of_it_is_imported_before_it_is_asked_for():
+def test_lazy_imports():
     code = (
         'import sys, timm_spa; print([n for n in sys.modules if n.startswith("timm_spa.detection") or n in '
         '("accelerate", "pycocotools")])')
@@ -466,11 +471,16 @@ def test_nothing_of_it_is_imported_before_it_is_asked_for():
     code = 'import sys, timm_spa_cli.detect; print("torch" in sys.modules)'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout == 'False\n'
+    code = (
+        'import sys, timm_spa.detection.draw; print([n for n in sys.modules if n.startswith(("timm_spa.explain", '
+        '"matplotlib"))])')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout == '[]\n'
 
 
 @pytest.mark.slow
 def test_two_processes(tmp_path, data):
-    """Each takes half of the pictures; they evaluate together, and one writes. Their models stay equal."""
+    """Each process takes half of the images, both evaluate, and one writes. Their models stay equal."""
     run, script = tmp_path / 'run', tmp_path / 'main.py'
     script.write_text(
         'import os, sys\n'
@@ -495,5 +505,5 @@ def test_two_processes(tmp_path, data):
     assert float(last['train_loss']) < float(first['train_loss'])
     assert evaluate_alone(run / 'last', data) == pytest.approx(float(last['eval_map']), abs=0.051)
     evaluated, written = [torch.load(tmp_path / rank) for rank in '01'], load_detector(run / 'last').state_dict()
-    for of_rank in evaluated:
-        torch.testing.assert_close(of_rank, written, rtol=0, atol=0)
+    for state in evaluated:
+        torch.testing.assert_close(state, written, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""A CNN of timm with a feature pyramid, as torchvision's detectors want their backbone."""
+"""A CNN of timm with a feature pyramid, as a backbone for torchvision's detectors."""
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
@@ -19,7 +19,7 @@ PYRAMID_CHANNELS = 256
 
 
 class DetectionError(TimmSpaError, ValueError):
-    """A detector, its data or its training cannot be what was asked for; the message names the thing."""
+    """Base class for errors in detectors, their datasets and their training."""
 
 
 def create_body(
@@ -28,14 +28,21 @@ def create_body(
         out_indices: Optional[Sequence[int]] = None,
         **kwargs: Any,
 ) -> Any:
-    """Creates the feature extractor of a model of timm, with all its maps if `out_indices` is None.
+    """Creates a feature extractor from a model of timm.
 
-    `pretrained` may be a file of weights of the classification network, whatever `timm_spa.hub.convert` reads, so that
-    the file of a plain model starts a model with attention. A detector has no use for the classifier, so the file needs
-    none.
+    Args:
+        name: Name of the model.
+        pretrained: True for the published weights, or a file of classification weights that `timm_spa.hub.convert`
+            reads, e.g. the weights of the plain model for a model with attention. The file needs no classifier.
+        out_indices: Feature maps to return; all if None.
+        **kwargs: Further arguments of the model.
+
+    Raises:
+        DetectionError: The model does not exist, or cannot be created.
+        CheckpointError: The file cannot be read, or does not fit.
     """
     if pretrained not in (True, False):
-        from ..hub.convert import convert  # checks every tensor: timm would load what fits and leave the rest random
+        from ..hub.convert import convert  # checks every tensor; timm would leave unmatched tensors random
 
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / 'model.safetensors'
@@ -48,35 +55,36 @@ def create_body(
             name, pretrained=bool(pretrained), features_only=True, out_indices=out_indices, **kwargs)
     except TimmSpaError:
         raise
-    except Exception as e:  # timm, torch and the Hub each raise their own
+    except Exception as e:  # timm, torch and the Hub raise different exceptions
         raise DetectionError(f'{name} cannot be the backbone of a detector: {" ".join(str(e).split())}') from e
 
 
 class Backbone(nn.Module):
-    """Maps of a CNN, made a feature pyramid of 256 channels.
+    """A CNN with a feature pyramid of 256 channels.
 
-    The statistics of the norm layers are frozen: those layers stay in eval mode, and their weights and biases are
-    trained. Trainable gates keep updating their statistics, because the gates of a warm start have seen no image yet,
-    but not from maps of one cell: see `keep_statistics_of_one_cell`.
+    Norm layers with running statistics stay in eval mode, but their weights and biases are trained. Trainable gates
+    keep updating their statistics, because the gates of a warm start have not seen any image yet. Feature maps of one
+    cell are an exception, see `freeze_statistics_for_one_cell`.
 
     Attributes:
         body: Feature extractor of timm.
-        strides: Strides of the maps that it hands to the pyramid.
-        out_channels: Channels of every map of the pyramid.
+        strides: Strides of the feature maps from which the pyramid is built.
+        out_channels: Channels of each feature map of the pyramid.
     """
 
     def __init__(self, body: Any, strides: Sequence[int], trainable_layers: int = 3, p6p7: bool = False):
         """
         Args:
             body: Feature extractor of timm.
-            strides: Strides of the maps to use, the finest first; of several maps of one stride the last.
-            trainable_layers: Stages that are trained, counted from the end: 5 is everything, 3 all but the stem and
-                the first stage, 0 nothing.
-            p6p7: Add two maps to the pyramid by convolutions of the last map of the CNN, as RetinaNet, in place of
-                one by taking every second place of the last map of the pyramid, as Faster R-CNN.
+            strides: Strides of the feature maps to use, in increasing order. If several feature maps have the same
+                stride, the last one is used.
+            trainable_layers: Number of trainable stages, counted from the end. 5 trains everything, 3 freezes the stem
+                and the first stage, 0 freezes everything.
+            p6p7: Add two levels to the pyramid, computed by convolutions from the last feature map of the CNN, as in
+                RetinaNet. Otherwise one level is added by subsampling the last level, as in Faster R-CNN.
 
         Raises:
-            DetectionError: A stride is missing, or there is no such number of layers.
+            DetectionError: A stride is missing, or `trainable_layers` is out of range.
         """
         super().__init__()
         info = body.feature_info
@@ -84,9 +92,9 @@ class Backbone(nn.Module):
         missing = [stride for stride in strides if stride not in reductions]
         if missing:
             raise DetectionError(
-                f'The backbone has no map of stride {missing[0]}: the strides of its maps are '
-                f'{", ".join(map(str, reductions))}, and the detector needs {", ".join(map(str, strides))}. Nets for '
-                'small images have none; take one for 224 pixels.')
+                f'The backbone lacks a feature map of stride {missing[0]}: its strides are '
+                f'{", ".join(map(str, reductions))}, but the detector needs {", ".join(map(str, strides))}. Use a '
+                'model for images of 224 pixels; models for small images lack these strides.')
         last = {stride: index for index, stride in enumerate(reductions)}
         self.body = body
         self.strides = tuple(strides)
@@ -98,39 +106,45 @@ class Backbone(nn.Module):
         self.fpn = FeaturePyramidNetwork(channels, PYRAMID_CHANNELS, extra)
         self.out_channels = PYRAMID_CHANNELS
         if trainable_layers not in range(6):
-            raise DetectionError(f'trainable_layers is a number from 0 to 5, got {trainable_layers!r}.')
+            raise DetectionError(f'trainable_layers must be a whole number from 0 to 5, got {trainable_layers!r}.')
         freeze_stages(body, 5 - trainable_layers)
-        keep_statistics_of_one_cell(body)
+        freeze_statistics_for_one_cell(body)
         self.train()
 
     def train(self, mode: bool = True) -> 'Backbone':
-        """Sets the mode of everything but the norm layers with statistics outside of gates, which stay in eval mode."""
+        """Sets the mode of all layers, except for norm layers that stay in eval mode."""
         super().train(mode)
         freeze_statistics(self.body)
         return self
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """Maps images (N, 3, H, W) to maps (N, 256, H / stride, W / stride), the finest first."""
-        maps = self.body(x)
+        """Maps images (N, 3, H, W) to pyramid levels (N, 256, H / stride, W / stride), the finest first."""
+        feature_maps = self.body(x)
         chosen = zip(self.strides, self._indices, strict=True)
-        return self.fpn(OrderedDict((str(stride), maps[index]) for stride, index in chosen))
+        return self.fpn(OrderedDict((str(stride), feature_maps[index]) for stride, index in chosen))
 
 
 def freeze_statistics(body: nn.Module, only_frozen: bool = False) -> None:
-    """Sets norm layers with statistics to eval mode, but for trained ones, those of gates or (`only_frozen`) all."""
-    in_gates = set(_norms_of_gates(body))
+    """Sets norm layers with running statistics to eval mode, except for trainable norm layers of gates.
+
+    Args:
+        body: Feature extractor.
+        only_frozen: Also except all other trainable norm layers.
+    """
+    norms_of_gates = set(_norms_of_gates(body))
     for module in filter(_has_statistics, body.modules()):
-        is_trained = any(p.requires_grad for p in module.parameters(recurse=False))
-        learns = is_trained and (only_frozen or module in in_gates)
-        if not learns:
-            module.training = False  # not eval(), which reaches the gate in such a layer, and its drop path
+        is_trainable = any(p.requires_grad for p in module.parameters(recurse=False))
+        updates = is_trainable and (only_frozen or module in norms_of_gates)
+        if not updates:
+            module.training = False  # eval() would also change a gate or drop path inside the norm layer
 
 
-def keep_statistics_of_one_cell(body: nn.Module) -> None:
-    """Lets norm layers of gates use and keep their running statistics for maps of one cell, in training too.
+def freeze_statistics_for_one_cell(body: nn.Module) -> None:
+    """Makes norm layers of gates use their running statistics, unchanged, for feature maps of one cell.
 
-    Such a map has one value per channel and image: SPA with a pyramid of one cell, gather-excite on small images. A
-    batch of one image has no variance then, and that of a few images says little.
+    A feature map of one cell has one value per channel and image, e.g. for SPA with a pyramid of one cell or for
+    gather-excite on small images. The variance of one value is undefined, and the variance over the few images of a
+    batch is a poor estimate.
     """
     for module in _norms_of_gates(body):
         module.register_forward_pre_hook(_freeze_for_one_cell)
@@ -157,17 +171,20 @@ def _restore_mode(module: Any, inputs: Any, output: Any) -> None:
 
 
 def freeze_stages(body: Any, count: int) -> None:
-    """Freezes all that the maps of the first stages, the stem is one, depend on: exact in any architecture."""
+    """Freezes the first stages, of which the stem is one.
+
+    Gradients show which parameters the feature maps of these stages depend on, so this works for any architecture.
+    """
     if count == 0:
         return
     limit = 2 ** count
     reductions = body.feature_info.reduction()
     stages = [i for i, reduction in enumerate(reductions) if reduction <= limit]
-    if not stages:  # ConvNeXt's first map has stride 4
+    if not stages:  # the first feature map of ConvNeXt has stride 4
         return
     parameters = list(body.parameters())
     was_training = body.training
-    body.eval()  # batch norm would raise on maps of one value, and update its statistics
+    body.eval()  # in training mode, batch norm raises for single values and updates its statistics
     with torch.enable_grad():
         image = torch.rand(1, 3, 64, 64, device=parameters[0].device, dtype=parameters[0].dtype)
         gradients = torch.autograd.grad(body(image)[stages[-1]].sum(), parameters, allow_unused=True)
@@ -178,6 +195,6 @@ def freeze_stages(body: Any, count: int) -> None:
 
 
 def image_statistics(body: Any, name: str) -> Tuple[List[float], List[float]]:
-    """Returns mean and standard deviation of the pixels, from 0 to 1, that a backbone was trained with."""
+    """Returns the mean and standard deviation by which the images were normalized when a backbone was trained."""
     cfg: Any = getattr(body, 'pretrained_cfg', None) or timm.get_pretrained_cfg(name).to_dict()
     return list(cfg['mean']), list(cfg['std'])

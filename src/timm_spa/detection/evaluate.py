@@ -1,17 +1,16 @@
-"""What a detector finds in the images of a dataset, and COCO's figures for it."""
+"""Detections for the images of a dataset, and COCO's figures for them."""
 import contextlib
 import io
 import math
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 import torch
-from torch.utils.data import DataLoader, Subset
 
 from ..checkpoints.fit import first_few
 from .backbone import DetectionError
-from .data import CocoDataset, collate, read_batches
+from .data import CocoDataset, create_loader, read_batches
 
-__all__ = ['FIGURES', 'coco_figures', 'coco_results', 'detect']
+__all__ = ['FIGURES', 'check_evaluable', 'coco_figures', 'coco_results', 'detect']
 
 # in the order of pycocotools: average precision by IoU and by size, average recall by detections and by size
 FIGURES = ('AP', 'AP50', 'AP75', 'AP_S', 'AP_M', 'AP_L', 'AR1', 'AR10', 'AR100', 'AR_S', 'AR_M', 'AR_L')
@@ -24,32 +23,30 @@ def detect(
         dataset: CocoDataset,
         batch_size: int = 8,
         workers: int = 0,
-        places: Optional[Sequence[int]] = None,
+        indices: Optional[Sequence[int]] = None,
 ) -> Dict[int, Detection]:
-    """Runs a detector over a dataset.
+    """Runs a detector on a dataset.
 
     Args:
-        model: Detector; it is in eval mode afterwards.
-        dataset: The images.
-        batch_size: Images at a time.
-        workers: Processes that read images.
-        places: Places of the images in the dataset; all if None.
+        model: Detector. It is left in eval mode.
+        dataset: Images.
+        batch_size: Images per batch.
+        workers: Number of processes that read images.
+        indices: Indices of the images in the dataset; all if None.
 
     Returns:
-        For each place 'boxes' (R, 4: left, top, right, bottom in pixels of the image), 'labels' and 'scores', on the
+        For each index 'boxes' (R, 4: left, top, right, bottom in pixels of the image), 'labels' and 'scores', on the
         CPU.
     """
     model.eval()
     device = next(model.parameters()).device
-    places = range(len(dataset)) if places is None else places
-    loader = DataLoader(Subset(dataset, places), batch_size, num_workers=workers, collate_fn=collate)
-    found: List[Detection] = []
+    indices = range(len(dataset)) if indices is None else indices
+    detections: List[Detection] = []
     with torch.inference_mode():
-        for images, _ in read_batches(loader):
-            found += [
-                {key: value.cpu() for key, value in of_image.items()}
-                for of_image in model([image.to(device) for image in images])]
-    return dict(zip(places, found, strict=True))
+        for images, _ in read_batches(create_loader(dataset, indices, batch_size, workers)):
+            for detection in model([image.to(device) for image in images]):
+                detections.append({key: value.cpu() for key, value in detection.items()})
+    return dict(zip(indices, detections, strict=True))
 
 
 def coco_results(
@@ -57,12 +54,13 @@ def coco_results(
         image_ids: Iterable[Any],
         category_ids: Sequence[Any],
 ) -> List[Dict[str, Any]]:
-    """Writes detections in COCO's results format.
+    """Converts detections to COCO's results format.
 
     Args:
         detections: Detections of each image.
         image_ids: Id of each image.
-        category_ids: Id of each class, by its label; what is found of a class without one (None) is left out.
+        category_ids: Id of each class, in the order of the labels. Detections of a class whose id is None are left
+            out.
 
     Returns:
         A list of 'image_id', 'category_id', 'bbox' (left, top, width, height) and 'score'.
@@ -71,18 +69,18 @@ def coco_results(
         DetectionError: A label is not an integer from 0 to the number of classes - 1, or a value is not finite.
     """
     results = []
-    for image_id, found in zip(image_ids, detections, strict=True):
-        labels = found['labels']
+    for image_id, detection in zip(image_ids, detections, strict=True):
+        labels = detection['labels']
         if len(labels) and (labels.dtype != torch.long or labels.min() < 0 or labels.max() >= len(category_ids)):
             raise DetectionError(
                 f'Detections of image {image_id!r} have the labels {sorted(set(labels.tolist()))} ({labels.dtype}). '
                 f'Labels of {len(category_ids)} classes are 0 to {len(category_ids) - 1} as torch.int64.')
-        bad = [key for key in ('boxes', 'scores') if not found[key].isfinite().all()]
-        if bad:  # pycocotools would count a box of NaN as right
+        invalid = [key for key in ('boxes', 'scores') if not detection[key].isfinite().all()]
+        if invalid:  # pycocotools would count a box of NaN as right
             raise DetectionError(
-                f'Detections of image {image_id!r} have {" and ".join(bad)} that are not finite. Check the weights of '
-                'the detector, or run it without mixed precision.')
-        for box, label, score in zip(*(found[key].tolist() for key in ('boxes', 'labels', 'scores')), strict=True):
+                f'Detections of image {image_id!r} have {" and ".join(invalid)} that are not finite. Check the weights '
+                'of the detector, or run it without mixed precision.')
+        for box, label, score in zip(*(detection[key].tolist() for key in ('boxes', 'labels', 'scores')), strict=True):
             if category_ids[label] is not None:
                 left, top, right, bottom = box
                 results.append(dict(
@@ -92,18 +90,18 @@ def coco_results(
 
 
 def coco_figures(dataset: CocoDataset, detections: Mapping[int, Detection]) -> Dict[str, float]:
-    """Computes COCO's twelve figures by pycocotools.
+    """Computes COCO's twelve figures with pycocotools.
 
     Args:
         dataset: Images and true boxes.
-        detections: Detections of every image, by its place.
+        detections: Detections of every image, by its index.
 
     Returns:
-        The figures in percent, by the names in `FIGURES`; NaN for a size of which there is no box.
+        The figures in percent, by the names in `FIGURES`. A figure for a size without true boxes is NaN.
 
     Raises:
-        DetectionError: pycocotools is missing, there is no box to find, or an image has no detections (which may be
-            empty), or detections that are not finite.
+        DetectionError: pycocotools is missing, the dataset has no boxes, an image is missing in `detections` (an
+            image without detections needs empty tensors), or detections are not finite.
     """
     try:
         from pycocotools.coco import COCO
@@ -114,28 +112,18 @@ def coco_figures(dataset: CocoDataset, detections: Mapping[int, Detection]) -> D
     unmatched = sorted(detections.keys() ^ set(range(len(dataset))))
     if unmatched:
         raise DetectionError(
-            f'Detections must be those of the {len(dataset)} images of {dataset.source}, one entry for each place: '
-            f'{first_few(list(map(str, unmatched)))} missing or unknown. Give empty tensors where nothing is found.')
-    # labels and places in place of ids, which may be of any kind
+            f'Detections do not match the {len(dataset)} images of {dataset.source}: indices '
+            f'{first_few(list(map(str, unmatched)))} are missing or unknown. Give one entry per image, with empty '
+            'tensors for an image without detections.')
+    # labels and indices replace the ids of the file, which may have any type
     truth = [
-        dict(image_id=place, category_id=a['label'], bbox=a['bbox'], area=a['area'], iscrowd=a['iscrowd'])
-        for place, of_image in enumerate(dataset.annotations) for a in of_image]
-    labels = range(len(dataset.categories))
-    found = coco_results(detections.values(), detections, labels)
-    for result in found:
+        dict(image_id=index, category_id=a['label'], bbox=a['bbox'], area=a['area'], iscrowd=a['iscrowd'])
+        for index, annotations in enumerate(dataset.annotations) for a in annotations]
+    results = coco_results(detections.values(), detections, range(len(dataset.categories)))
+    for result in results:
         result.update(area=result['bbox'][2] * result['bbox'][3], iscrowd=0)
-
-    def indexed(entries: List[Dict[str, Any]]) -> Any:
-        coco = COCO()
-        coco.dataset = dict(
-            images=[dict(id=place) for place in range(len(dataset))], categories=[dict(id=label) for label in labels],
-            # from 1: pycocotools treats a match with id 0 as no match
-            annotations=[dict(entry, id=number) for number, entry in enumerate(entries, start=1)])
-        coco.createIndex()
-        return coco
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports every step
-        evaluation = COCOeval(indexed(truth), indexed(found), 'bbox')
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints every step
+        evaluation = COCOeval(_filled(COCO(), dataset, truth), _filled(COCO(), dataset, results), 'bbox')
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -144,7 +132,19 @@ def coco_figures(dataset: CocoDataset, detections: Mapping[int, Detection]) -> D
         for name, value in zip(FIGURES, evaluation.stats, strict=True)}
 
 
+def _filled(coco: Any, dataset: CocoDataset, entries: List[Dict[str, Any]]) -> Any:
+    """Returns an empty index of pycocotools after adding true boxes or detections."""
+    coco.dataset = dict(
+        images=[dict(id=index) for index in range(len(dataset))],
+        categories=[dict(id=label) for label in range(len(dataset.categories))],
+        # ids start from 1, because pycocotools treats a match with id 0 as no match
+        annotations=[dict(entry, id=number) for number, entry in enumerate(entries, start=1)])
+    coco.createIndex()
+    return coco
+
+
 def check_evaluable(dataset: CocoDataset) -> None:
-    """Raises a DetectionError if there is nothing to find in a dataset."""
-    if all(a['iscrowd'] for of_image in dataset.annotations for a in of_image):
-        raise DetectionError(f'{dataset.source} has no box to find: nothing can be evaluated on it.')
+    """Raises a DetectionError if a dataset has no boxes other than crowds."""
+    if all(a['iscrowd'] for annotations in dataset.annotations for a in annotations):
+        raise DetectionError(
+            f'{dataset.source} cannot be used for evaluation: it contains no boxes, or crowds only. Add annotations.')
