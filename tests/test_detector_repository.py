@@ -1,4 +1,4 @@
-"""A detector as a repository: files, card, upload, download, checks."""
+"""Hub repositories of detectors: files, card, upload, download and checks."""
 import json
 import re
 import shutil
@@ -24,7 +24,7 @@ ROWS = 'epoch,train_loss,eval_map,eval_ap50,eval_ap75,lr\n0,1.5,10.5,20.0,9.0,0.
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """A run's folder as `timm-spa detect train` leaves it, with what its owner says of it."""
+    """Folder of a run as `timm-spa detect train` writes it, with a card.yaml."""
     run = tmp_path_factory.mktemp('trained') / 'run'
     torch.manual_seed(0)
     model = retinanet('spa_mobilenetv2_050', 2, pretrained_backbone=False, min_size=64, max_size=64)
@@ -66,9 +66,9 @@ def test_publish_and_use(run, tmp_path, hub, owner, capsys, monkeypatch):
     assert timm_spa_cli.main(['publish', str(run / 'best'), '--repo', REPO]) == 0
     assert 'Nothing to change' in capsys.readouterr().out
     assert timm_spa_cli.main(['verify', REPO]) == 0
-    said = capsys.readouterr().out
-    assert 'files against the digests of the Hub' in said
-    assert 'No problem found.' in said
+    output = capsys.readouterr().out
+    assert 'files against the digests of the Hub' in output
+    assert 'No problem found.' in output
 
     monkeypatch.chdir(tmp_path)
     Image.new('RGB', (90, 70), 'green').save('street.jpg')
@@ -81,32 +81,32 @@ def test_publish_and_use(run, tmp_path, hub, owner, capsys, monkeypatch):
     command = shell.splitlines()[-1].split()
     assert command[:2] == ['timm-spa', 'detect']
     assert timm_spa_cli.main(command[1:]) == 0
-    assert sorted(p.name for p in (tmp_path / 'pictures').iterdir()) == ['finds-things.json', 'street-boxes.png']
-    with pytest.raises(DetectionError, match='org/none cannot be had from http'):
+    assert sorted(p.name for p in (tmp_path / 'detections').iterdir()) == ['finds-things.json', 'street-boxes.png']
+    with pytest.raises(DetectionError, match='org/none cannot be downloaded from http'):
         load_detector('hf-hub:org/none')
 
 
 @pytest.mark.parametrize(('change', 'error', 'message'), [
-    (lambda run: (run / 'card.yaml').unlink(), CardError, 'Nobody but you can choose the licence'),
-    (lambda run: (run / 'card.yaml').write_text('license: mit\n'), CardError, 'AP 10.5 is of an unnamed dataset'),
+    (lambda run: (run / 'card.yaml').unlink(), CardError, 'No license given for the detector'),
+    (lambda run: (run / 'card.yaml').write_text('license: mit\n'), CardError, 'No dataset given for AP 10.5'),
     (lambda run: (run / 'args.yaml').write_text('model_kwargs: {x: hf_' + 'a' * 30 + '}'), PublishError, 'a token'),
     (lambda run: (run / 'best' / 'config.json').write_text('{}'), DetectionError, 'does not describe a detector'),
 ])
-def test_what_is_missing_is_named(run, tmp_path, change, error, message):
+def test_missing_and_invalid_files(run, tmp_path, change, error, message):
     change(run)
     with pytest.raises(error, match=message):
         write_detector_repository(tmp_path / 'out', run / 'best')
     assert not (tmp_path / 'out').exists()
 
 
-def spoil(folder, change):
+def change_weights(folder, change):
     path = folder / 'model.safetensors'
     tensors = safetensors.torch.load_file(path)
     change(tensors)
     safetensors.torch.save_file(tensors, path, metadata=dict(format='pt'))
 
 
-def edit(folder, **fields):
+def change_config(folder, **fields):
     path = folder / 'config.json'
     path.write_text(json.dumps(dict(json.loads(path.read_text()), **fields)))
 
@@ -115,17 +115,18 @@ NORM = 'backbone.body.bn1.running_var'
 
 
 @pytest.mark.parametrize(('change', 'problem'), [
-    (lambda f: spoil(f, lambda t: t[NORM].fill_(float('nan'))), 'not finite'),
-    (lambda f: spoil(f, lambda t: t.pop(NORM)), NORM),
-    (lambda f: (f / 'model.safetensors').unlink(), 'has no model.safetensors'),
+    (lambda f: change_weights(f, lambda t: t[NORM].fill_(float('nan'))), 'not finite'),
+    (lambda f: change_weights(f, lambda t: t.pop(NORM)), NORM),
+    (lambda f: (f / 'model.safetensors').unlink(), 'model.safetensors is missing'),
     (lambda f: (f / 'README.md').unlink(), 'README.md is missing'),
     (lambda f: (f / 'weights.bin').write_bytes(b'\x80\x04'), 'weights.bin is a pickle'),
-    (lambda f: edit(f, backbone='spa_resnet51'), 'spa_resnet51'),
-    (lambda f: edit(f, backbone_kwargs=dict(checkpoint_path='x.pth')), 'checkpoint_path, which a checkpoint cannot'),
-    (lambda f: edit(f, min_size='a'), 'min_size must be a whole number from 1 to 4096'),
-    (lambda f: edit(f, max_size=100_000), 'max_size must be a whole number from 1 to 8192'),
-    (lambda f: edit(f, num_classes=5), '2 categories for 5 classes'),
-    (lambda f: edit(f, image_mean=['a', 'b', 'c']), 'image_mean must be three numbers'),
+    (lambda f: change_config(f, backbone='spa_resnet51'), 'spa_resnet51'),
+    (lambda f: change_config(f, backbone_kwargs=dict(checkpoint_path='x.pth')),
+     'checkpoint_path is not allowed in a checkpoint'),
+    (lambda f: change_config(f, min_size='a'), 'min_size must be a whole number from 1 to 4096'),
+    (lambda f: change_config(f, max_size=100_000), 'max_size must be a whole number from 1 to 8192'),
+    (lambda f: change_config(f, num_classes=5), '2 categories for 5 classes'),
+    (lambda f: change_config(f, image_mean=['a', 'b', 'c']), 'image_mean must be three numbers'),
 ])
 def test_verify_reports_and_never_raises(run, tmp_path, change, problem):
     write_detector_repository(tmp_path / 'out', run / 'best', REPO)

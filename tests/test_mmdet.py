@@ -1,4 +1,4 @@
-"""The plug-in for mmdet: its configs, and the backbone held to timm's maps and to mmdet's own ResNet."""
+"""The plug-in for mmdet: its configs, and its backbone compared with timm's feature maps and mmdet's own ResNet."""
 import importlib
 import os
 import re
@@ -22,7 +22,7 @@ PLUGIN = 'timm_spa.detection.mmdet'
 
 @pytest.fixture(scope='module')
 def build():
-    """Builds what a dictionary, or the model of a config, describes."""
+    """Function that builds a model from a dictionary or from a config."""
     pytest.importorskip('mmdet', reason='needs mmdet: pip install "timm_spa[mmdet]"')
     import mmcv_ops  # noqa: F401
     importlib.import_module(PLUGIN)
@@ -40,8 +40,8 @@ def read(name):
     ('retinanet', 'seresnet50', 40.2489), ('cascade_rcnn', 'seresnet50', 71.6750),
     ('retinanet', 'gc_resnet50', 40.2651), ('cascade_rcnn', 'gc_resnet50', 71.6912),
     ('retinanet', 'spa_resnet50', 40.2355), ('cascade_rcnn', 'spa_resnet50', 71.6616)])
-def test_trained_parameters_of_the_configs(build, detector, backbone, expected):
-    """Those of torchvision's detectors with these backbones (docs/detection.md), and of mmdet with its own ResNet."""
+def test_trainable_parameters_of_the_configs(build, detector, backbone, expected):
+    """The numbers of torchvision's detectors (docs/detection.md), and of mmdet with its own ResNet."""
     config = read(f'{detector}_{backbone}')
     with torch.device('meta'):
         model = build(config.model)
@@ -58,7 +58,7 @@ def test_trained_parameters_of_the_configs(build, detector, backbone, expected):
 @pytest.mark.parametrize(('name', 'kwargs', 'indices'), [
     ('resnet18', {}, (1, 2, 3, 4)), ('spa_resnet18', {}, (0, 3)), ('tf_efficientnet_lite0', {}, (2, 3, 4)),
     ('gated', dict(base='regnety_002', neutral=False), (1, 4))])
-def test_maps_are_those_of_timm(build, name, kwargs, indices):
+def test_feature_maps_match_timm(build, name, kwargs, indices):
     torch.manual_seed(0)
     plain = timm.create_model(name, features_only=True, out_indices=indices, **kwargs).eval()
     backbone = build(dict(type='TimmBackbone', model=name, out_indices=indices, frozen_stages=1, **kwargs)).eval()
@@ -70,27 +70,27 @@ def test_maps_are_those_of_timm(build, name, kwargs, indices):
 
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))
 @pytest.mark.parametrize('norm_eval', [True, False])
-def test_freezes_what_resnet_of_mmdet_freezes(build, frozen_stages, norm_eval):
+def test_frozen_layers_match_resnet_of_mmdet(build, frozen_stages, norm_eval):
     kwargs = dict(frozen_stages=frozen_stages, norm_eval=norm_eval)
     with torch.device('meta'):
         ours = build(dict(type='TimmBackbone', model='resnet18', **kwargs))
         theirs = build(dict(type='ResNet', depth=18, **kwargs))
 
-    def state(net):
-        trained = {key for key, p in net.named_parameters() if p.requires_grad}
-        return trained, {key for key, m in net.named_modules() if hasattr(m, 'running_mean') and m.training}
+    def trainable(model):
+        parameters = {key for key, p in model.named_parameters() if p.requires_grad}
+        return parameters, {key for key, m in model.named_modules() if hasattr(m, 'running_mean') and m.training}
 
-    for net in (ours, theirs):
-        net.train()
-    assert state(ours.body) == state(theirs)
+    for model in (ours, theirs):
+        model.train()
+    assert trainable(ours.body) == trainable(theirs)
 
 
 def small(detector, **backbone):
-    """A config's detector on SPA-ResNet-18."""
+    """Returns the model of a config, with SPA-ResNet-18 as its backbone."""
     model = read(f'{detector}_spa_resnet50').model
     model.backbone.update(dict(dict(model='spa_resnet18', pretrained=False, zero_init_last=False), **backbone))
     model.neck.in_channels = [64, 128, 256, 512]
-    if detector == 'cascade_rcnn':  # fewer boxes: its heads are 13 million weights for each
+    if detector == 'cascade_rcnn':  # fewer boxes, because each costs 13 million multiply-adds per head
         model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 30
     return model
 
@@ -112,11 +112,11 @@ def test_two_steps(build, detector):
     torch.manual_seed(0)
     model = build(small(detector))
     model.init_weights()
-    net = model.backbone.body
-    gates = {key: p for key, p in net.named_parameters() if '.attn.' in key}
+    body = model.backbone.body
+    gates = {key: p for key, p in body.named_parameters() if '.attn.' in key}
     for p in gates.values():
-        torch.nn.init.normal_(p, std=0.1)  # as they start, their last layers let no gradient through
-    statistics = {key: b.clone() for key, b in net.named_buffers()}
+        torch.nn.init.normal_(p, std=0.1)  # at their initial values, their last layers block the gradient
+    statistics = {key: b.clone() for key, b in body.named_buffers()}
     data = model.train().data_preprocessor(batch(), training=True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.002)
     totals = []
@@ -128,19 +128,19 @@ def test_two_steps(build, detector):
         total.backward()
         optimizer.step()
     assert totals[0] > totals[1] > totals[2]
-    frozen = {key for key, _ in net.named_parameters() if key.startswith(('conv1', 'bn1', 'layer1.'))}
-    assert {key for key, p in net.named_parameters() if p.grad is None} == frozen
+    frozen = {key for key, _ in body.named_parameters() if key.startswith(('conv1', 'bn1', 'layer1.'))}
+    assert {key for key, p in body.named_parameters() if p.grad is None} == frozen
     assert len(gates) > 4 * len(frozen & gates.keys()) / 2 > 0
     assert [key for key, p in gates.items() if key not in frozen and not p.grad.any()] == []
-    moved = {key for key, b in net.named_buffers() if not torch.equal(b, statistics[key])}
-    assert moved == {key for key in statistics if '.attn.' in key and not key.startswith('layer1.')}
+    updated = {key for key, b in body.named_buffers() if not torch.equal(b, statistics[key])}
+    assert updated == {key for key in statistics if '.attn.' in key and not key.startswith('layer1.')}
     with torch.no_grad():
-        found = model.eval()(**model.data_preprocessor(batch()), mode='predict')
-    assert all(len(sample.pred_instances.bboxes) <= 100 for sample in found)
+        samples = model.eval()(**model.data_preprocessor(batch()), mode='predict')
+    assert all(len(sample.pred_instances.bboxes) <= 100 for sample in samples)
 
 
 def test_weights_from_a_file(build, tmp_path):
-    """The backbone is built without the file, which an evaluation does not need; init_weights reads it."""
+    """The backbone is built without the file, which only init_weights reads. An evaluation does not need the file."""
     torch.manual_seed(0)
     plain = timm.create_model('resnet18', num_classes=7).eval()
     file = tmp_path / 'plain.safetensors'
@@ -159,10 +159,10 @@ def test_weights_from_a_file(build, tmp_path):
             torch.testing.assert_close(backbone(x)[-1], plain.forward_features(x), rtol=1e-4, atol=1e-4)
 
 
-def test_bad_arguments(build):
+def test_invalid_arguments(build):
     for kwargs, message in (
             (dict(model='spa_resnet51'), "Unknown model 'spa_resnet51'"),
-            (dict(model='resnet18', frozen_stages=5), 'frozen_stages is a number from -1 to 4, got 5'),
+            (dict(model='resnet18', frozen_stages=5), 'frozen_stages must be a whole number from -1 to 4, got 5'),
             (dict(model='resnet18', out_indices=(3, 7)), 'resnet18 cannot be the backbone of a detector'),
             (dict(model='resnet18', depth=50), 'depth')):
         with pytest.raises(DetectionError, match=message):
@@ -175,8 +175,8 @@ def test_bad_arguments(build):
     ('mmcv.ops', r'^timm_spa\.detection\.mmdet cannot be imported: the compiled operators of mmcv cannot be loaded '
      r'\([^\n]*\)\. Build onedl-mmcv for torch [^\n]*\.$')],
     ids=['mmdet', 'operators'])
-def test_says_what_is_missing(monkeypatch, request, missing, message):
-    """As an ImportError of one line, which a program can catch."""
+def test_missing_packages(monkeypatch, request, missing, message):
+    """Raise an ImportError of one line, which a program can catch."""
     if missing != 'mmdet':
         request.getfixturevalue('build')
     for name in [name for name in sys.modules if name == PLUGIN or name.split('.')[0] == missing]:
@@ -193,8 +193,8 @@ def overlap(a, b):
     return inter / (sum(areas) - inter)
 
 
-def test_nms_is_that_of_mmcv(build):
-    """Of mmcv.ops, built or with torchvision's in its place: boxes from the best to the worst, none over a better."""
+def test_nms_of_mmcv(build):
+    """mmcv.ops, compiled or replaced by torchvision's: sorted boxes, without those that overlap a better one."""
     from mmcv.ops import nms
     torch.manual_seed(0)
     corners = torch.rand(60, 2) * 40
@@ -204,14 +204,14 @@ def test_nms_is_that_of_mmcv(build):
     for i in scores.argsort(descending=True).tolist():
         if all(overlap(boxes[i].tolist(), boxes[k].tolist()) <= 0.5 for k in kept):
             kept.append(i)
-    found, indices = nms(boxes, scores, 0.5)
+    detections, indices = nms(boxes, scores, 0.5)
     assert 5 < len(kept) < 50
     assert indices.tolist() == kept
-    torch.testing.assert_close(found, torch.cat([boxes, scores[:, None]], 1)[kept])
+    torch.testing.assert_close(detections, torch.cat([boxes, scores[:, None]], 1)[kept])
 
 
 def pooled(x, roi, size, scale):
-    """RoIAlign of one box in float64, point by point: the mean of one value per pixel of the map, bilinear."""
+    """RoIAlign of one box in float64: the mean of bilinear samples, one per pixel of the feature map."""
     _, height, width = x.shape
     left, top, right, bottom = [value * scale - 0.5 for value in roi]
     out = torch.zeros(len(x), size, size, dtype=torch.float64)
@@ -228,15 +228,15 @@ def pooled(x, roi, size, scale):
                     v, u = max(v, 0), max(u, 0)
                     for q in range(height):
                         for p in range(width):
-                            # beyond the last pixel its value
+                            # the last pixel continues beyond the border
                             wy = max(0, 1 - abs(min(v, height - 1) - q))
                             wx = max(0, 1 - abs(min(u, width - 1) - p))
                             out[:, i, j] += wy * wx * x[:, q, p] / (count_y * count_x)
     return out
 
 
-def test_roi_align_is_that_of_mmcv(build):
-    """Of mmcv.ops, with its gradient; one box reaches beyond the map."""
+def test_roi_align_of_mmcv(build):
+    """mmcv.ops, with its gradient. One box reaches beyond the feature map."""
     from mmcv.ops import RoIAlign
     torch.manual_seed(0)
     rois = torch.tensor([[0, 3.2, 5.1, 40.7, 30.3], [1, 10, 2, 22.5, 47], [1, 30, 20, 75, 60]])
@@ -254,7 +254,7 @@ def test_roi_align_is_that_of_mmcv(build):
 @pytest.mark.slow
 @pytest.mark.parametrize('detector', ['retinanet', 'cascade_rcnn'])
 def test_scripts_of_mmdet(build, tmp_path, detector):
-    """tools/train.py and tools/test.py take a config, and start from the file of a plain net."""
+    """tools/train.py starts a config from the weights of the plain model, and tools/test.py evaluates the result."""
     import mmdet
     data = write_rectangles(tmp_path / 'data')
     plain = tmp_path / 'plain.safetensors'
@@ -282,15 +282,15 @@ def test_scripts_of_mmdet(build, tmp_path, detector):
             capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)))
         return done.returncode, done.stdout, done.stderr
 
-    trained, said, error = script('train.py', before=stand_in)
-    assert trained == 0, error
-    assert re.search(r'Epoch\(train\) +\[1\]\[4/4\]', said), said
+    train_code, output, error = script('train.py', before=stand_in)
+    assert train_code == 0, error
+    assert re.search(r'Epoch\(train\) +\[1\]\[4/4\]', output), output
     checkpoint = tmp_path / 'run' / 'epoch_1.pth'
     plain.unlink()
-    tested, said, error = script('test.py', checkpoint, before=stand_in)
-    assert tested == 0, error
-    assert re.search(r'coco/bbox_mAP: \d', said), said
+    test_code, output, error = script('test.py', checkpoint, before=stand_in)
+    assert test_code == 0, error
+    assert re.search(r'coco/bbox_mAP: \d', output), output
     if importlib.util.find_spec('mmcv._ext').loader is None:  # the stand-in
-        failed, _, error = script('train.py')
-        assert failed == 1
+        failed_code, _, error = script('train.py')
+        assert failed_code == 1
         assert 'the compiled operators of mmcv cannot be loaded' in error

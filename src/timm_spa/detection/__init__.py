@@ -1,4 +1,4 @@
-"""Object detection with any CNN of timm as the backbone. Nothing of it is imported by `import timm_spa`."""
+"""Object detection with any CNN of timm as the backbone. `import timm_spa` does not import this package."""
 from .checkpoint import load_detector, save_detector
 from .data import read_image
 from .models import DetectionError, cascade_rcnn, retinanet

@@ -7,11 +7,11 @@ from .backbone import DetectionError
 
 __all__ = ['check_arguments', 'check_config']
 
-# smallest and largest value. An untrusted checkpoint must not fill the memory.
+# smallest and largest value: an untrusted checkpoint must not exhaust the memory
 WHOLE_NUMBERS = dict(
     num_classes=(1, 100_000), trainable_layers=(0, 5), min_size=(1, 4096), max_size=(1, 8192),
     detections_per_img=(1, 100_000), topk_candidates=(1, 100_000), batch_size_per_image=(1, 100_000))
-SHARES = ('score_thresh', 'nms_thresh', 'fg_iou_thresh', 'bg_iou_thresh', 'positive_fraction')
+FRACTIONS = ('score_thresh', 'nms_thresh', 'fg_iou_thresh', 'bg_iou_thresh', 'positive_fraction')
 TEXTS = ('detector', 'backbone')
 COLOURS = ('image_mean', 'image_std')
 
@@ -20,14 +20,14 @@ def check_arguments(config: Mapping[str, Any], source: Union[str, Path]) -> None
     """Checks the types and values of a detector's arguments.
 
     Args:
-        config: Arguments by their names. Missing ones and those of other names are not checked.
+        config: Arguments by name. Unknown names are ignored.
         source: Detector or file, for the error message.
 
     Raises:
         DetectionError: An argument has another type, or is out of range.
     """
-    def expect(right: bool, key: str, expected: str) -> None:
-        if not right:
+    def expect(valid: bool, key: str, expected: str) -> None:
+        if not valid:
             shown = repr(config[key])
             shown = shown if len(shown) <= 60 else f'{shown[:60]}...'
             raise DetectionError(f'{source}: {key} must be {expected}, got {shown}.')
@@ -40,18 +40,18 @@ def check_arguments(config: Mapping[str, Any], source: Union[str, Path]) -> None
             expect(
                 type(value) is int and smallest <= value <= largest, key,
                 f'a whole number from {smallest} to {largest}')
-        elif key in SHARES:
+        elif key in FRACTIONS:
             expect(_is_number(value) and 0 <= value <= 1, key, 'a number from 0 to 1')
         elif key in COLOURS:
-            right = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
             positive = key == 'image_std'
-            right = right and (not positive or min(value) > 0)
-            expect(value is None or right, key, f'three {"positive " if positive else ""}numbers')
+            valid = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_number, value))
+            valid = valid and (not positive or min(value) > 0)
+            expect(value is None or valid, key, f'three {"positive " if positive else ""}numbers')
         elif key == 'backbone_kwargs':
-            right = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
-            expect(value is None or right, key, 'a dictionary of names and values')
+            valid = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+            expect(value is None or valid, key, 'a dictionary of names and values')
     if 'bg_iou_thresh' in config or 'fg_iou_thresh' in config:
-        # of torchvision, if missing
+        # torchvision's defaults where one is missing
         expect(
             config.get('bg_iou_thresh', 0.4) <= config.get('fg_iou_thresh', 0.5),
             'bg_iou_thresh' if 'bg_iou_thresh' in config else 'fg_iou_thresh',
@@ -59,12 +59,20 @@ def check_arguments(config: Mapping[str, Any], source: Union[str, Path]) -> None
 
 
 def check_config(config: Mapping[str, Any], source: Union[str, Path]) -> None:
-    """Checks the arguments in a config.json as `check_arguments` does, and raises a DetectionError for any other."""
-    known = {*TEXTS, *WHOLE_NUMBERS, *SHARES, *COLOURS, 'backbone_kwargs'}
+    """Checks the arguments in a config.json.
+
+    Args:
+        config: Arguments by name.
+        source: Detector or file, for the error message.
+
+    Raises:
+        DetectionError: An argument is unknown, has another type, or is out of range.
+    """
+    known = {*TEXTS, *WHOLE_NUMBERS, *FRACTIONS, *COLOURS, 'backbone_kwargs'}
     unknown = sorted(config.keys() - known)
     if unknown:
         raise DetectionError(
-            f'{source} has arguments that a checkpoint cannot have: {", ".join(unknown)}. It may have '
+            f'{source}: unsupported arguments in a checkpoint: {", ".join(unknown)}. Supported are '
             f'{", ".join(sorted(known))}.')
     check_arguments(config, source)
 

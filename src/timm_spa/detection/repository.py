@@ -1,4 +1,4 @@
-"""Repositories of detectors on the Hub: their files, card, upload and checks."""
+"""Hub repositories of detectors: files, model card, upload and checks."""
 import dataclasses
 import shutil
 import tempfile
@@ -34,7 +34,7 @@ TEMPLATE = """---
 
 ```bash
 pip install "timm_spa[detection]"
-timm-spa detect predict street.jpg --checkpoint {{ source }} --out pictures
+timm-spa detect predict street.jpg --checkpoint {{ source }} --out detections
 ```
 
 ```python
@@ -44,8 +44,8 @@ from timm_spa.detection import load_detector, read_image
 model = load_detector('{{ source }}')
 image = read_image('street.jpg')
 with torch.inference_mode():
-    (found,) = model([image.float() / 255])
-for box, label, score in zip(found['boxes'], found['labels'], found['scores']):
+    (detections,) = model([image.float() / 255])
+for box, label, score in zip(detections['boxes'], detections['labels'], detections['scores']):
     print(model.categories[label]['name'], round(score.item(), 2), box.tolist())
 ```
 
@@ -68,20 +68,28 @@ def write_detector_repository(
         replace_card: bool = False,
         overwrite: bool = False,
 ) -> List[str]:
-    """Writes the files of a Hub repository, after a check that the detector can be rebuilt from them; returns remarks.
+    """Writes the files of a Hub repository, after a check that they rebuild the detector.
 
-    These are model.safetensors, config.json and README.md, and args.yaml, summary.csv and card.yaml of the training
-    run, which lie in the checkpoint's folder or, for `best` and `last`, in the one above. Other files in `folder` are
-    left alone, its card.yaml too, and its README.md without `replace_card`. A folder that this package did not write
-    is refused without `overwrite` if it has files of these names.
+    The files are model.safetensors, config.json and README.md, and args.yaml, summary.csv and card.yaml of the training
+    run. The files of the run are in the folder of the checkpoint or, for `best` and `last`, in its parent folder.
+
+    Args:
+        folder: Folder to write to. Its card.yaml and other files are kept.
+        checkpoint: Folder of the checkpoint.
+        repo_id: Name of the repository, for the examples in the card.
+        replace_card: Replace the README.md in `folder`.
+        overwrite: Replace files that this package did not write.
+
+    Returns:
+        Remarks for the user.
     """
     folder, checkpoint = Path(folder), Path(checkpoint)
     finish_interrupted(folder)
     check_repository_name(repo_id)
     model = load_detector(checkpoint)
-    beside = Run.read(checkpoint)
-    in_run = checkpoint.resolve().name in ('best', 'last') and not beside.args and not beside.facts
-    run = Run.read(checkpoint.resolve().parent) if in_run else beside
+    run = Run.read(checkpoint)
+    if checkpoint.resolve().name in ('best', 'last') and not run.args and not run.facts:
+        run = Run.read(checkpoint.resolve().parent)
     refuse_secrets(run)
     run, notes = without_private_paths(run)
     notes.insert(0, f'Weights: {WEIGHTS} of {checkpoint}.')
@@ -97,7 +105,7 @@ def write_detector_repository(
         run.write(partial)
         keep_card_yaml(folder, partial)
         if own and (folder / CARD).exists() and not replace_card:
-            notes.append(f'The card is {folder / CARD}, as it is.')
+            notes.append(f'The card is {folder / CARD}, unchanged.')
             shutil.copyfile(folder / CARD, partial / CARD)
         else:
             card.save(partial / CARD)
@@ -105,7 +113,7 @@ def write_detector_repository(
 
 
 def publish_detector(checkpoint: Union[str, Path], repo_id: str, **kwargs: Any) -> Published:
-    """Publishes a detector as one commit of a Hub repository; further arguments are those of `upload`."""
+    """Publishes a detector as one commit of a Hub repository. Further arguments are those of `upload`."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, 'detector')
         notes = write_detector_repository(folder, checkpoint, repo_id)
@@ -113,22 +121,22 @@ def publish_detector(checkpoint: Union[str, Path], repo_id: str, **kwargs: Any) 
 
 
 def check_detector(folder: Path) -> Tuple[List[str], List[str]]:
-    """Returns what was checked of a folder with a detector, and what is wrong, a line each."""
+    """Checks a folder with a detector. Returns lines with the checks, and lines with the problems."""
     checked = [f'{CONFIG} and {WEIGHTS}: the detector, every tensor finite']
     try:
         model = load_detector(folder)
         photograph = resources.files('timm_spa') / 'images' / 'Red-Beet.jpg'
         with torch.inference_mode(), resources.as_file(photograph) as path:
-            (found,) = model([read_image(path).float() / 255])
+            (detections,) = model([read_image(path).float() / 255])
     except TimmSpaError as e:
         return checked, [str(e)]
-    checked.append(f'a photograph: {len(found["boxes"])} boxes')
-    odd = [key for key in ('boxes', 'scores') if not found[key].isfinite().all()]
-    return checked, [f'the {" and ".join(odd)} found in a photograph are not finite'] if odd else []
+    checked.append(f'a photograph: {len(detections["boxes"])} boxes')
+    invalid = [key for key in ('boxes', 'scores') if not detections[key].isfinite().all()]
+    return checked, [f'the {" and ".join(invalid)} detected in a photograph are not finite'] if invalid else []
 
 
 def _row_of(run: Run, name: str) -> Optional[Mapping[str, float]]:
-    """Returns the metrics of the epoch that a checkpoint is of."""
+    """Returns the metrics of the epoch of a checkpoint."""
     if not run.summary:
         return None
     if name == 'last':
@@ -142,13 +150,13 @@ def _make_card(model: Any, run: Run, row: Optional[Mapping[str, float]], repo_id
     config, facts = model.detector_config, run.facts
     if not facts.get('license'):
         raise CardError(
-            'Nobody but you can choose the licence of a detector, and a card must name it. Say in card.yaml beside '
-            'args.yaml of the run: "license: apache-2.0", or another identifier of the Hub.')
+            'No license given for the detector. Add "license: apache-2.0", or another identifier of the Hub, to '
+            'card.yaml next to args.yaml of the run.')
     dataset: Dict[str, Any] = facts.get('dataset') or {}
     scores = {METRICS[key]: row[key] for key in METRICS if key in row} if row else {}
     if scores and not dataset.get('name'):
         raise CardError(
-            f'The AP {scores["AP"]} is of an unnamed dataset. Name it in card.yaml: "dataset: {{name: ...}}".')
+            f'No dataset given for AP {scores["AP"]}. Add "dataset: {{name: ...}}" to card.yaml.')
     title = f'{TITLES[config["detector"]]} on {config["backbone"]}'
     names = [plain(str(c['name'])) for c in model.categories]
     data = ModelCardData(
@@ -166,10 +174,10 @@ def _make_card(model: Any, run: Run, row: Optional[Mapping[str, float]], repo_id
                 dataset_split=dataset.get('split'), metric_type=name.lower(), metric_name=name, metric_value=value,
             ) for name, value in scores.items()] or None,
     )
-    reached = ''
+    result = ''
     if row:
         figures = ', '.join(f'{name} {value:.1f}' for name, value in scores.items())
-        reached = f'{figures} on {plain(dataset["name"])}, after {row["epoch"] + 1:.0f} epochs.'
+        result = f'{figures} on {plain(dataset["name"])}, after {row["epoch"] + 1:.0f} epochs.'
     settings = run.args.get('settings') or {}
     recipe = '\n'.join(f'- {plain(str(key))}: {plain(str(value))}' for key, value in settings.items())
     return ModelCard.from_template(
@@ -177,8 +185,8 @@ def _make_card(model: Any, run: Run, row: Optional[Mapping[str, float]], repo_id
         template_str=TEMPLATE,
         title=title,
         about=paragraphs(
-            f'{title}. It finds objects of {config["num_classes"]} classes in images that it resizes to '
-            f'{config["min_size"]} pixels on the shorter side, at most {config["max_size"]} on the longer.', reached,
+            f'{title}. It detects objects of {config["num_classes"]} classes in images that it resizes to '
+            f'{config["min_size"]} pixels on the shorter side, at most {config["max_size"]} on the longer.', result,
             facts.get('about')),
         source=f'hf-hub:{repo_id}' if repo_id else '.',
         classes=', '.join(names[:100]) + (', ...' if len(names) > 100 else ''),
