@@ -1,3 +1,3 @@
-"""RetinaNet with SE."""
+"""RetinaNet on SE-ResNet-50."""
 _base_ = 'retinanet_resnet50_2x.py'
 model = dict(backbone=dict(model='seresnet50'))
