@@ -205,7 +205,9 @@ def test_the_best_epoch_of_a_resumed_run(tmp_path, folder, best):
         (tmp_path / name).mkdir()
     args = argparse.Namespace(model='x', resume=str(tmp_path / 'run' / 'last.pth.tar'))
     with guarded_training():
-        saver(tmp_path / 'run', model).save_checkpoint(0, 5.)
+        first = saver(tmp_path / 'run', model)
+        for epoch, metric in enumerate((5., 4.)):
+            first.save_checkpoint(epoch, metric)
         resumed = utils.CheckpointSaver(
             model, torch.optim.SGD(model.parameters(), lr=1), args=args, checkpoint_dir=str(tmp_path / folder))
     assert resumed.best_metric == best
