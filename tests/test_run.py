@@ -1,4 +1,4 @@
-"""The runner of timm's scripts: where a script comes from, what is refused, and how it is run."""
+"""The runner of timm's scripts: finding, downloading and running a script."""
 import hashlib
 import http.client
 import http.server
@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 
+from timm_spa._errors import UsageError
 from timm_spa.training import runner as run
 
 SCRIPT = b'''
@@ -33,16 +34,16 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def site(monkeypatch):
-    """A server that has one script, with the digest that is asked for."""
+    """A server with one script, whose digest is the expected one."""
     requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
             requests.append(self.path)
-            found = self.path.endswith('/train.py')
-            self.send_response(200 if found else 404)
+            exists = self.path.endswith('/train.py')
+            self.send_response(200 if exists else 404)
             self.end_headers()
-            self.wfile.write(SCRIPT if found else b'not here')
+            self.wfile.write(SCRIPT if exists else b'not here')
 
         def log_message(self, *args):
             pass
@@ -67,20 +68,20 @@ def test_downloaded_once_and_kept(cache, site):
     assert run.find_script('train') == cache / 'train.py'
     assert run.find_script('train').read_bytes() == SCRIPT
     assert site == ['/v1.0.28/train.py']
-    assert [p.name for p in cache.iterdir()] == ['train.py'], 'nothing half-written is left'
+    assert [p.name for p in cache.iterdir()] == ['train.py'], 'no partial file remains'
 
 
-def test_a_damaged_cache_is_fetched_anew(cache, site):
+def test_damaged_cache_is_downloaded_again(cache, site):
     cache.mkdir(parents=True)
     (cache / 'train.py').write_bytes(SCRIPT[:20])
     assert run.find_script('train').read_bytes() == SCRIPT
 
 
-def test_a_wrong_digest_is_never_run_or_kept(cache, site, monkeypatch, capsys):
+def test_script_with_wrong_digest_is_not_stored(cache, site, monkeypatch, capsys):
     monkeypatch.setitem(run.SHA256, 'train', '0' * 64)
     assert run.main(['train']) == 2
     message = capsys.readouterr().err
-    assert hashlib.sha256(SCRIPT).hexdigest() in message
+    assert f'not stored: its SHA-256 is {hashlib.sha256(SCRIPT).hexdigest()}, expected {"0" * 64}' in message
     assert '--timm-scripts or TIMM_SCRIPTS' in message
     assert not (cache / 'train.py').exists()
 
@@ -88,21 +89,21 @@ def test_a_wrong_digest_is_never_run_or_kept(cache, site, monkeypatch, capsys):
 def test_another_tag_is_recorded_and_compared(cache, site, monkeypatch, capsys):
     other = cache.parent / 'v1.0.31' / 'train.py'
     assert run.find_script('train', 'v1.0.31') == other
-    assert f'SHA-256 {hashlib.sha256(SCRIPT).hexdigest()}, recorded' in capsys.readouterr().err
+    assert f'recorded SHA-256 {hashlib.sha256(SCRIPT).hexdigest()}' in capsys.readouterr().err
     assert run.find_script('train', 'v1.0.31') == other
     assert site == ['/v1.0.31/train.py']
     other.write_bytes(b'changed')
-    assert run.find_script('train', 'v1.0.31').read_bytes() == SCRIPT, 'fetched anew'
+    assert run.find_script('train', 'v1.0.31').read_bytes() == SCRIPT, 'downloaded again'
     assert capsys.readouterr().err == ''
     other.with_suffix('.sha256').write_text('0' * 64)
     monkeypatch.setenv('TIMM_SCRIPTS', 'v1.0.31')
     assert run.main(['train']) == 2
-    assert f'expected {"0" * 64}: it is not run or kept' in capsys.readouterr().err
-    assert not cache.exists(), 'nothing of the tag that was not asked for'
+    assert f'expected {"0" * 64}' in capsys.readouterr().err
+    assert not cache.exists(), 'nothing of the default tag is downloaded'
 
 
 @pytest.mark.parametrize('text', ['', '\n', 'x' * 64, '0' * 63])
-def test_an_empty_or_damaged_record_counts_as_none(cache, site, capsys, text):
+def test_empty_or_damaged_record_is_ignored(cache, site, capsys, text):
     other = cache.parent / 'v1.0.31' / 'train.py'
     other.parent.mkdir(parents=True)
     other.write_bytes(b'changed')
@@ -116,10 +117,10 @@ def test_an_empty_or_damaged_record_counts_as_none(cache, site, capsys, text):
 
 @pytest.mark.parametrize(('name', 'error', 'end'), [
     ('train', 'timm_spa.training.guard.TrainingError', 'Stopped.'),
-    ('train', 'timm_spa.checkpoints.hub_files.HubWeightsError', 'Stopped. Here that is --pretrained-path FILE.'),
-    ('validate', 'timm_spa.checkpoints.hub_files.HubWeightsError', 'Stopped. Here that is --checkpoint FILE.'),
+    ('train', 'timm_spa.checkpoints.hub_files.HubWeightsError', 'Stopped. With train.py, use --pretrained-path FILE.'),
+    ('validate', 'timm_spa.checkpoints.hub_files.HubWeightsError', 'Stopped. With validate.py, use --checkpoint FILE.'),
     ('benchmark', 'timm_spa.checkpoints.hub_files.HubWeightsError', 'Stopped.')])
-def test_a_script_that_cannot_continue(tmp_path, capsys, monkeypatch, name, error, end):
+def test_error_of_a_script_is_one_message(tmp_path, capsys, monkeypatch, name, error, end):
     monkeypatch.setattr(sys, 'argv', [])
     (tmp_path / f'{name}.py').write_text(
         f'import {error.rpartition(".")[0]}\nimport timm_spa\nraise {error}("Stopped.")')
@@ -127,7 +128,7 @@ def test_a_script_that_cannot_continue(tmp_path, capsys, monkeypatch, name, erro
     assert capsys.readouterr().err == f'timm_spa.run: {end}\n'
 
 
-def test_a_package_that_the_script_needs(tmp_path, capsys, monkeypatch):
+def test_missing_package_of_a_script(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [])
     (tmp_path / 'inference.py').write_text('import no_such_package\n')
     assert run.main(['inference', '--timm-scripts', str(tmp_path)]) == 1
@@ -135,17 +136,17 @@ def test_a_package_that_the_script_needs(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['train', 'validate'])
-def test_no_network_or_no_such_file(cache, site, monkeypatch, capsys, name):
+def test_failed_download(cache, site, monkeypatch, capsys, name):
     if name == 'train':
         monkeypatch.setattr(run, 'SCRIPTS_URL', 'http://127.0.0.1:9/{tag}/{name}.py')
     assert run.main([name]) == 2
     message = capsys.readouterr().err
     assert 'Could not download http://127.0.0.1' in message
-    assert f'Get {name}.py of timm v1.0.28' in message
+    assert f'Download {name}.py of timm v1.0.28 another way' in message
     assert '--timm-scripts or TIMM_SCRIPTS' in message
 
 
-def test_a_download_that_is_cut_off(cache, site, monkeypatch, capsys):
+def test_interrupted_download(cache, site, monkeypatch, capsys):
     def cut_off(*args, **kwargs):
         raise http.client.IncompleteRead(b'x', 97)
 
@@ -154,12 +155,12 @@ def test_a_download_that_is_cut_off(cache, site, monkeypatch, capsys):
     assert 'Could not download' in capsys.readouterr().err
 
 
-def test_a_cache_that_cannot_be_made(cache, site, tmp_path, monkeypatch, capsys):
+def test_unwritable_cache(cache, site, tmp_path, monkeypatch, capsys):
     (tmp_path / 'file').touch()
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
     assert run.main(['train']) == 2
     message = capsys.readouterr().err
-    assert 'cannot be kept' in message
+    assert 'train.py cannot be stored in the cache' in message
     assert 'XDG_CACHE_HOME' in message
 
 
@@ -173,14 +174,14 @@ def test_given_paths_come_first(cache, site, tmp_path, monkeypatch):
     assert run.find_script('train') == tmp_path / 'train.py'
     assert run.find_script('train', str(tmp_path / 'other')) == tmp_path / 'other' / 'train.py'
     assert site == []
-    for wrong in (tmp_path / 'none', tmp_path / 'train.py'):
-        with pytest.raises(run.ScriptError, match=r'neither a folder with validate\.py nor that file'):
-            run.find_script('validate', str(wrong))
+    for path in (tmp_path / 'none', tmp_path / 'train.py'):
+        with pytest.raises(UsageError, match=r'validate\.py not found: .* is neither this file nor a folder with it'):
+            run.find_script('validate', str(path))
 
 
 @pytest.mark.parametrize(('argv', 'message'), [
-    (['sweep'], "timm has no script 'sweep'"),
-    (['train', '--timm-scripts'], '--timm-scripts needs a path'),
+    (['sweep'], "Unknown script 'sweep'. Choose one of avg_checkpoints"),
+    (['train', '--timm-scripts'], '--timm-scripts needs a path or a tag'),
 ])
 def test_bad_arguments(argv, message, capsys):
     assert run.main(argv) == 2
@@ -196,7 +197,7 @@ def test_usage(capsys):
 @pytest.mark.parametrize('launcher', [[], pytest.param(
     ['-m', 'accelerate.commands.launch', '--cpu', '--num_processes', '1'], marks=pytest.mark.slow)])
 def test_runs_the_script_as_main_with_our_models(tmp_path, launcher):
-    """Directly and under `accelerate launch`: arguments and exit code pass through, wherever our own option stands."""
+    """Directly and under `accelerate launch`: arguments and exit code are passed on, --timm-scripts is removed."""
     (tmp_path / 'train.py').write_bytes(SCRIPT)
     for arguments, code in ((['--model', 'x', '--timm-scripts', str(tmp_path), '-j', '2'], 0),
                             ([f'--timm-scripts={tmp_path}', 'fail'], 3)):
@@ -226,8 +227,8 @@ def test_onnx_export_of_timm(timm_scripts, name, options, tmp_path):
     assert np.isfinite(logits).all()
 
 
-def test_timms_own_scripts_take_our_names(timm_scripts, tmp_path, monkeypatch):
-    """Two epochs of timm's train.py on a handful of pictures, then its validate.py on the checkpoint, fused too."""
+def test_timms_scripts_run_with_our_models(timm_scripts, tmp_path, monkeypatch):
+    """Two epochs of timm's train.py on a few images, then its validate.py on the checkpoint, also fused."""
     from PIL import Image
 
     monkeypatch.setenv('TIMM_SCRIPTS', str(timm_scripts))

@@ -14,7 +14,7 @@ from PIL import Image
 
 import timm_spa  # noqa: F401
 from timm_spa._errors import TimmSpaError
-from timm_spa.training import runner as run
+from timm_spa.training.guard import TrainingError
 from timm_spa.training.image_folder import class_names, is_image_folder, number_of_classes, split_folders
 from timm_spa.training.script_guard import guarded_script
 
@@ -30,7 +30,7 @@ OPTIONS = {
 
 
 def parse(script, *argv):
-    """Parses arguments as a script does; only those that the guard looks at."""
+    """Parses the arguments that the guard reads, as a script does."""
     parser = argparse.ArgumentParser(prog=script)
     parser.add_argument('data', nargs='?')
     if script in ('train', 'validate', 'inference'):
@@ -90,7 +90,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture(scope='module')
 def checkpoints(tmp_path_factory):
-    """A folder of one run of four classes."""
+    """The folder of a run with four classes."""
     folder = tmp_path_factory.mktemp('runs') / 'run'
     folder.mkdir()
     state = dict(state_dict=timm.create_model(MODEL, num_classes=4).state_dict(), epoch=0, args=argparse.Namespace(
@@ -101,7 +101,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def best(checkpoints, here):
-    """A checkpoint of four classes, next to their names, which are not in the order of the alphabet."""
+    """A checkpoint of four classes next to their names, which are not in alphabetical order."""
     (here / 'run').mkdir()
     (here / 'run' / 'model_best.pth.tar').symlink_to(checkpoints / 'model_best.pth.tar')
     (here / 'run' / 'classes.txt').write_text('d\nc\nb\na\n')
@@ -115,16 +115,16 @@ def targets(dataset):
 # splits
 
 @pytest.mark.parametrize(('script', 'argv', 'message'), [
-    ('validate', ['DATA', '--split', 'vall'], "DATA has no folder 'vall': .* Set --split to one of train, val"),
-    ('validate', ['DATA', '--split', ''], "DATA has no folder ''"),
-    ('validate', ['DATA', '--split', '.', '--class-map', 'abcd.txt'], r"DATA has no folder '\.'"),
-    ('validate', ['--data-dir', 'DATA/', '--split', 'test'], "no folder 'test'"),
+    ('validate', ['DATA', '--split', 'vall'], "Split 'vall' not found in DATA: .* Set --split to one of train, val"),
+    ('validate', ['DATA', '--split', ''], "Split '' not found in DATA"),
+    ('validate', ['DATA', '--split', '.', '--class-map', 'abcd.txt'], r"Split '\.' not found in DATA"),
+    ('validate', ['--data-dir', 'DATA/', '--split', 'test'], "Split 'test' not found in DATA/"),
     ('inference', ['DATA', '--split', 'vall'], 'Set --split to one of train, val'),
     ('train', ['DATA', '--val-split', 'vall'], 'Set --val-split to one of train, val'),
     ('train', ['DATA', '--train-split', 'trian'], 'Set --train-split to one of train, val'),
-    ('train', ['DATA', '--val-split', 'vall', '--dataset', 'torch/image_folder'], "DATA has no folder 'vall'"),
+    ('train', ['DATA', '--val-split', 'vall', '--dataset', 'torch/image_folder'], "Split 'vall' not found in DATA"),
 ])
-def test_a_split_that_does_not_exist(here, script, argv, message):
+def test_missing_split(here, script, argv, message):
     (here / 'abcd.txt').write_text('a\nb\nc\nd\n')
     with pytest.raises(TimmSpaError, match=message):
         opened(script, *argv, '--num-classes', 4)
@@ -133,30 +133,29 @@ def test_a_split_that_does_not_exist(here, script, argv, message):
 @pytest.mark.parametrize('argv', [
     ['DATA/val'], ['DATA/val/'], ['DATA', '--split', 'val'], ['DATA', '--split', 'validation'],
     ['DATA', '--split', 'val[:50%]'], ['.', '--split', 'DATA/val']])
-def test_a_split_that_exists(here, argv):
+def test_existing_split(here, argv):
     _, dataset = opened('validate', *argv, '--num-classes', 3)
     assert targets(dataset) == dict(a=0, c=1, d=2)
 
 
-def test_which_folders_are_splits(tmp_path):
-    def found(*files):
+def test_split_folders(tmp_path):
+    def splits(*files):
         return split_folders(tmp_path, [str(tmp_path / file) for file in files])
 
-    assert found('train/a/1.png', 'Val/b/1.png', 'x/c/1.png') == ['Val', 'train']
-    assert found('train/1.png', 'bus/1.png') == [], 'a class of that name'
-    assert found('one/a/1.png', 'one/b/1.png', 'two/a/1.png', 'two/b/1.png', 'c/1.png') == ['one', 'two']
-    assert found('animals/cat/1.png', 'animals/mouse/1.png', 'things/mouse/1.png', 'things/pen/1.png') == [], (
+    assert splits('train/a/1.png', 'Val/b/1.png', 'x/c/1.png') == ['Val', 'train']
+    assert splits('train/1.png', 'bus/1.png') == [], 'a class of that name'
+    assert splits('one/a/1.png', 'one/b/1.png', 'two/a/1.png', 'two/b/1.png', 'c/1.png') == ['one', 'two']
+    assert splits('animals/cat/1.png', 'animals/mouse/1.png', 'things/mouse/1.png', 'things/pen/1.png') == [], (
         'groups of classes')
-    assert found('a/1.png', '2.png') == []
+    assert splits('a/1.png', '2.png') == []
 
 
-def test_names_of_data_sets():
+def test_names_of_image_folders():
     folders = ['', 'folder', 'x/y', 'torch/folder', 'TORCH/Image_Folder']
     assert [name for name in (*folders, 'hfds/x', 'torch/cifar10', 'WDS/x') if is_image_folder(name)] == folders
 
 
-def test_other_types_of_data_sets_pass(here, monkeypatch):
-    """Their splits, roots and classes are their own affair."""
+def test_other_types_of_datasets_are_not_checked(here, monkeypatch):
     calls = []
     monkeypatch.setattr('timm_spa.training.script_guard._timm_create_dataset', lambda name, **kwargs: calls.append(
         (name, kwargs)) or argparse.Namespace())
@@ -168,37 +167,37 @@ def test_other_types_of_data_sets_pass(here, monkeypatch):
 
 # classes
 
-def test_validation_has_the_numbers_of_the_training(here):
+def test_validation_has_the_class_numbers_of_the_training(here):
     args, train, validation = opened('train', 'DATA')
     assert args.num_classes == 4
     assert targets(train) == dict(a=0, b=1, c=2, d=3)
     assert targets(validation) == dict(a=0, c=2, d=3)
 
 
-def test_a_class_that_training_lacks(here):
+def test_validation_class_that_training_lacks(here):
     images(here / 'DATA' / 'val', 'z')
     with pytest.raises(TimmSpaError, match='DATA/val has class folders .* 4 classes of the training data .*: z'):
         opened('train', 'DATA')
 
 
-def test_a_class_map_of_the_user_is_respected(here):
+def test_class_map_is_used_unchanged(here):
     (here / 'map.txt').write_text('d\nc\na\n\n')
     args, train, validation = opened('train', 'DATA', '--class-map', 'map.txt')
     assert args.num_classes == 3, 'an empty line is no class'
     assert targets(train) == targets(validation) == dict(d=0, c=1, a=2)
     _, dataset = opened('validate', 'DATA', '--split', 'val', '--class-map', 'map.txt', '--num-classes', 9)
     assert targets(dataset) == dict(d=0, c=1, a=2)
-    with pytest.raises(TimmSpaError, match=r'--class-map map\.txt has 3 classes, and the model 2 outputs'):
+    with pytest.raises(TimmSpaError, match=r'--class-map map\.txt has 3 classes, but the model has 2 outputs'):
         opened('validate', 'DATA', '--split', 'val', '--class-map', 'map.txt', '--num-classes', 2)
 
 
-def test_torchvision_would_number_classes_anew(here):
-    with pytest.raises(TimmSpaError, match='DATA/val has 3 of the 4 classes .* Leave --dataset out'):
+def test_torchvision_cannot_keep_class_numbers(here):
+    with pytest.raises(TimmSpaError, match='DATA/val has 3 of the 4 classes .* Remove --dataset'):
         opened('train', 'DATA', '--dataset', 'torch/folder')
 
 
 def test_more_class_folders_than_outputs(here):
-    with pytest.raises(TimmSpaError, match=r'--num-classes is 2, and DATA/train has 4 classes \(a, b, c, d\)'):
+    with pytest.raises(TimmSpaError, match=r'--num-classes is 2, but DATA/train has 4 classes \(a, b, c, d\)'):
         opened('train', 'DATA', '--num-classes', 2)
 
 
@@ -206,14 +205,14 @@ def test_more_outputs_than_class_folders(here, caplog):
     assert opened('train', 'DATA', '--num-classes', 4)[0].num_classes == 4
     assert 'outputs' not in caplog.text
     assert opened('train', 'DATA', '--num-classes', 10)[0].num_classes == 10
-    assert '10 outputs, and DATA/train has 4 classes: 6 outputs have no images' in caplog.text
+    assert '10 outputs, but DATA/train has 4 classes: 6 outputs have no images' in caplog.text
 
 
-def test_the_number_of_classes_is_in_the_arguments(here, checkpoints, caplog):
-    """Of a resumed run it is that of its checkpoint."""
+def test_number_of_classes_is_inferred(here, checkpoints, caplog):
+    """From the class folders, or from the checkpoint if there is one."""
     caplog.set_level(logging.INFO)
     assert opened('train', 'DATA')[0].num_classes == 4
-    assert '--num-classes 4, the number of classes in DATA/train' in caplog.text
+    assert '--num-classes 4: the number of classes in DATA/train' in caplog.text
     images(here / 'TWO' / 'train', *'ab')
     checkpoint = checkpoints / 'model_best.pth.tar'
     with guarded_script('train'):
@@ -230,20 +229,20 @@ def test_the_number_of_classes_is_in_the_arguments(here, checkpoints, caplog):
         assert parse('validate', 'DATA', '--checkpoint', checkpoints).num_classes == 4, 'a folder of checkpoints'
 
 
-def test_the_same_images_twice(here, caplog):
+def test_training_and_validation_read_the_same_images(here, caplog):
     opened('train', 'DATA/val')
-    assert 'Training and validation read the same images, those of DATA/val' in caplog.text
+    assert 'Training and validation read the same images, from DATA/val' in caplog.text
     caplog.clear()
     opened('train', 'DATA')
     opened('train', 'DATA/val', '--val-split', '')
     assert 'the same images' not in caplog.text
 
 
-def test_images_outside_of_class_folders(here):
+def test_images_outside_class_folders(here):
     images(here / 'DATA' / 'train', '.')
     images(here / 'flat', '.')
     for script, argv in (('train', ['DATA']), ('validate', ['flat', '--num-classes', 1])):
-        with pytest.raises(TimmSpaError, match='has images outside of class folders'):
+        with pytest.raises(TimmSpaError, match='has images outside class folders'):
             opened(script, *argv)
     assert len(opened('inference', 'flat', '--num-classes', 3)[1]) == 1
     (here / 'real.json').write_text('[]')
@@ -260,19 +259,19 @@ def test_classes_of_a_checkpoint(here, best):
 
 def test_classes_of_another_checkpoint(here, best):
     (best.parent / 'classes.txt').write_text('a\nb\nc\nd\ne\n')
-    with pytest.raises(TimmSpaError, match=r'classes\.txt names 5 classes, and .*model_best\.pth\.tar has 4 outputs'):
+    with pytest.raises(TimmSpaError, match=r'classes\.txt has 5 classes, but .*model_best\.pth\.tar has 4 outputs'):
         opened('validate', 'DATA', '--split', 'val', '--checkpoint', best)
 
 
-def test_a_checkpoint_without_names(here, checkpoints):
+def test_checkpoint_without_class_names(here, checkpoints):
     checkpoint = checkpoints / 'model_best.pth.tar'
     _, dataset = opened('validate', 'DATA', '--split', 'train', '--checkpoint', checkpoint)
     assert targets(dataset) == dict(a=0, b=1, c=2, d=3)
-    with pytest.raises(TimmSpaError, match=r'DATA/val has 3 class folders \(a, c, d\), and the model 4 outputs'):
+    with pytest.raises(TimmSpaError, match=r'DATA/val has 3 class folders \(a, c, d\), but the model has 4 outputs'):
         opened('validate', 'DATA', '--split', 'val', '--checkpoint', checkpoint)
 
 
-def test_some_outputs_only(here, best, checkpoints):
+def test_valid_labels(here, best, checkpoints):
     for labels, expected in (('0\n1\n3\n', dict(d=0, c=1, a=2)), ('3\n0\n1\n', dict(a=0, d=1, c=2))):
         (here / 'valid.txt').write_text(labels)
         _, dataset = opened('validate', 'DATA', '--split', 'val', '--checkpoint', best, '--valid-labels', 'valid.txt')
@@ -280,14 +279,16 @@ def test_some_outputs_only(here, best, checkpoints):
     _, dataset = opened('validate', 'DATA', '--split', 'val', '--checkpoint', checkpoints / 'model_best.pth.tar',
                         '--valid-labels', 'valid.txt')
     assert targets(dataset) == dict(a=0, c=1, d=2)
-    for labels, message in (('0\nx\n', 'must hold one number a line'), ('0\n4\n', 'numbers up to 4, .* are 0 to 3')):
+    for labels, message in (
+            ('0\nx\n', r'--valid-labels valid\.txt cannot be read: .* Expected one number per line'),
+            ('0\n4\n', 'has the number 4, but the model has the outputs 0 to 3')):
         (here / 'valid.txt').write_text(labels)
         with pytest.raises(TimmSpaError, match=message):
             opened('validate', 'DATA', '--split', 'val', '--checkpoint', best, '--valid-labels', 'valid.txt')
 
 
 def test_classes_of_published_weights(here):
-    """They have names of their own, in an order of their own."""
+    """The order is that of the published class names."""
     published = f'{MODEL}.tmm_tin200'
     names = timm.get_pretrained_cfg(published).label_names
     images(here / 'WORDS' / 'val', names[7], names[150])
@@ -296,12 +297,12 @@ def test_classes_of_published_weights(here):
     assert targets(dataset) == {names[7]: 7, names[150]: 150}
     with pytest.raises(TimmSpaError, match='not among the 200 classes of the weights of .*: a, c, d'):
         opened('validate', 'DATA', *argv, 200)
-    with pytest.raises(TimmSpaError, match='have 200 classes, and --num-classes is 4: the classifier would be random'):
+    with pytest.raises(TimmSpaError, match='have 200 classes, but --num-classes is 4: the classifier would be random'):
         opened('validate', 'DATA', *argv, 4)
 
 
 def test_names_of_a_checkpoint_in_inference(here, best, checkpoints):
-    """The configuration has the names of Tiny-ImageNet's classes."""
+    """The class names of Tiny-ImageNet in the model's configuration are replaced or removed."""
     for path, names in ((best, ['d', 'c', 'b', 'a']), (checkpoints / 'model_best.pth.tar', None)):
         with guarded_script('inference'):
             model = timm.models.create_model(f'{MODEL}.tmm_tin200', num_classes=4, checkpoint_path=str(path))
@@ -311,20 +312,20 @@ def test_names_of_a_checkpoint_in_inference(here, best, checkpoints):
         assert torch.equal(model.classifier.weight, state['classifier.weight'])
 
 
-def test_too_many_names_of_a_checkpoint_in_inference(best):
+def test_more_class_names_than_outputs_in_inference(best):
     (best.parent / 'classes.txt').write_text('a\nb\nc\nd\ne\n')
     with guarded_script('inference'):
         model = timm.models.create_model(f'{MODEL}.tmm_tin200', num_classes=4, checkpoint_path=str(best))
     assert model.pretrained_cfg['label_names'] is None
 
 
-def test_the_number_of_classes_of_tensors_alone(here, best):
+def test_number_of_classes_of_a_state_dict(here, best):
     torch.save(torch.load(best, weights_only=False)['state_dict'], here / 'tensors.pth')
     with guarded_script('validate'):
         assert parse('validate', 'DATA', '--checkpoint', 'tensors.pth').num_classes == 4
 
 
-def test_images_of_one_name_in_inference(here):
+def test_duplicate_image_names_in_inference(here):
     assert opened('inference', 'DATA', '--num-classes', 4, '--split', 'val')[0].fullname
     assert not opened('inference', 'DATA', '--num-classes', 4, '--split', 'val', '--no-console-results')[0].fullname
     assert not opened('inference', 'DATA/val/a', '--num-classes', 4)[0].fullname
@@ -334,55 +335,58 @@ def test_tar_files(here):
     with tarfile.open(here / 'data.tar', 'w') as tar:
         tar.add(here / 'DATA' / 'train', 'x')
     assert opened('train', 'data.tar', '--val-split', '')[0].num_classes == 4
-    with pytest.raises(TimmSpaError, match=r'--num-classes is 3, and data\.tar has 4 classes'):
+    with pytest.raises(TimmSpaError, match=r'--num-classes is 3, but data\.tar has 4 classes'):
         opened('train', 'data.tar', '--num-classes', 3)
 
 
-def test_names_in_the_order_of_outputs():
+def test_class_names_in_the_order_of_outputs():
     assert class_names({'b': 0, 'a': 1, '': 2}) == ['b', 'a']
-    assert class_names({'b': 0, 'a': 2}) == [], 'a line of the file would be of another output'
+    assert class_names({'b': 0, 'a': 2}) == [], 'output 1 has no name'
     assert class_names({'b': 0, 'a': 0}) == []
     assert class_names({}) == []
     assert number_of_classes({'b': 0, 'a': 5, '': 6}) == 6
 
 
-# one message
+# errors
 
 @pytest.mark.parametrize(('script', 'argv', 'message'), [
-    ('train', [], r"split 'train' cannot be read: no folder is given\. Add --data-dir"),
-    ('validate', [], "split 'validation' cannot be read: no folder is given"),
+    ('train', [], r"split 'train' cannot be read: no folder given\. Add --data-dir"),
+    ('validate', [], "split 'validation' cannot be read: no folder given"),
     ('train', ['nowhere'], r"'train' cannot be read from nowhere: it does not exist\. Check --data-dir"),
     ('train', ['empty'], 'Found 0 images'),
     ('train', ['DATA', '--class-map', 'other.txt'], r'Found 0 images .* Check --data-dir and --class-map'),
-    ('train', ['DATA', '--resume', 'nope'], r'--resume nope does not exist\. .* The files in .* are .*other\.txt'),
+    ('train', ['DATA', '--resume', 'nope'], r'--resume nope does not exist\. .* Files in .*: .*other\.txt'),
     ('train', ['DATA', '--resume', 'DATA'], '--resume DATA is a folder'),
     ('train', ['DATA', '--resume', 'file'], 'file cannot be read as weights'),
     ('train', ['DATA', '--pretrained-path', 'nope'], '--pretrained-path nope does not exist'),
     ('train', ['DATA', '--initial-checkpoint', 'nope'], '--initial-checkpoint nope does not exist'),
-    ('train', ['DATA', '--class-map', 'nope.txt'], r'--class-map nope\.txt does not exist, neither here nor in DATA'),
-    ('train', ['DATA', '--class-map', 'file'], '--class-map file has an unsupported suffix'),
-    ('train', ['DATA', '--config', 'nope'], '--config nope is no file'),
+    ('train', ['DATA', '--class-map', 'nope.txt'],
+     r'from DATA: Cannot locate .* file \(nope\.txt\)\. Check --data-dir and --class-map'),
+    ('train', ['DATA', '--class-map', 'file'],
+     r'from DATA: Unsupported class map file .* Check --data-dir and --class-map'),
+    ('train', ['DATA', '--config', 'nope'], '--config nope is not a file'),
     ('train', ['DATA', '--config', 'finetune_warm'], 'or recipe:finetune_warm'),
-    ('train', ['DATA', '--config', 'file'], 'must hold lines "option: value", and holds a str'),
+    ('train', ['DATA', '--config', 'file'], '--config file: expected lines "option: value", got a str'),
     ('train', ['DATA', '--config', 'broken.yaml'], r'--config broken\.yaml cannot be read as YAML'),
     ('train', ['DATA', '--config', 'typo.yaml'], "key 'num_classess', .*Did you mean num_classes"),
-    ('train', ['DATA', '--output', 'file'], '--output file cannot be used: file is no folder'),
+    ('train', ['DATA', '--output', 'file'], '--output file cannot be used: file is not a folder'),
     ('train', ['DATA', '--model', 'spa_resnet5'], "Unknown model 'spa_resnet5'. Did you mean spa_resnet50"),
     ('inference', ['DATA', '--model', 'spa_resnet5'], 'Did you mean spa_resnet50'),
     ('validate', ['DATA', '--model', 'spa_resnet5'], 'Did you mean spa_resnet50'),
     ('benchmark', ['--model', 'spa_resnet5'], 'Did you mean spa_resnet50'),
     ('onnx_export', ['--model', 'spa_resnet5'], 'Did you mean spa_resnet50'),
     ('validate', ['DATA', '--checkpoint', 'nope'], '--checkpoint nope does not exist'),
-    ('validate', ['DATA', '--checkpoint', 'empty'], r'--checkpoint empty is a folder without a file \*\.pth\.tar'),
+    ('validate', ['DATA', '--checkpoint', 'empty'], r'--checkpoint empty is a folder without files \*\.pth\.tar'),
     ('inference', ['DATA', '--checkpoint', 'DATA'], '--checkpoint DATA is a folder'),
     ('validate', ['DATA', '--real-labels', 'nope'], '--real-labels nope does not exist'),
     ('validate', ['DATA', '--valid-labels', 'nope'], '--valid-labels nope does not exist'),
-    ('validate', ['DATA', '--results-file', 'no/x.csv'], '--results-file no/x.csv cannot be written: no is no folder'),
+    ('validate', ['DATA', '--results-file', 'no/x.csv'],
+     '--results-file no/x.csv cannot be written: no is not a folder'),
     ('validate', ['DATA', '--results-file', 'DATA'], '--results-file DATA cannot be written: it is a folder'),
     ('inference', ['DATA', '--results-dir', 'file'], '--results-dir file cannot be written'),
-    ('validate', ['DATA', '--device', 'xyz'], '--device xyz cannot be used .* Try --device cpu'),
+    ('validate', ['DATA', '--device', 'xyz'], '--device xyz cannot be used: .* Try --device cpu'),
 ])
-def test_wrong_arguments(here, script, argv, message):
+def test_invalid_arguments(here, script, argv, message):
     (here / 'other.txt').write_text('q\n')
     (here / 'broken.yaml').write_text('[1')
     (here / 'typo.yaml').write_text('num_classess: 3\n')
@@ -396,19 +400,19 @@ def test_wrong_arguments(here, script, argv, message):
     ('validate', ['DATA', '--results-file', 'new.csv']), ('inference', ['DATA', '--results-dir', 'new/folder']),
     ('train', ['DATA', '--output', 'new/folder']), ('train', ['DATA', '--resume', 'auto']),
     ('train', ['DATA', '--device', 'xyz', '--device-modules', 'timm'])])
-def test_right_arguments_pass_unchanged(here, script, argv):
+def test_valid_arguments_are_unchanged(here, script, argv):
     with guarded_script(script):
         guarded = parse(script, *argv, '--num-classes', 4)
     assert vars(guarded) == vars(parse(script, *argv, '--num-classes', 4))
 
 
-def test_unknown_options_are_left_to_the_script(here, capsys):
+def test_unknown_options_are_refused_by_the_script(here, capsys):
     with guarded_script('train'), pytest.raises(SystemExit, match='2'):
         parse('train', 'nowhere', '--bogus')
     assert 'unrecognized arguments: --bogus' in capsys.readouterr().err
 
 
-def test_weights_to_start_from_are_used(here, checkpoints):
+def test_pretrained_path_implies_pretrained(here, checkpoints):
     """timm's script ignores --pretrained-path without --pretrained."""
     with guarded_script('train'):
         assert parse('train', 'DATA', '--pretrained-path', checkpoints / 'model_best.pth.tar').pretrained
@@ -416,23 +420,24 @@ def test_weights_to_start_from_are_used(here, checkpoints):
         assert not parse('train', 'DATA').pretrained
 
 
-def test_gpus(here, monkeypatch):
+def test_cuda_devices(here, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with guarded_script('validate'):
         assert parse('validate', 'DATA', '--device', 'cuda:1').device == 'cuda:1'
-    with guarded_script('validate'), pytest.raises(TimmSpaError, match='cuda:2 cannot be used .there are 2 CUDA'):
+    with guarded_script('validate'), pytest.raises(TimmSpaError, match=(
+            r'--device cuda:2 cannot be used: torch .* finds 2 CUDA devices\. Try --device cpu')):
         parse('validate', 'DATA', '--device', 'cuda:2')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     for script in ('train', 'validate', 'benchmark'):
-        with guarded_script(script), pytest.raises(TimmSpaError, match=r'finds no CUDA device\. Try --device cpu'):
+        with guarded_script(script), pytest.raises(TimmSpaError, match=r'finds 0 CUDA devices\. Try --device cpu'):
             parse(script, *(['DATA'] if script != 'benchmark' else []), '--device', 'cuda', '--device-modules', 'timm')
 
 
 def test_checkpoints_of_a_run_are_not_overwritten(here):
     argv = ['DATA', '--output', 'runs', '--experiment', 'one']
     (here / 'runs' / 'one').mkdir(parents=True)
-    for name in ('tmp.pth.tar', 'recovery-0-5.pth.tar', 'log.txt'):  # of a run that was killed in its first epoch
+    for name in ('tmp.pth.tar', 'recovery-0-5.pth.tar', 'log.txt'):  # a run that was killed in its first epoch
         (here / 'runs' / 'one' / name).touch()
     with guarded_script('train'):
         parse('train', *argv)
@@ -441,7 +446,8 @@ def test_checkpoints_of_a_run_are_not_overwritten(here):
     (here / 'other' / 'last.pth.tar').touch()
     for more in ([], ['--resume', 'other/last.pth.tar']):
         with guarded_script('train'), pytest.raises(TimmSpaError, match=(
-                r'runs/one has the checkpoints of a training \(last\.pth\.tar\), .* --resume runs/one/last\.pth\.tar')):
+                r'runs/one has checkpoints of an earlier training \(last\.pth\.tar\), '
+                r'.* --resume runs/one/last\.pth\.tar')):
             parse('train', *argv, *more, '--num-classes', 4)
     for more in (['--resume', here / 'runs' / 'one' / 'last.pth.tar'], ['--resume', 'auto']):
         with guarded_script('train'):
@@ -457,7 +463,8 @@ def test_checkpoints_of_a_run_are_not_overwritten(here):
     ('train', dict(model_name='resnet18', pretrained=True, pretrained_cfg_overlay=dict(file='file')),
      'file cannot be read as weights'),
     ('inference', dict(model_name=MODEL, num_classes=3, checkpoint_path='{best}'), '4 classes .* has 3'),
-    ('train', dict(model_name=MODEL, num_classes=3, checkpoint_path='{best}'), '--pretrained-path takes weights'),
+    ('train', dict(model_name=MODEL, num_classes=3, checkpoint_path='{best}'),
+     'Use --pretrained-path for weights of other classes'),
     ('inference', dict(model_name='resnet18', num_classes=4, checkpoint_path='{best}'), 'does not fit ResNet; tensors'),
     ('inference', dict(model_name=MODEL, num_classes=4, checkpoint_path='{cut}'), 'a truncated file of torch.save'),
 ])
@@ -473,7 +480,7 @@ def test_checkpoints_that_cannot_be_loaded(best):
     with guarded_script('validate'):
         model = timm.models.create_model(MODEL, num_classes=4)
         timm.models.load_checkpoint(model, str(best))
-        with pytest.raises(run.ScriptError, match='has 4 classes .* and the model has 5'):
+        with pytest.raises(TrainingError, match='has 4 classes .* and the model has 5'):
             timm.models.load_checkpoint(timm.models.create_model(MODEL, num_classes=5), str(best))
     with guarded_script('train'):
         task = timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss())
@@ -481,10 +488,10 @@ def test_checkpoints_that_cannot_be_loaded(best):
         optimizer = torch.optim.SGD(model.parameters(), lr=1)
         content = torch.load(best, weights_only=False)
         torch.save(dict(content, optimizer=dict(state={}, param_groups=[])), best.parent / 'x')
-        with pytest.raises(run.ScriptError, match='x cannot be loaded: .*parameter group'):
+        with pytest.raises(TrainingError, match='x cannot be loaded: .*parameter group'):
             timm.task.resume_task_checkpoint(task, str(best.parent / 'x'), optimizer)
         task = timm.task.ClassificationTask(timm.create_model('resnet18'), torch.nn.CrossEntropyLoss())
-        with pytest.raises(run.ScriptError, match='does not fit ResNet'):
+        with pytest.raises(TrainingError, match='does not fit ResNet'):
             timm.task.resume_task_checkpoint(task, str(best))
 
 
@@ -504,4 +511,4 @@ def test_timm_is_left_unchanged():
         raise KeyError
     assert now() == before
     with guarded_script('validate'):
-        assert timm.utils.AverageMeter is before[-1], 'the loss of a validation may be anything'
+        assert timm.utils.AverageMeter is before[-1], 'validate.py may report any loss'

@@ -1,4 +1,4 @@
-"""`python -m timm_spa.run SCRIPT`: runs timm's own scripts with our models, see `timm_spa.training.runner`."""
+"""Entry point of `python -m timm_spa.run SCRIPT`, see `timm_spa.training.runner`."""
 import sys
 
 from .training.runner import main

@@ -1,1 +1,1 @@
-"""Training with timm's scripts: running them with our models registered, guarding a run, reading its files."""
+"""Runs timm's scripts with our models registered, checks training runs, and reads their files."""

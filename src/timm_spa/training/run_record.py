@@ -1,4 +1,4 @@
-"""What a training run left beside its checkpoint: the facts that a card may state."""
+"""Files of a training run and the facts in them that a model card states."""
 import dataclasses
 import json
 from pathlib import Path
@@ -12,8 +12,7 @@ from .log import read_classes, read_summary, write_summary
 
 __all__ = ['FACTS', 'Run', 'card_facts']
 
-
-# keys of card.yaml, and of the mappings in it
+# keys of card.yaml with the types of their values
 FACTS: Dict[str, Any] = dict(
     about=str,
     dataset=dict(name=TEXT, id=TEXT, type=TEXT, split=TEXT, note=TEXT),
@@ -28,29 +27,28 @@ FACTS: Dict[str, Any] = dict(
     figures=list,
     widget=[dict(src=str, picture=str)],
 )
-# of run.json those that a card is made of; there may be others
+# keys of run.json that a card uses
 RECORD: Dict[str, Any] = dict(
     model=str, seed=int, command=str, seconds=NUMBER, hardware=str, python=str, versions=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The files of a training run, each empty if there is none.
+    """The contents of the files of a training run, each empty if the file does not exist.
 
     Attributes:
         args: `args.yaml`, the arguments as timm's train.py wrote them.
         summary: `summary.csv`, the metrics of each epoch.
         record: `run.json`, as `train_scripts/sweep.py` writes it: model, seed, command, seconds, hardware, python,
             versions.
-        facts: `card.yaml`, what the owner of the weights knows beside these; all keys are optional:
-            'about' (a paragraph below the title), 'dataset' (with 'name', its Hub 'id', 'type', 'split' that the
-            accuracy is of, 'note'), 'accuracy' (measured on the published file: 'top1', 'top5', the 'command' that
-            prints it, 'note'), 'epoch' (the one in summary.csv that the weights are of), 'base_model' (its Hub id),
-            'license' (of the weights, which nobody else can choose), 'commands' (if the one of run.json is not all),
-            'training', 'runtimes' (of exported files) and 'limits' (paragraphs), 'figures' (a list of a picture's
-            'file' and its 'text'), 'widget' (a list of a picture's address 'src' and its file 'picture').
-        classes: `classes.txt`, the names of the classes in the order of the model's outputs.
-        folder: Where these were read; files that `facts` names are relative to it.
+        facts: `card.yaml`, written by the owner of the weights. All keys are optional: 'about' (first paragraph),
+            'dataset' ('name', 'id' on the Hub, 'type', 'split' of the accuracy, 'note'), 'accuracy' (of the published
+            file: 'top1', 'top5', 'command' that measures it, 'note'), 'epoch' (of the weights, in summary.csv),
+            'base_model' (its id on the Hub), 'license' (of the weights), 'commands' (if run.json does not list all),
+            'training', 'runtimes' and 'limits' (paragraphs), 'figures' (a list of 'file' and 'text'), 'widget' (a list
+            of images with the address 'src' and the file 'picture').
+        classes: `classes.txt`, the class names in the order of the model's outputs.
+        folder: The folder of these files; paths in `facts` are relative to it.
     """
     args: Dict[str, Any] = dataclasses.field(default_factory=dict)
     summary: List[Dict[str, float]] = dataclasses.field(default_factory=list)
@@ -61,7 +59,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Union[str, Path]) -> 'Run':
-        """Reads what a folder of a run, of a sweep's results or of a repository has; it may have none of the files."""
+        """Reads the folder of a run, of a sweep's results or of a repository; any file may be missing."""
         folder = Path(folder)
         summary = folder / 'summary.csv'
         return cls(
@@ -74,7 +72,7 @@ class Run:
         )
 
     def write(self, folder: Path) -> None:
-        """Writes all of the run but its classes and figures, so that a card can be made again from the folder alone."""
+        """Writes all files that a card is made of, except classes.txt and figures."""
         if self.args:
             (folder / 'args.yaml').write_text(yaml.safe_dump(self.args, allow_unicode=True), encoding='utf-8')
         if self.summary:
@@ -85,16 +83,16 @@ class Run:
             (folder / 'card.yaml').write_text(yaml.safe_dump(self.facts, allow_unicode=True), encoding='utf-8')
 
     def row(self, epoch: Optional[int]) -> Optional[Dict[str, float]]:
-        """Returns the metrics of an epoch, None if there are none."""
+        """Returns the metrics of an epoch, None if it is missing."""
         return next((row for row in self.summary if row['epoch'] == epoch), None)
 
 
 def card_facts(folder: Path) -> Dict[str, Any]:
-    """Reads card.yaml of a folder, if it has one; raises a RunError for what it should not hold."""
+    """Reads card.yaml of a folder, empty if missing; raises a RunError for an unknown key or a wrong type."""
     path = folder / 'card.yaml'
     facts = read_mapping(path)
     for key, value in facts.items():
         if key not in FACTS:
-            raise RunError(f'{path} has the unknown key {key!r}. Known are: {", ".join(FACTS)}.')
+            raise RunError(f'{path} has the unknown key {key!r}. Use one of {", ".join(FACTS)}.')
         check(value, FACTS[key], key, path)
     return facts

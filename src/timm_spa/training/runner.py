@@ -3,10 +3,10 @@
     python -m timm_spa.run train --model spa_resnet50 ...
     accelerate launch [accelerate's options] -m timm_spa.run train --model spa_resnet50 ...
 
-timm's release on the package index leaves its scripts out, and this package ships and changes none of them. They come
-from `--timm-scripts PATH` or the environment variable TIMM_SCRIPTS (a checkout of pytorch-image-models, or one script);
-else from the cache or a download of a tagged file, whose digest is checked before it runs. That is the tag that this
-package is tested with; `--timm-scripts v1.0.31` takes another, whose digest is recorded by the first download.
+timm's release on the package index does not contain its scripts. They are read from `--timm-scripts PATH` or the
+environment variable TIMM_SCRIPTS: a checkout of pytorch-image-models, or one script. By default, the scripts of the tag
+that this package is tested with are downloaded once, and their digests are checked before they run.
+`--timm-scripts v1.0.31` uses another tag: its first download records the digest, later ones are compared with it.
 """
 import hashlib
 import http.client
@@ -14,16 +14,17 @@ import os
 import re
 import runpy
 import sys
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import List, Optional, Tuple
 
-from .._errors import TimmSpaError
+from .._errors import TimmSpaError, UsageError
 from .._shipped import find_recipe
 from ..checkpoints.files import replacing
 from ..checkpoints.hub_files import HubWeightsError
-from .script_guard import ScriptError, guarded_script
+from .arguments import cause_of
+from .guard import TrainingError
+from .script_guard import guarded_script
 
 __all__ = ['ScriptError', 'find_script', 'main']
 
@@ -41,48 +42,45 @@ SHA256 = {
 }
 DOWNLOAD_TIMEOUT = 20  # seconds
 
+ScriptError = TrainingError  # earlier name
+
 _USAGE = f"""usage: python -m timm_spa.run SCRIPT [--timm-scripts PATH] [arguments of timm's script]
 
 SCRIPT is one of {', '.join(SHA256)}.
---timm-scripts PATH  a checkout of pytorch-image-models, one of its scripts, or a tag of it such as v1.0.31 (default:
-                     the environment variable TIMM_SCRIPTS, else {SCRIPTS_TAG}, downloaded once and checked)
---config recipe:NAME a recipe that comes with timm_spa; `timm-spa recipes` lists them
+--timm-scripts PATH  a checkout of pytorch-image-models, one of its scripts, or a tag such as v1.0.31 (default: the
+                     environment variable TIMM_SCRIPTS, else {SCRIPTS_TAG}, downloaded once and checked)
+--config recipe:NAME a recipe of timm_spa; `timm-spa recipes` lists them
 """
 
 
-def cache_dir(tag: str = SCRIPTS_TAG) -> Path:
-    """Returns the folder that keeps downloaded scripts of a tag."""
-    base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    return Path(base) / 'timm_spa' / 'scripts' / tag
-
-
 def find_script(name: str, given: Optional[str] = None) -> Path:
-    """Finds one of timm's scripts.
+    """Finds one of timm's scripts, and downloads it if needed.
 
     Args:
         name: Name of the script without its suffix, a key of `SHA256`.
-        given: A checkout of pytorch-image-models, or one script of it, which runs as it is, unchecked; or a tag. If
-            None, the environment variable TIMM_SCRIPTS, else `SCRIPTS_TAG`.
+        given: A checkout of pytorch-image-models or one of its scripts, used unchecked; or a tag. If None, the
+            environment variable TIMM_SCRIPTS, else `SCRIPTS_TAG`.
 
     Returns:
         Path of the script.
 
     Raises:
-        ScriptError: The name is unknown, the given path does not hold the script, the download failed, or its digest
-            is not the known one, or for another tag not that of its first download. Nothing is left in the cache then.
+        UsageError: The name is unknown, or the given path does not contain the script.
+        TrainingError: The script cannot be downloaded or stored, or has an unexpected digest. The cache is unchanged.
     """
     if name not in SHA256:
-        raise ScriptError(f'timm has no script {name!r} that this package runs; there are {", ".join(SHA256)}.')
+        raise UsageError(f'Unknown script {name!r}. Choose one of {", ".join(SHA256)}.')
     given = given or os.environ.get('TIMM_SCRIPTS') or SCRIPTS_TAG
     path = Path(given)
     if path.exists() or not re.fullmatch(r'v\d+\.\d+\.\w+', given):
         script = path / f'{name}.py' if path.is_dir() else path
         if script.name != f'{name}.py' or not script.is_file():
-            raise ScriptError(
-                f'{given} (from --timm-scripts or TIMM_SCRIPTS) is neither a folder with {name}.py nor that file, nor '
-                f'a tag such as {SCRIPTS_TAG}.')
+            raise UsageError(
+                f'{name}.py not found: {given} (from --timm-scripts or TIMM_SCRIPTS) is neither this file nor a folder '
+                f'with it. Give a checkout of pytorch-image-models, or a tag such as {SCRIPTS_TAG}.')
         return script
-    script = cache_dir(given) / f'{name}.py'
+    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+    script = cache / 'timm_spa' / 'scripts' / given / f'{name}.py'
     record = script.with_suffix('.sha256')
     expected = SHA256[name] if given == SCRIPTS_TAG else _recorded(record)
     if script.is_file() and _sha256(script.read_bytes()) == expected:
@@ -92,19 +90,19 @@ def find_script(name: str, given: Optional[str] = None) -> Path:
         script.parent.mkdir(parents=True, exist_ok=True)
         with replacing(script) as partial:  # the processes of a launch may all download at the same time
             partial.write_bytes(data)
+        if expected is None:
+            with replacing(record) as partial:
+                partial.write_text(f'{_sha256(data)}\n')
+            print(f'{script}: recorded SHA-256 {_sha256(data)} for later downloads.', file=sys.stderr)
     except OSError as e:
-        raise ScriptError(
-            f'{script} cannot be kept ({e}): set XDG_CACHE_HOME to a folder that can be written, or name the path of '
-            f'{name}.py with --timm-scripts.') from e
-    if expected is None:
-        with replacing(record) as partial:
-            partial.write_text(f'{_sha256(data)}\n')
-        print(f'{script}: SHA-256 {_sha256(data)}, recorded, and compared from now on.', file=sys.stderr)
+        raise TrainingError(
+            f'{name}.py cannot be stored in the cache: {cause_of(e)}. Set XDG_CACHE_HOME to a writable folder, or give '
+            f'the path of {name}.py with --timm-scripts.') from e
     return script
 
 
 def _recorded(record: Path) -> Optional[str]:
-    """Returns the digest in a file; an empty or damaged file counts as none."""
+    """Returns the digest in a file, None if the file is missing or damaged."""
     text = record.read_text(errors='replace').strip() if record.is_file() else ''
     return text if re.fullmatch('[0-9a-f]{64}', text) else None
 
@@ -114,23 +112,24 @@ def _sha256(data: bytes) -> str:
 
 
 def _download(name: str, tag: str, expected: Optional[str]) -> bytes:
+    # torch.hub.download_url_to_file has no timeout
     url = SCRIPTS_URL.format(tag=tag, name=name)
     remedy = (
-        f'Get {name}.py of timm {tag} by another way and name its path (or a checkout of pytorch-image-models) with '
+        f'Download {name}.py of timm {tag} another way, and give its path (or a checkout of pytorch-image-models) with '
         '--timm-scripts or TIMM_SCRIPTS.')
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
             data = response.read()
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
-        raise ScriptError(f'Could not download {url}: {e}. {remedy}') from e
+    except (http.client.HTTPException, OSError) as e:
+        raise TrainingError(f'Could not download {url}: {cause_of(e)}. {remedy}') from e
     if expected and _sha256(data) != expected:
-        raise ScriptError(
-            f'{url} has the SHA-256 {_sha256(data)}, expected {expected}: it is not run or kept. {remedy}')
+        raise TrainingError(
+            f'{url} was downloaded but not stored: its SHA-256 is {_sha256(data)}, expected {expected}. {remedy}')
     return data
 
 
 def _split_args(args: List[str]) -> Tuple[Optional[str], List[str]]:
-    """Takes our one option out of the arguments, names the files of recipes, and leaves the rest to timm's parser."""
+    """Separates --timm-scripts from the arguments of timm's script, and replaces `recipe:NAME` by the recipe's path."""
     given = None
     rest = []
     remaining = iter(args)
@@ -138,21 +137,21 @@ def _split_args(args: List[str]) -> Tuple[Optional[str], List[str]]:
         if arg == '--timm-scripts':
             given = next(remaining, None)
             if given is None:
-                raise ScriptError('--timm-scripts needs a path.')
+                raise UsageError('--timm-scripts needs a path or a tag.')
         elif arg.startswith('--timm-scripts='):
             given = arg.partition('=')[2]
         else:
-            # a recipe of this package, by name
-            option, _, name = arg.rpartition('recipe:')
-            rest.append(f'{option}{find_recipe(name)}' if option in ('', '--config=') and name != arg else arg)
+            option, separator, name = arg.rpartition('recipe:')
+            rest.append(f'{option}{find_recipe(name)}' if separator and option in ('', '--config=') else arg)
     return given, rest
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Runs one of timm's scripts in this process.
 
-    Returns 2 if the script cannot be found or downloaded, 1 if it cannot continue (see `script_guard`). What it raises
-    otherwise, `SystemExit` included, passes through.
+    Returns:
+        0 on success, 1 if the script cannot continue (see `script_guard`), 2 if the script cannot be found or
+        downloaded. Other errors of the script, including `SystemExit`, are passed on.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h', '--help'):
@@ -169,9 +168,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         with guarded_script(argv[0]):
             runpy.run_path(str(script), run_name='__main__')
     except TimmSpaError as e:
-        file = dict(train='--pretrained-path', validate='--checkpoint', inference='--checkpoint').get(argv[0])
-        here = f' Here that is {file} FILE.' if file and isinstance(e, HubWeightsError) else ''
-        print(f'timm_spa.run: {e}{here}', file=sys.stderr)
+        option = dict(train='--pretrained-path', validate='--checkpoint', inference='--checkpoint').get(argv[0])
+        hint = f' With {argv[0]}.py, use {option} FILE.' if option and isinstance(e, HubWeightsError) else ''
+        print(f'timm_spa.run: {e}{hint}', file=sys.stderr)
         return 1
     except ModuleNotFoundError as e:
         print(
