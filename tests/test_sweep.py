@@ -1,4 +1,4 @@
-"""Sweeps and the table of their results, with a script in the place of timm's train.py."""
+"""Sweeps and the tables of their results, with a small script as train.py."""
 import json
 import re
 import runpy
@@ -12,7 +12,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 SWEEP = ROOT / 'train_scripts' / 'sweep.py'
 RESULTS = ROOT / 'train_scripts' / 'results.py'
-KEPT = sorted(path.parent for path in (ROOT / 'train_scripts' / 'results').glob('*/table.md'))
+RESULT_FOLDERS = sorted(path.parent for path in (ROOT / 'train_scripts' / 'results').glob('*/table.md'))
 
 TRAIN = '''
 import argparse, os, sys, yaml
@@ -35,7 +35,7 @@ with open(os.path.join(folder, 'summary.csv'), 'a') as f:
     for epoch in range(first, args.epochs):
         if epoch and not args.resume and args.model == os.environ.get('FAIL'):
             open(os.path.join(folder, 'last.pth.tar'), 'w').close()
-            print('no good', file=sys.stderr)
+            print('failed', file=sys.stderr)
             sys.exit(3)
         print(f'{epoch},{3 - epoch},{4 - epoch},{len(args.model) + args.seed + epoch},{90 + epoch},0.1', file=f)
 '''
@@ -64,35 +64,35 @@ def sweep(tmp_path, monkeypatch, capfd):
     return call
 
 
-def test_runs_are_kept_resumed_and_not_repeated(sweep, tmp_path):
+def test_runs_are_stored_resumed_and_not_repeated(sweep, tmp_path):
     gated = 'gated base=resnet18 gate=se'
     arguments = [
         '--models', gated, 'spa_mobilenetv2_cifar', '--parallel', '2', '--', '--epochs', '2']
     done = sweep(*arguments, FAIL='spa_mobilenetv2_cifar')
     assert done.returncode == 1
     assert 'spa_mobilenetv2_cifar-seed42: exit code 1, see runs/spa_mobilenetv2_cifar-seed42/log.txt' in done.stderr
-    assert 'no good' in (tmp_path / 'runs' / 'spa_mobilenetv2_cifar-seed42' / 'log.txt').read_text()
-    named = 'gated-base=resnet18-gate=se-seed42'
-    assert [p.name for p in (tmp_path / 'results').iterdir()] == [named]
-    assert yaml.safe_load((tmp_path / 'results' / named / 'args.yaml').read_text())['model_kwargs'] == dict(
+    assert 'failed' in (tmp_path / 'runs' / 'spa_mobilenetv2_cifar-seed42' / 'log.txt').read_text()
+    name = 'gated-base=resnet18-gate=se-seed42'
+    assert [p.name for p in (tmp_path / 'results').iterdir()] == [name]
+    assert yaml.safe_load((tmp_path / 'results' / name / 'args.yaml').read_text())['model_kwargs'] == dict(
         base='resnet18', gate='se')
 
     done = sweep(*arguments)
     assert done.returncode == 0, done.stderr
-    assert f'{named}: done before' in done.stdout
-    assert 'spa_mobilenetv2_cifar-seed42: goes on' in done.stdout
-    kept = tmp_path / 'results' / 'spa_mobilenetv2_cifar-seed42'
-    assert sorted(p.name for p in kept.iterdir()) == ['args.yaml', 'run.json', 'summary.csv']
-    record = json.loads((kept / 'run.json').read_text())
+    assert f'{name}: already done' in done.stdout
+    assert 'spa_mobilenetv2_cifar-seed42: resuming' in done.stdout
+    results = tmp_path / 'results' / 'spa_mobilenetv2_cifar-seed42'
+    assert sorted(p.name for p in results.iterdir()) == ['args.yaml', 'run.json', 'summary.csv']
+    record = json.loads((results / 'run.json').read_text())
     assert record['resumed'] is True
     assert record['command'].startswith('accelerate launch --config_file launch.yaml -m timm_spa.run train --epochs 2')
     assert record['versions']['timm_spa']
-    assert yaml.safe_load((kept / 'args.yaml').read_text())['seed'] == 42
+    assert yaml.safe_load((results / 'args.yaml').read_text())['seed'] == 42
     assert runpy.run_path(str(RESULTS))['main']([str(tmp_path / 'results')]) == 0
 
 
 def write_run(folder, model, seed, top1, **changes):
-    """Writes what a sweep keeps of a run of two epochs."""
+    """Writes the results of a run of two epochs as sweep.py does."""
     run = folder / f'{model}-seed{seed}'
     run.mkdir(parents=True)
     args = dict(
@@ -106,7 +106,7 @@ def write_run(folder, model, seed, top1, **changes):
     return run
 
 
-def test_the_table_has_mean_and_spread_and_stands_on_its_files(tmp_path):
+def test_table_of_means_and_spreads(tmp_path):
     tops = {'mobilenetv2_cifar': [20, 21.5, 26], 'spa_mobilenetv2_cifar': [30, 32.25, 31]}
     for model, values in tops.items():
         for seed, top1 in enumerate(values):
@@ -127,14 +127,14 @@ def test_the_table_has_mean_and_spread_and_stands_on_its_files(tmp_path):
     assert '8 runs, seeds 0, 1, 2; a machine; torch 1.' in table
     assert main([str(tmp_path), '--check']) == 0
     (run / 'summary.csv').write_text((run / 'summary.csv').read_text().replace('31', '33'))
-    assert main([str(tmp_path), '--check']) == 1, 'a table that its runs do not bear out'
+    assert main([str(tmp_path), '--check']) == 1, 'the table differs from its runs'
 
 
-def test_the_same_test_pictures(tmp_path):
-    """Of ten pictures the plain net has 5 right, SPA 8: it loses 1 and gains 4, p = 2 * (1 + 5) / 2 ** 5."""
-    for model, right in (('mobilenetv2_cifar', '1111100000'), ('spa_mobilenetv2_cifar', '0111111110')):
+def test_comparison_on_the_same_test_images(tmp_path):
+    """Of ten images the plain model has 5 correct, SPA 8: 1 lost and 4 gained, p = 2 * (1 + 5) / 2 ** 5."""
+    for model, correct in (('mobilenetv2_cifar', '1111100000'), ('spa_mobilenetv2_cifar', '0111111110')):
         run = write_run(tmp_path, model, 7, 30)
-        (run / 'test.csv').write_text('target,predicted\n' + ''.join(f'3,{3 if r == "1" else 4}\n' for r in right))
+        (run / 'test.csv').write_text('target,predicted\n' + ''.join(f'3,{3 if c == "1" else 4}\n' for c in correct))
     (run / 'pyramid_weights.csv').write_text('gate,4x4,1x1\na,1.1,0.9\nb,1.0,1.2\n')
     write_run(tmp_path, 'se_mobilenetv2_cifar', 7, 30)
     main = runpy.run_path(str(RESULTS))['main']
@@ -144,20 +144,21 @@ def test_the_same_test_pictures(tmp_path):
     assert rows['| none'].endswith('| 50.00 |  | 1 |')
     assert '| SPA-A | 7 | 1 | 4 | 0.38 |' in table
     assert '| 80.00 | +30.00 | 1 |' in table
-    assert '|  |  | 0 |' in table, 'SE was not asked'
-    assert '10 test pictures: the standard error of an accuracy is 15.81 points.' in table
+    assert '|  |  | 0 |' in table, 'SE has no test.csv'
+    assert '10 test images: the standard error of an accuracy is 15.81 points.' in table
     assert (tmp_path / 'pyramid_weights.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda run: (run / 'args.yaml').unlink(), 'holds no results'),
-    (lambda run: run.rename(run.with_name('se_mobilenetv2_cifar-seed1')), 'the arguments of mobilenetv2_cifar'),
-    (lambda run: (run / 'summary.csv').write_text('epoch,eval_top1\n0,1\n'), 'has 1 of 2 epochs'),
-    (lambda run: (run / 'summary.csv').unlink(), 'has 0 of 2 epochs'),
+    (lambda run: run.rename(run.with_name('se_mobilenetv2_cifar-seed1')),
+     'args.yaml has mobilenetv2_cifar with seed 1'),
+    (lambda run: (run / 'summary.csv').write_text('epoch,eval_top1\n0,1\n'), 'is incomplete: it has 1 of 2 epochs'),
+    (lambda run: (run / 'summary.csv').unlink(), 'is incomplete: it has 0 of 2 epochs'),
     (lambda run: write_run(run.parent, 'mobilenetv2_cifar', 3, 20, lr=0.2), 'was not trained like'),
-    (lambda run: (run / 'run.json').unlink(), 'run.json of None'),
+    (lambda run: (run / 'run.json').unlink(), "run.json has None"),
 ])
-def test_results_that_are_no_evidence(tmp_path, capsys, change, message):
+def test_invalid_results_are_refused(tmp_path, capsys, change, message):
     change(write_run(tmp_path, 'mobilenetv2_cifar', 1, 20))
     assert runpy.run_path(str(RESULTS))['main']([str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
@@ -168,22 +169,22 @@ def test_results_that_are_no_evidence(tmp_path, capsys, change, message):
     (['--models', 'spa_resnet51'], "Unknown model 'spa_resnet51'"),
     (['--models', 'spa_resnet50', '--', '--seed', '3'], '--seed is set for each run'),
     (['--models', 'spa_resnet50', '--parallel', '0'], '--parallel must be at least 1'),
-    (['--models', 'spa_resnet50', '--launch', 'none.yaml'], 'none.yaml is no configuration of accelerate'),
+    (['--models', 'spa_resnet50', '--launch', 'none.yaml'], '--launch none.yaml not found'),
 ])
-def test_bad_arguments(sweep, tmp_path, args, message):
+def test_invalid_arguments(sweep, tmp_path, args, message):
     done = sweep(*args)
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / 'runs').exists()
 
 
-@pytest.mark.parametrize('folder', KEPT, ids=lambda p: p.name)
-def test_the_tables_of_the_project_are_those_of_their_runs(folder):
+@pytest.mark.parametrize('folder', RESULT_FOLDERS, ids=lambda p: p.name)
+def test_tables_in_the_repository_match_their_runs(folder):
     assert runpy.run_path(str(RESULTS))['main']([str(folder), '--check']) == 0
 
 
 def test_results_of_detectors(tmp_path, capsys):
-    """Means over seeds, after the last epoch that all runs of a detector have, beside sums by hand."""
+    """Means over seeds, after the last epoch that all runs of a detector have, compared with means by hand."""
     main = runpy.run_path(str(RESULTS))['main']
     values = {'resnet18': [(10, 20), (14, 26, 30)], 'spa_resnet18': [(11, 23)]}
     for model, runs in values.items():
@@ -208,8 +209,8 @@ def test_results_of_detectors(tmp_path, capsys):
 
 @pytest.mark.parametrize('page', [
     'README.md', 'train_scripts/results/README.md', 'train_scripts/recipes/finetune_photos.yaml'])
-def test_means_that_the_pages_state_are_those_of_a_table(page):
+def test_means_in_the_pages_are_in_a_table(page):
     stated = re.findall(r'([\d.]+)(?: %)?(?:\*\*)? (?:±|\+-) ([\d.]*\d)', (ROOT / page).read_text())
-    tables = ' '.join((folder / 'table.md').read_text() for folder in KEPT)
+    tables = ' '.join((folder / 'table.md').read_text() for folder in RESULT_FOLDERS)
     assert stated
     assert [pair for pair in stated if '{} ± {}'.format(*pair) not in tables] == []

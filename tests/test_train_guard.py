@@ -37,7 +37,7 @@ def summary(tmp_path):
     ('\ufeff' + HEADER + '0,2.5,10\n\n1,2.0,nan\n\n', [0, 1], [2.5, 2.0]),
     ('epoch,eval_top1,train_loss\n0,10,2.5\n' + HEADER + '1,2.0,20\n', [0, 1], [2.5, 2.0]),
 ])
-def test_one_row_for_each_epoch(summary, text, epochs, losses):
+def test_one_row_per_epoch(summary, text, epochs, losses):
     rows = read_summary(summary(text))
     assert [row['epoch'] for row in rows] == epochs
     assert [row['train_loss'] for row in rows] == losses
@@ -203,7 +203,7 @@ def test_non_finite_weights_are_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize(('folder', 'best'), [('run', 5.), ('other', None)])
-def test_the_best_epoch_of_a_resumed_run(tmp_path, folder, best):
+def test_best_epoch_of_a_resumed_run(tmp_path, folder, best):
     """Restored if the run resumes in its own folder, and not from another run."""
     model = torch.nn.Linear(2, 2)
     for name in ('run', 'other'):

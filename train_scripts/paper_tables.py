@@ -1,4 +1,4 @@
-"""The size and cost columns of the paper's tables, beside what our models are counted to have. Run it to see them."""
+"""Prints the size and cost columns of the paper's tables next to the counts of our models."""
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import timm
@@ -13,23 +13,23 @@ from timm_spa_cli._table import print_table
 __all__ = ['PaperRow', 'TABLES', 'paper_flops', 'table_rows']
 
 NOTE = """\
-"paper" columns are the paper's figures, "authors" what the authors' code was counted to have, "ours" is counted now.
-The paper's FLOPs are multiply-adds of convolutions and linear layers, plus one for each bias of a convolution, two for
-each value that passes a norm layer, and one for each that passes a ReLU or comes into a pooling; they leave out gates,
-residual sums and resizing. "ours" counts the same things; "GMACs" the convolutions and linear layers alone.
-Table VI gives the trained parameters of whole detectors, whose stem and first stage are frozen: its rows here are what
-the trained part of a backbone adds to that of ResNet-50 in the same detector."""
+"paper": figures in the paper. "authors": counted in the authors' code. "ours": counted now.
+The paper's FLOPs are the multiply-adds of convolutions and linear layers, plus 1 per output value of a convolution with
+a bias, 2 per input value of a norm layer, and 1 per value of a ReLU or input value of a pooling layer. Gates, residual
+sums and resizing are not counted. "ours" uses the same rules. "GMACs" counts convolutions and linear layers only.
+Table VI lists the trained parameters of whole detectors with a frozen stem and first stage. Its rows here are the
+differences between a backbone and ResNet-50 in the same detector."""
 
 
 class PaperRow(NamedTuple):
     """One row of a table.
 
     Attributes:
-        system: What the paper calls it.
-        model: Our (or timm's) name.
+        system: Name in the paper.
+        model: Name of the model in this package or timm.
         parameters: The paper's parameters, in millions.
         flops: The paper's FLOPs, in 1e9.
-        authors: Parameters and FLOPs of the authors' code, where there is code.
+        authors: Parameters and FLOPs of the authors' code, if it exists.
         kwargs: Arguments of the model.
     """
     system: str
@@ -53,7 +53,7 @@ TABLES: Dict[str, List[PaperRow]] = {
         PaperRow('CBAM-MobileNetV2', 'cbam_mobilenetv2', 3.565, 0.324),
         PaperRow('SPA-MobileNetV2', 'spa_mobilenetv2', 3.562, 0.325, (3_562_227, 324_770_356)),
     ],
-    # the paper gives no size or cost here; the authors' counter printed FLOPs to five digits
+    # the paper does not list size and cost here; the authors' counter printed FLOPs to five digits
     'V': [
         PaperRow('[1, 2]', 'spa_resnet50', None, None, (28_073_896, 4_143_000_000), dict(pyramid_sizes=(1, 2))),
         PaperRow('[1, 2, 4]', 'spa_resnet50', None, None, (28_073_912, 4_178_800_000), dict(pyramid_sizes=(1, 2, 4))),
@@ -62,7 +62,7 @@ TABLES: Dict[str, List[PaperRow]] = {
             '[1, 2, 4, 7]', 'spa_resnet50', None, None, (28_073_928, 4_267_400_000),
             dict(pyramid_sizes=(1, 2, 4, 7))),
     ],
-    # parameters that the backbone adds: the difference of two detectors, to two decimals
+    # parameters added by the backbone: the difference of two detectors, to two decimals
     'VI': [
         PaperRow('RetinaNet, SE-ResNet50', 'seresnet50', 2.51),
         PaperRow('RetinaNet, SPA-ResNet50', 'spa_resnet50', 2.51),
@@ -107,11 +107,11 @@ def table_rows(table: str) -> List[List[str]]:
 
 
 def paper_flops(model_name: str, macs: int, **kwargs: Any) -> int:
-    """Counts what the paper calls FLOPs: multiply-adds of convolutions and linear layers, and what `NOTE` lists.
+    """Counts FLOPs as the paper does, see `NOTE`.
 
     Args:
-        model_name: Name of a model that timm knows.
-        macs: Its multiply-adds.
+        model_name: Name of a model in timm.
+        macs: Multiply-adds of the model.
         **kwargs: Arguments of `timm.create_model`.
 
     Returns:
@@ -128,7 +128,7 @@ def paper_flops(model_name: str, macs: int, **kwargs: Any) -> int:
         elif isinstance(module, nn.Conv2d):
             counts.append(output.numel() if module.bias is not None else 0)
         elif isinstance(module, SpatialPyramidAttention):
-            # every size pools the source, which the channel matcher has brought to the channels of the gated map
+            # every size pools the source, after the channel matcher
             source = inputs[1] if module.reads_block_input else inputs[0]
             channels = source.shape[1] if isinstance(module.matcher, nn.Identity) else inputs[0].shape[1]
             counts.append(len(module.pyramid_sizes) * channels * source.shape[2] * source.shape[3])
@@ -159,7 +159,7 @@ def _number(value: Optional[float], unit: float = 1) -> str:
 
 
 def _difference(ours: float, authors: Optional[float], paper: Optional[float]) -> str:
-    """Relative difference to the authors' exact count, or to the paper's rounded figure."""
+    """Returns the relative difference to the authors' exact count, or else to the paper's rounded figure."""
     reference = authors or paper
     return '-' if not reference else f'{ours / reference - 1:+.2%}'
 

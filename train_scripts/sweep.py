@@ -1,9 +1,9 @@
-"""Trains several models with several seeds under one recipe, and keeps what proves the outcome.
+"""Trains several models with several seeds and one recipe, and stores the results of each run.
 
-Every run is `accelerate launch ... -m timm_spa.run train` with the arguments that follow `--`, and its own --model,
---seed, --output and --experiment. A run that ended is kept in RESULTS/<model>-seed<seed>/: `summary.csv` and
-`args.yaml` as timm wrote them, `run.json` with the command, hardware, versions and duration. Calling it again skips
-those, goes on with a run that was interrupted from its last checkpoint, and starts the rest.
+Every run is `accelerate launch ... -m timm_spa.run train` with the arguments after `--`, and its own --model, --seed,
+--output and --experiment. The results of a finished run are stored in RESULTS/<model>-seed<seed>/: `summary.csv` and
+`args.yaml` as written by timm, and `run.json` with the command, hardware, versions and duration. A second call skips
+finished runs, resumes interrupted ones from their last checkpoint, and starts the others.
 
     python train_scripts/sweep.py --models preresnet18_cifar spa_preresnet18_cifar --seeds 42 43 44 --parallel 4 \
         --launch train_scripts/accelerate/gpu1.yaml --runs runs --results train_scripts/results/tin200 -- \
@@ -24,25 +24,25 @@ from typing import Any, Dict, List, Optional
 from timm_spa.checkpoints.files import replacing
 
 PACKAGES = ('timm_spa', 'timm', 'torch', 'torchvision', 'accelerate')
-KEPT = ('summary.csv', 'args.yaml', 'run.json')
+RESULT_FILES = ('summary.csv', 'args.yaml', 'run.json')
 OWN_OPTIONS = ('--model', '--seed', '--output', '--experiment', '--resume')
 
 
 def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]) -> Optional[str]:
-    """Trains one model with one seed, from its last checkpoint if there is one.
+    """Trains one model with one seed, or resumes from its last checkpoint.
 
     Returns:
-        What went wrong, or None.
+        An error message, or None on success.
     """
     model, *kwargs = shlex.split(model)
     name = '-'.join([model, *kwargs, f'seed{seed}'])
-    kept = args.results / name
-    if (kept / 'run.json').exists():
-        print(f'{name}: done before', flush=True)
+    results = args.results / name
+    if (results / 'run.json').exists():
+        print(f'{name}: already done', flush=True)
         return None
-    taken = [kept / file for file in KEPT if (kept / file).exists()]
-    if taken:  # what is kept is complete, or not there
-        return f'{name}: {taken[0]} is not of a run that ended; move it away'
+    existing = [results / file for file in RESULT_FILES if (results / file).exists()]
+    if existing:
+        return f'{name}: {existing[0]} exists without a run.json, so it is not from sweep.py. Move it to another folder'
     run = args.runs / name
     run.mkdir(parents=True, exist_ok=True)
     command = [
@@ -54,10 +54,10 @@ def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]
     resumed = checkpoint.exists()
     if resumed:
         command += ['--resume', str(checkpoint)]
-    print(f'{name}: {"goes on" if resumed else "starts"}', flush=True)
+    print(f'{name}: {"resuming" if resumed else "starting"}', flush=True)
     started = time.time()
     with open(run / 'log.txt', 'a') as log:
-        # the launcher beside this interpreter, whatever PATH says
+        # the launcher of this interpreter, not the first one in PATH
         code = subprocess.run(
             [sys.executable, '-m', 'accelerate.commands.launch', *command[2:]], stdout=log, stderr=log).returncode
     if code or not (run / 'summary.csv').exists():
@@ -65,38 +65,38 @@ def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]
     record = dict(
         model=model, seed=seed, command=shlex.join(command), resumed=resumed, seconds=round(time.time() - started),
         **about)
-    # for the card too: `timm-spa publish` reads what lies beside the checkpoint
+    # `timm-spa publish` reads it next to the checkpoint
     with replacing(run / 'run.json') as partial:
         partial.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
-    with replacing(kept) as partial:
+    with replacing(results) as partial:
         partial.mkdir(parents=True)
-        for file in KEPT:
+        for file in RESULT_FILES:
             shutil.copy(run / file, partial)
     print(f'{name}: done in {record["seconds"]} s', flush=True)
     return None
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command line, and returns its exit code: 1 if any run failed."""
+    """Runs the command line and returns its exit code: 1 if any run failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
-        '--models', nargs='+', required=True, help="names, in quotes also with arguments: 'gated base=resnet18'")
+        '--models', nargs='+', required=True, help="model names; quote a name with arguments: 'gated base=resnet18'")
     parser.add_argument('--seeds', nargs='+', type=int, default=[42], help='default: 42')
     parser.add_argument('--parallel', type=int, default=1, help='runs at a time (default: %(default)s)')
-    parser.add_argument('--launch', type=Path, required=True, help="accelerate's configuration")
+    parser.add_argument('--launch', type=Path, required=True, help='configuration file of accelerate')
     parser.add_argument('--runs', type=Path, required=True, help='folder for checkpoints and logs')
-    parser.add_argument('--results', type=Path, required=True, help='folder for what is kept')
+    parser.add_argument('--results', type=Path, required=True, help='folder for the results')
     parser.add_argument('arguments', nargs='*', metavar='-- ARGUMENT', help="arguments of timm's train.py")
     args = parser.parse_args(argv)
 
-    taken = [a for a in args.arguments if a.partition('=')[0] in OWN_OPTIONS]
-    if taken:
-        parser.error(f'{", ".join(taken)} is set for each run; name models and seeds before the "--".')
+    own = [a for a in args.arguments if a.partition('=')[0] in OWN_OPTIONS]
+    if own:
+        parser.error(f'{", ".join(own)} is set for each run. Give --models and --seeds before the "--".')
     if args.parallel < 1:
         parser.error(f'--parallel must be at least 1, got {args.parallel}.')
     if not args.launch.is_file():
-        parser.error(f'{args.launch} is no configuration of accelerate.')
+        parser.error(f'--launch {args.launch} not found. Give a configuration file of accelerate.')
     import timm_spa  # noqa: F401  registers the models
     from timm_spa.benchmark_worker import parse_model
     from timm_spa.environment import environment
@@ -109,10 +109,10 @@ def main(argv: Optional[List[str]] = None) -> int:
     about = environment(PACKAGES)
     jobs = [(model, seed) for seed in args.seeds for model in args.models]
     with ThreadPoolExecutor(args.parallel) as pool:
-        problems = [p for p in pool.map(lambda job: train(job[0], job[1], args, about), jobs) if p]
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    return 1 if problems else 0
+        errors = [e for e in pool.map(lambda job: train(job[0], job[1], args, about), jobs) if e]
+    for error in errors:
+        print(error, file=sys.stderr)
+    return 1 if errors else 0
 
 
 if __name__ == '__main__':
