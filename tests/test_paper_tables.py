@@ -1,4 +1,4 @@
-"""The paper's columns beside ours."""
+"""Sizes and costs of our models, compared with the paper's tables."""
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ TABLES = paper_tables.TABLES
 
 
 def test_tables(capsys):
-    """The paper's parameters to three digits, the authors' exact FLOPs, from a count of today."""
+    """Parameters and FLOPs of the paper, of the authors' code and of our models agree to three decimals."""
     paper_tables.main()
     out = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith('SPA-')}
@@ -27,7 +27,7 @@ def test_tables(capsys):
 @pytest.mark.parametrize('row', [
     pytest.param(row, marks=[] if row.authors else pytest.mark.slow)
     for rows in TABLES.values() for row in rows if row.flops or row.authors])
-def test_counts_are_the_papers(row):
+def test_counts_match_the_paper(row):
     cost = count_cost(row.model, **row.kwargs)
     flops = paper_tables.paper_flops(row.model, cost.macs, **row.kwargs)
     if row.parameters:

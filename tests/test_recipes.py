@@ -1,4 +1,4 @@
-"""Recipes and launch configurations by name, from a checkout and from a wheel."""
+"""Recipes and launch configurations by name, in a checkout and in a wheel."""
 import json
 import os
 import subprocess
@@ -24,7 +24,7 @@ def test_list_show_and_copy(tmp_path, capsys):
     names = {path.stem for path in (SCRIPTS / 'recipes').iterdir()} | {
         f'accelerate/{path.stem}' for path in (SCRIPTS / 'accelerate').iterdir()}
     assert {line.split()[0] for line in lines[1:-2]} == names == set(shipped_files())
-    assert all(len(line.split()) > 2 for line in lines[1:-2]), 'each says what it is for'
+    assert all(len(line.split()) > 2 for line in lines[1:-2]), 'each has a description'
     text = (SCRIPTS / 'recipes' / 'tmm_small_image.yaml').read_text()
     assert timm_spa_cli.main(['recipes', 'tmm_small_image']) == 0
     assert capsys.readouterr().out == text
@@ -36,7 +36,7 @@ def test_list_show_and_copy(tmp_path, capsys):
 
 @pytest.mark.parametrize('arguments', [
     ['--config', 'recipe:finetune_warm'], pytest.param(['--config=recipe:finetune_warm'], marks=pytest.mark.slow)])
-def test_a_recipe_by_name(arguments, tmp_path, capfd):
+def test_recipe_by_name(arguments, tmp_path, capfd):
     (tmp_path / 'train.py').write_text('import sys; print(*sys.argv[1:])')
     command = [sys.executable, '-m', 'timm_spa.run', 'train', '--timm-scripts', str(tmp_path), *arguments]
     done = subprocess.run([*command, '--x', 'a:recipe:b'], capture_output=True, text=True, check=True)
@@ -50,9 +50,9 @@ def test_a_recipe_by_name(arguments, tmp_path, capfd):
 
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory):
-    """Environment variables by which Python finds the package of a wheel, and not that of the checkout."""
+    """Environment variables that make Python import the package from a wheel instead of the checkout."""
     folder = tmp_path_factory.mktemp('wheel')
-    # by way of the source distribution: two wheels made of one folder at a time would be in each other's way
+    # through the source distribution, because two simultaneous builds in one folder conflict
     subprocess.run([sys.executable, '-m', 'build', '--outdir', folder, ROOT], check=True, capture_output=True)
     with zipfile.ZipFile(next(folder.glob('*.whl'))) as wheel:
         wheel.extractall(folder / 'installed')
@@ -60,7 +60,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_wheel_has_them(installed):
+def test_wheel_contains_all_recipes(installed):
     code = 'import timm_spa._shipped as s; print(s.__file__, *s.shipped_files())'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=installed)
     file, *names = done.stdout.split()
@@ -69,14 +69,14 @@ def test_a_wheel_has_them(installed):
 
 
 @pytest.mark.slow
-def test_from_an_image_folder_to_names_by_the_wheel(installed, timm_scripts, tmp_path):
-    """Training, publishing and prediction as after `pip install`, in a folder without a checkout."""
+def test_training_publishing_and_prediction_from_the_wheel(installed, timm_scripts, tmp_path):
+    """As after `pip install`, in a folder outside the checkout."""
     for split in ('train', 'validation'):
         for label, colour in (('dusk', 40), ('noon', 220)):
             (tmp_path / 'data' / split / label).mkdir(parents=True)
             for i in range(8):
-                picture = Image.new('RGB', (40, 40), (colour, colour, 100 + i))
-                picture.save(tmp_path / 'data' / split / label / f'{i}.png')
+                image = Image.new('RGB', (40, 40), (colour, colour, 100 + i))
+                image.save(tmp_path / 'data' / split / label / f'{i}.png')
 
     def call(*command):
         done = subprocess.run(
@@ -88,9 +88,9 @@ def test_from_an_image_folder_to_names_by_the_wheel(installed, timm_scripts, tmp
          'spa_mobilenetv2_cifar', '--num-classes', '2', '--data-dir', 'data', '--val-split', 'validation', '--device',
          'cpu', '--workers', '0', '--batch-size', '8', '--epochs', '2', '--output', 'runs', '--experiment', 'first')
     (tmp_path / 'runs' / 'first' / 'card.yaml').write_text('dataset: {name: two greys}\nlicense: cc0-1.0\n')
-    named = ['--model', 'spa_mobilenetv2_cifar.greys']
-    call('timm_spa', 'publish', 'runs/first/last.pth.tar', *named, '--dry-run', 'out')
+    model = ['--model', 'spa_mobilenetv2_cifar.greys']
+    call('timm_spa', 'publish', 'runs/first/last.pth.tar', *model, '--dry-run', 'out')
     assert 'No problem found' in call('timm_spa', 'verify', 'out')
-    picture = 'data/validation/noon/0.png'
-    (entry,) = json.loads(call('timm_spa', 'predict', picture, '--model', 'local-dir:out', '--json'))
+    image = 'data/validation/noon/0.png'
+    (entry,) = json.loads(call('timm_spa', 'predict', image, '--model', 'local-dir:out', '--json'))
     assert {c['name'] for c in entry['classes']} == {'dusk', 'noon'}

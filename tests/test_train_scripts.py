@@ -1,4 +1,4 @@
-"""The recipes and launch configurations."""
+"""Contents of the recipes and launch configurations."""
 import json
 import os
 import subprocess
@@ -17,10 +17,10 @@ OPTIONS = json.loads((ROOT / 'tests' / 'timm_options' / 'train-1.0.28.json').rea
 
 @pytest.mark.parametrize('path', RECIPES, ids=lambda p: p.name)
 def test_recipe_keys_and_values_are_options_of_timms_script(path):
-    """timm's script ignores a key that it does not know, in silence."""
+    """timm's script silently ignores unknown keys."""
     recipe = yaml.safe_load(path.read_text())
     for key, value in recipe.items():
-        assert key in OPTIONS, f'{path.name}: {key} is no option of train.py'
+        assert key in OPTIONS, f'{path.name}: {key} is not an option of train.py'
         option = OPTIONS[key]
         if option['choices'] is not None:
             assert value in option['choices']
@@ -28,11 +28,11 @@ def test_recipe_keys_and_values_are_options_of_timms_script(path):
         if types is not None:
             for item in value if isinstance(value, list) else [value]:
                 assert isinstance(item, types), f'{path.name}: {key} is {item!r}'
-    assert path.read_text().startswith('#'), 'a header says what, from where, and how to run it'
+    assert path.read_text().startswith('#'), 'the header is missing'
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'train_scripts' / 'accelerate').glob('*.yaml')), ids=lambda p: p.name)
-def test_accelerate_reads_its_configurations(path):
+def test_launch_configurations_are_valid(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
@@ -45,7 +45,7 @@ def test_recipe_model_exists():
 
 
 def test_slurm_example_starts_each_node_and_resumes(tmp_path):
-    """With stand-ins for SLURM's commands and the launcher, which print what they are given."""
+    """With replacements of SLURM's commands and of the launcher, which print their arguments."""
     for name, script in {
             'scontrol': 'echo node1; echo node2',
             'srun': 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
@@ -58,12 +58,12 @@ def test_slurm_example_starts_each_node_and_resumes(tmp_path):
         'bash', ROOT / 'train_scripts' / 'accelerate' / 'slurm_2x8.sh', '--output', 'runs', '--experiment', 'x',
         '--model-kwargs', 'a=b c']
 
-    def started():
+    def launches():
         return subprocess.run(
             command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True).stdout.splitlines()
 
     config = 'launch|--config_file|train_scripts/accelerate/gpu2x8.yaml|--machine_rank|{}|--main_process_ip|node1|'
     tail = '--main_process_port|29500|-m|timm_spa.run|train|--output|runs|--experiment|x|--model-kwargs|a=b c|'
-    assert started() == [config.format(rank) + tail for rank in (0, 1)]
+    assert launches() == [config.format(rank) + tail for rank in (0, 1)]
     (tmp_path / 'runs' / 'x' / 'last.pth.tar').touch()
-    assert started()[1] == config.format(1) + tail + '--resume|runs/x/last.pth.tar|'
+    assert launches()[1] == config.format(1) + tail + '--resume|runs/x/last.pth.tar|'

@@ -1,4 +1,4 @@
-"""Training through timm's own train.py: families, options, two processes, kill and resume, failures."""
+"""Training with timm's train.py: model families, options, two processes, resuming, failures."""
 import csv
 import hashlib
 import json
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures('timm_scripts')
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Sixteen images of 40x40 in two classes that a net can tell apart."""
+    """Two splits of sixteen 40x40 images in two classes of different brightness."""
     root = tmp_path_factory.mktemp('data')
     rng = np.random.default_rng(0)
     for split in ('train', 'validation'):
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def train(data, tmp_path, timm_scripts):
-    """Runs train.py as a process: `train(*options, name=, launcher=, check=, **environment)`."""
+    """Runs train.py in a new process: `train(*options, name=, launcher=, check=, **environment)`."""
     def call(*options, name='run', model='spa_mobilenetv2_cifar', launcher=(), check=True, preexec_fn=None, **env):
         command = [
             sys.executable, *map(str, launcher), '-m', 'timm_spa.run', 'train', '--model', model, '--num-classes', '2',
@@ -61,7 +61,7 @@ def train(data, tmp_path, timm_scripts):
 
 @pytest.fixture
 def train_here(data, tmp_path, timm_scripts, monkeypatch, capsys):
-    """Runs train.py in this process, which saves the imports: `train_here(*options)` -> exit code, standard error."""
+    """Runs train.py in this process, without new imports: `train_here(*options)` -> exit code, standard error."""
     def call(*options, name='run', model='spa_mobilenetv2_cifar'):
         monkeypatch.setattr(sys, 'argv', list(sys.argv))
         arguments = [
@@ -85,7 +85,7 @@ def digest(path):
     'spa_resnet18', 'gated', 'spa_mobilenetv2_050', 'spa_densenet121', 'spa_b_preresnet18_cifar',
     'spa_c_mobilenetv2_cifar', 'spa_densenet_cifar', 'spa_vgg16_cifar']))
 def test_each_family_trains_under_accelerate(train, model):
-    """An epoch of two steps under `accelerate launch`, with the recipe of its kind."""
+    """One epoch of two steps under `accelerate launch`, with the recipe of the family."""
     small = model.endswith('_cifar')
     recipe = RECIPES / ('tmm_small_image.yaml' if small else 'tmm_imagenet_mobilenetv2.yaml')
     train('--config', recipe, '--epochs', 1, '--lr', 0.01, *(() if small else ('--img-size', 64)), model=model,
@@ -96,7 +96,7 @@ def test_each_family_trains_under_accelerate(train, model):
 
 
 @pytest.mark.parametrize(('model', 'options'), [
-    ('spa_mobilenetv2_cifar', '--amp --amp-dtype bfloat16 --channels-last --sync-bn'),  # one process: nothing to sync
+    ('spa_mobilenetv2_cifar', '--amp --amp-dtype bfloat16 --channels-last --sync-bn'),  # without effect in one process
     pytest.param('spa_c_preresnet18_cifar', '--amp --amp-dtype bfloat16 --channels-last', marks=pytest.mark.slow),
     pytest.param('spa_mobilenetv2_cifar', '--amp --amp-dtype float16', marks=pytest.mark.slow),
     pytest.param('spa_mobilenetv2_cifar', '--grad-checkpointing', marks=pytest.mark.slow),
@@ -116,14 +116,14 @@ def test_options_of_the_script(train_here, model, options):
     assert ('state_dict_ema' in checkpoint) == ('--model-ema' in options)
 
 
-FULL_BATCH = (  # every image in every step, unchanged: nothing depends on the order
+FULL_BATCH = (  # every image in every step, without augmentation: results do not depend on the order
     '--device-modules', 'training_hooks', '--no-aug', '--input-size', 3, 40, 40, '--crop-pct', 1, '--lr', 0.05, '--opt',
     'momentum', '--sched', 'cosine', '--warmup-epochs', 0, '--smoothing', 0, '--dist-bn', '')
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(train):
-    """Batches of 16, of 8 in two processes (gloo), and of 8 accumulated have the same losses, step for step."""
+def test_two_processes_match_one(train):
+    """Batches of 16, of 8 in two processes (gloo), and of 8 with accumulation have the same losses in each step."""
     options = (*FULL_BATCH, '--epochs', 4)
     train(*options, '--batch-size', 16, name='one', model='spa_resnet18')
     train(*options, '--batch-size', 8, '--grad-accum-steps', 2, name='accumulated', model='spa_resnet18')
@@ -136,7 +136,7 @@ def test_two_processes_compute_what_one_does(train):
     assert 'Process 1, total 2' in done.stdout + done.stderr
     one = rows_of(train.output / 'one')
     assert len(one) == 4
-    assert one[-1]['train_loss'] < 0.9 * one[0]['train_loss'], 'it learns, so the steps count'
+    assert one[-1]['train_loss'] < 0.9 * one[0]['train_loss'], 'the loss decreases'
 
     def momentum(name):
         state = torch.load(train.output / name / 'last.pth.tar', weights_only=False)['optimizer']['state']
@@ -151,7 +151,7 @@ def test_two_processes_compute_what_one_does(train):
 @pytest.mark.slow
 @pytest.mark.parametrize('kill', ['KILL_AT', 'KILL_SAVING'])
 def test_killed_and_resumed(train, kill):
-    """Killed in its third epoch, or while it saves it, and resumed, a run ends as one that was left alone."""
+    """A run that was killed in its third epoch, or while saving it, resumes with identical results."""
     options = (
         *FULL_BATCH, '--epochs', 5, '--batch-size', 16, '--lr', 0.005, '--clip-grad', 0.1, '--model-ema',
         '--model-ema-decay', 0.5)
@@ -173,8 +173,8 @@ def test_killed_and_resumed(train, kill):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_named_and_the_last_checkpoint_survives(train):
-    """A limit on the size of a file stands for the disk."""
+def test_full_disk_keeps_the_last_checkpoint(train):
+    """A limit on the file size simulates the full disk."""
     recipe = ('--config', RECIPES / 'tmm_small_image.yaml', '--lr', 0.01)
     train(*recipe, '--epochs', 1)
     folder = train.output / 'run'
@@ -185,7 +185,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_survives(train):
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
     assert 'The checkpoint of epoch 1 could not be written' in message
-    assert 'MiB are free' in message
+    assert 'MiB free' in message
     assert '--resume' in message
     assert digest(folder / 'last.pth.tar') == before
     assert not (folder / 'tmp.pth.tar').exists()
@@ -193,12 +193,12 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_survives(train):
     assert [row['epoch'] for row in rows_of(folder)] == [0, 1]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(train_here):
+def test_non_finite_loss_stops_the_run(train_here):
     recipe = ('--config', RECIPES / 'tmm_small_image.yaml')
     assert train_here(*recipe, '--lr', 0.01, '--epochs', 1)[0] == 0
     folder = train_here.output / 'run'
     before = digest(folder / 'last.pth.tar')
-    for batch, message in (('1', 'The loss was nan for 5 steps in a row'), ('8', 'Epoch 1 is not saved')):
+    for batch, message in (('1', 'The loss was nan for 5 steps in a row'), ('8', 'Epoch 1 was not saved')):
         code, errors = train_here(
             *recipe, '--epochs', 3, '--resume', folder / 'last.pth.tar', '--no-resume-opt', '--lr', '1e30',
             '--batch-size', batch)
@@ -208,7 +208,7 @@ def test_a_loss_that_is_no_number_stops_the_run(train_here):
 
 
 @pytest.mark.parametrize(('folder', 'cause'), [('nowhere', 'it does not exist'), ('empty', 'Found 0 images')])
-def test_data_that_cannot_be_read(train_here, tmp_path, folder, cause):
+def test_unreadable_data(train_here, tmp_path, folder, cause):
     (tmp_path / 'empty').mkdir()
     code, errors = train_here('--data-dir', tmp_path / folder, '--epochs', 1)
     assert code == 1
@@ -217,18 +217,18 @@ def test_data_that_cannot_be_read(train_here, tmp_path, folder, cause):
     assert cause in message
 
 
-def test_a_warm_start_without_a_network(train_here, tmp_path, monkeypatch):
+def test_warm_start_without_network(train_here, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
     code, errors = train_here('--pretrained', model='spa_resnet18')
     assert code == 1
     message = errors.splitlines()[-1]
     assert message.startswith('timm_spa.run: No weights: ')
-    assert message.endswith('Here that is --pretrained-path FILE.')
+    assert message.endswith('With train.py, use --pretrained-path FILE.')
 
 
-def test_what_folders_say_reaches_the_run(train_here, data, tmp_path, capsys, monkeypatch):
-    """The number of classes, and their numbers where validation lacks a class; then timm's validate.py."""
+def test_classes_of_folders_in_all_scripts(train_here, data, tmp_path, capsys, monkeypatch):
+    """train.py, validate.py and inference.py use the same class numbers, also if validation lacks a class."""
     for split, labels in (('train', 'abc'), ('val', 'bc')):
         for label in labels:
             shutil.copytree(data / 'train' / ('light' if label == 'b' else 'dark'), tmp_path / 'data' / split / label)
@@ -244,12 +244,12 @@ def test_what_folders_say_reaches_the_run(train_here, data, tmp_path, capsys, mo
     before = digest(checkpoint)
     capsys.readouterr()
     assert run.main([*train, 'run']) == 1
-    assert 'which a new one would overwrite' in capsys.readouterr().err
+    assert 'which would be overwritten' in capsys.readouterr().err
     assert digest(checkpoint) == before
     assert run.main([*train, 'run', '--resume', str(checkpoint), '--epochs', '2']) == 0
     assert [row['epoch'] for row in rows_of(folder)] == [0, 1]
 
-    # whatever is seen is of the second class, which has another number in validation
+    # always predict the second class, which is the first class folder of validation
     state = torch.load(checkpoint, weights_only=False)
     state['state_dict']['classifier.weight'].zero_()
     state['state_dict']['classifier.bias'].copy_(torch.tensor([0., 1., 0.]))
@@ -273,17 +273,16 @@ def test_no_gpu(train_here):
     assert 'Try --device cpu' in errors or not code
 
 
-def test_class_names_travel(train_here, data, capsys):
-    """From the folders' names to the checkpoint, the repository, the card and what is said of a picture."""
+def test_class_names_reach_predictions_and_the_card(train_here, data, capsys):
     code, err = train_here('--epochs', 1, '--img-size', 32)
     assert code == 0, err
     folder = train_here.output / 'run'
     assert (folder / 'classes.txt').read_text() == 'dark\nlight\n'
-    picture = str(data / 'validation' / 'dark' / '0.png')
+    image = str(data / 'validation' / 'dark' / '0.png')
     checkpoint = folder / 'last.pth.tar'
-    named = ['--model', 'spa_mobilenetv2_cifar']
+    model = ['--model', 'spa_mobilenetv2_cifar']
     assert timm_spa_cli.main(
-        ['predict', picture, *named, '--checkpoint', str(checkpoint), '--num-classes', '2', '--json']) == 0
+        ['predict', image, *model, '--checkpoint', str(checkpoint), '--num-classes', '2', '--json']) == 0
     assert {c['name'] for c in json.loads(capsys.readouterr().out)[0]['classes']} == {'dark', 'light'}
 
     (folder / 'card.yaml').write_text('dataset: {name: two greys}\nlicense: mit\n')
@@ -293,6 +292,6 @@ def test_class_names_travel(train_here, data, capsys):
     assert json.loads((out / 'config.json').read_text())['label_names'] == ['dark', 'light']
     assert timm_spa_cli.main(['verify', str(out)]) == 0
     capsys.readouterr()
-    assert timm_spa_cli.main(['predict', picture, '--model', f'local-dir:{out}', '--json']) == 0
+    assert timm_spa_cli.main(['predict', image, '--model', f'local-dir:{out}', '--json']) == 0
     assert {c['name'] for c in json.loads(capsys.readouterr().out)[0]['classes']} == {'dark', 'light'}
     assert 'label_names' in (out / 'README.md').read_text()

@@ -1,8 +1,8 @@
-"""Imported into timm's train.py by `--device-modules training_hooks`, to make what the tests need of it testable.
+"""Test hooks for timm's train.py, imported by `--device-modules training_hooks`.
 
-On the CPU, DistributedDataParallel takes no device ids. With normalization by running statistics and without an order
-of images that matters, two processes of N images compute what one of 2N does. KILL_AT ends the process in the middle of
-that epoch, as `kill -9` does; KILL_SAVING while it writes the checkpoint of that epoch.
+DistributedDataParallel gets no device ids, as required on a CPU. Batch norm uses running statistics, so that two
+processes with N images each compute the same as one process with 2N images. The environment variable KILL_AT is an
+epoch during which the process is killed, KILL_SAVING an epoch while whose checkpoint is written.
 """
 import os
 import signal
@@ -33,16 +33,16 @@ def kill_in_forward(self, input, target):
 def kill_in_save(self, save_path, epoch, metric=None):
     if epoch == int(os.environ['KILL_SAVING']):
         with open(save_path, 'wb') as f:
-            f.write(b'the first bytes')
+            f.write(b'partial')
         os.kill(os.getpid(), signal.SIGKILL)
     kill_in_save.original(self, save_path, epoch, metric)
 
 
 ClassificationTask.prepare_distributed = prepare_distributed
-# what nn.BatchNorm2d and timm's BatchNormAct2d both call
+# called by nn.BatchNorm2d and timm's BatchNormAct2d
 normalize_by_running_statistics.original = F.batch_norm
 F.batch_norm = normalize_by_running_statistics
-if 'KILL_AT' in os.environ:  # one step makes an epoch there
+if 'KILL_AT' in os.environ:  # with one step per epoch
     kill_in_forward.calls, kill_in_forward.original = 0, ClassificationTask.forward
     ClassificationTask.forward = kill_in_forward
 if 'KILL_SAVING' in os.environ:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Two nodes of eight GPUs under SLURM: one task a node, whose launcher starts the node's eight processes.
+# Two nodes with eight GPUs each under SLURM. One task per node launches the eight processes of the node.
 #
 #   sbatch train_scripts/accelerate/slurm_2x8.sh --config train_scripts/recipes/a2_imagenet.yaml \
 #       --batch-size 128 --data-dir IMAGENET --model spa_resnet50 --output RUNS --experiment spa_resnet50_a2
 #
-# The batch size is that of one process, and the recipe's that of each of eight: half of it keeps the global batch.
+# The batch size is that of one process. The recipe's is for 8 processes: half of it keeps the global batch size.
 #
-# A job that is requeued goes on from its last checkpoint, if --output and --experiment name its folder.
+# A requeued job resumes from its last checkpoint if --output and --experiment are given.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -31,7 +31,7 @@ if [[ -n $output && -n $experiment && -f $last ]]; then
     args+=(--resume "$last")
 fi
 
-# the rank of a node is known on that node only: the shell there fills it in
+# SLURM_NODEID is only defined on each node, so the shell of the node expands it
 # shellcheck disable=SC2016
 srun bash -c 'exec accelerate launch --config_file train_scripts/accelerate/gpu2x8.yaml \
     --machine_rank "$SLURM_NODEID" --main_process_ip "$MAIN_PROCESS_IP" --main_process_port 29500 \
