@@ -1,4 +1,4 @@
-"""What `import timm_spa` costs on top of `import timm`, in fresh interpreters, the two taken in turn.
+"""Measures the time of `import timm_spa` after `import timm`, in new interpreters.
 
     python tests/benchmarks/import_time.py [ROUNDS]
 """
@@ -18,14 +18,14 @@ print(time.perf_counter() - start)
 
 
 def measure(statement: str) -> float:
-    """Returns the seconds that a statement takes after `import timm`, in an interpreter of its own."""
+    """Returns the seconds of a statement after `import timm`, in a new interpreter."""
     done = subprocess.run(
         [sys.executable, '-c', PROGRAM.format(statement=statement)], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def main() -> None:
-    """Prints median, minimum and maximum of each."""
+    """Prints the median, minimum and maximum of each statement, measured in turn."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
     seconds: Dict[str, List[float]] = {'pass': [], 'import timm_spa': []}
     for _ in range(rounds):

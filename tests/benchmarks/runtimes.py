@@ -1,8 +1,8 @@
-"""Milliseconds a picture of the shipped weights in several runtimes, measured in turn.
+"""Measures the milliseconds per image of shipped weights in several runtimes.
 
-    python tests/benchmarks/runtimes.py FOLDER --rounds 15     # FOLDER has what `timm-spa export` wrote
+    python tests/benchmarks/runtimes.py FOLDER --rounds 15     # FOLDER has files of `timm-spa export`
 
-One picture at a time, on a CPU. A round measures each once; the ratios are those within a round.
+The batch size is one, on a CPU. A round measures each runtime once. Ratios are computed within a round.
 """
 import argparse
 import statistics
@@ -19,11 +19,11 @@ from timm_spa.export.exporter import FORMATS
 from timm_spa.predict import for_inference
 
 MODEL = 'spa_tf_efficientnet_lite0.grocery81'
-CALLS = 20  # in a measurement
+CALLS = 20  # per measurement
 
 
 def main() -> None:
-    """Measures, and prints a table."""
+    """Measures all runtimes and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
     parser.add_argument('--rounds', type=int, default=15)
@@ -50,7 +50,7 @@ def main() -> None:
                     run(x)
                 seconds[name].append((time.perf_counter() - start) / CALLS)
     base = next(iter(seconds.values()))
-    print('| | ms a picture | speed | (quartiles) |\n|---|---|---|---|')
+    print('| | ms per image | speed | (quartiles) |\n|---|---|---|---|')
     for name, values in seconds.items():
         ratios = [b / v for b, v in zip(base, values, strict=True)]
         first, middle, third = statistics.quantiles(ratios, method='inclusive')

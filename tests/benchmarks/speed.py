@@ -1,13 +1,12 @@
-"""The tables of speed.md: every mode that users run, each by the measurement of `timm-spa bench`.
+"""Creates the tables of speed.md: all common modes, measured as by `timm-spa bench`.
 
-    python tests/benchmarks/speed.py FOLDER --device cpu --threads 2       # about an hour for each run
+    python tests/benchmarks/speed.py FOLDER --device cpu --threads 2       # about an hour per run
     python tests/benchmarks/speed.py FOLDER --modes '*eager*'              # some of the modes
-    python tests/benchmarks/speed.py FOLDER --table                        # of the files in FOLDER, measures nothing
+    python tests/benchmarks/speed.py FOLDER --table                        # print the tables of the files in FOLDER
 
-A process that is started anew may be some percent faster or slower than the last, all its life, by where its memory
-lies. So a mode is measured in several runs, with processes of their own, and the table takes the rounds of all of them.
-Each run of a mode leaves a JSON file in FOLDER with every round; what has a file is not measured again. `--train`
-measures training steps in place of inference.
+The speed of a process depends by some percent on its memory layout. Each mode is therefore measured in several runs
+with new processes, and the tables use the rounds of all runs. Each run of a mode writes a JSON file to FOLDER; existing
+files are not measured again. `--train` measures training steps instead of inference.
 """
 import argparse
 import fnmatch
@@ -28,27 +27,27 @@ MODELS = {
 }
 BATCH = {
     ('cpu', 'resnet50'): 8, ('cpu', 'mobilenetv2_100'): 32, ('cuda', 'resnet50'): 256, ('cuda', 'mobilenetv2_100'): 512}
-# all models of a mode share the memory of one device, and what a backward pass needs takes the more of it
+# all models of a mode share the memory of one device, and a backward pass needs more memory
 CUDA_TRAIN_SHARE = 4
 
 
 def modes(device: str, train: bool) -> Dict[str, Dict[str, Any]]:
-    """Settings of every mode by the name of its file."""
-    found: Dict[str, Dict[str, Any]] = {}
+    """Returns the settings of each mode by the name of its file."""
+    settings: Dict[str, Dict[str, Any]] = {}
     kind = 'train' if train else 'infer'
     for compiler, channels_last, reparam in itertools.product((None, 'inductor'), (True, False), (False, True)):
         if (reparam and train) or (device != 'cpu' and not channels_last):
             continue
         form = 'fused' if reparam else 'built'
         name = f'{device}-{kind}-{"compiled" if compiler else "eager"}-{"nhwc" if channels_last else "nchw"}-{form}'
-        found[name] = dict(
+        settings[name] = dict(
             mode=kind, compile=compiler, channels_last=channels_last, reparam=reparam, device=device,
             dtype='float32' if device == 'cpu' else 'bfloat16', amp=device == 'cuda' and train)
-    return found
+    return settings
 
 
 def markdown(folder: Path) -> List[str]:
-    """A line for each model, a column for each mode: ratios to the base as it is built, quartiles in brackets."""
+    """Returns tables with a row per model and a column per mode: ratios to the unfused base, quartiles in brackets."""
     records: Dict[str, List[Dict[str, Any]]] = {}
     for path in sorted(folder.glob('*.json')):
         records.setdefault(path.name.partition('.')[0], []).append(json.loads(path.read_text()))
@@ -78,7 +77,7 @@ def markdown(folder: Path) -> List[str]:
 
 
 def main() -> None:
-    """Measures what has no file yet, and prints the table."""
+    """Measures all modes without a file and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
@@ -87,13 +86,13 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=21)
     parser.add_argument('--min-seconds', type=float, default=0.3)
     parser.add_argument('--train', action='store_true')
-    parser.add_argument('--modes', default='*', help='wildcard')
-    parser.add_argument('--table', action='store_true', help='measure nothing')
+    parser.add_argument('--modes', default='*', help='pattern of mode names')
+    parser.add_argument('--table', action='store_true', help='only print the tables')
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    wanted = {} if args.table else modes(args.device, args.train)
+    selected = {} if args.table else modes(args.device, args.train)
     for run, (name, mode), (base, models) in itertools.product(
-            range(1, args.runs + 1), wanted.items(), MODELS.items()):
+            range(1, args.runs + 1), selected.items(), MODELS.items()):
         path = args.folder / f'{name}-{base}.{run}.json'
         if path.exists() or not fnmatch.fnmatch(path.stem, args.modes):
             continue
@@ -101,7 +100,7 @@ def main() -> None:
         batch_size = BATCH[args.device, base]
         if args.device == 'cuda' and args.train:
             batch_size //= CUDA_TRAIN_SHARE
-        # the straightforward form has no fused blocks
+        # the straightforward form cannot be fused
         models = [m for m in models if not (mode['reparam'] and m.startswith('straightforward'))]
         if mode['compile']:
             models = models[:3]  # compiling takes minutes

@@ -1,4 +1,4 @@
-"""SPA as its equations are written down, under names of its own: what the package's forms are measured against.
+"""A literal implementation of the SPA equations, as a baseline for measurements.
 
     cd tests/benchmarks && timm-spa bench spa_resnet50 straightforward_spa_resnet50 --import straightforward
 """
@@ -16,10 +16,10 @@ __all__ = ['straightforward_spa_mobilenetv2', 'straightforward_spa_resnet50']
 
 
 class StraightforwardAttention(timm_spa.SpatialPyramidAttention):
-    """An adaptive pooling for each size, all of them enlarged and stacked, an enlarged gate, a product."""
+    """SPA with one adaptive pooling per size, upsampled to the finest size, and a gate upsampled to the feature map."""
 
     def forward(self, x: torch.Tensor, block_input: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """Gates a map (N, C, H, W), as the layer that it stands in for."""
+        """Gates a feature map (N, C, H, W) like the layer of the package."""
         source = self.matcher(block_input if self.reads_block_input else x)
         levels = [
             F.interpolate(F.adaptive_avg_pool2d(source, size), size=self.pyramid_sizes[0], mode='nearest')
