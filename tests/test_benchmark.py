@@ -194,8 +194,8 @@ def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
     (['resnet18', '--min-seconds', 'inf'], '--min-seconds must be a number'),
     (['resnet18', '--amp', '--dtype', 'float32'], '--amp computes in half precision'),
     (['resnet18', '--reparam', '--mode', 'train'], '--reparam makes a form for inference'),
-    (['resnet18', '--json', 'missing/folder/out.json'], 'missing/folder/out.json is no file that can be written'),
-    (['resnet18', '--json', '.'], '. is no file that can be written'),
+    (['resnet18', '--json', 'missing/folder/out.json'], '--json missing/folder/out.json cannot be written'),
+    (['resnet18', '--json', '.'], '--json . cannot be written'),
 ])
 def test_mistakes_cost_no_measurement(arguments, message, fake, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)

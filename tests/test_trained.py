@@ -178,7 +178,7 @@ def test_sixteen_bits_are_eight(mode, scale, photograph, tmp_path):
 
 def test_a_model_of_four_channels(photograph):
     model = timm.create_model(NET, in_chans=4, num_classes=3)
-    with pytest.raises(OSError, match='of 4 channels, and pictures have 3'):
+    with pytest.raises(OSError, match='a model of 4 channels: image files have 3'):
         next(predict(model, [photograph]))
 
 

@@ -56,26 +56,14 @@ def convert(
         with_classifier: bool = True,
         **kwargs: Any,
 ) -> Conversion:
-    """Converts a file of weights to a safetensors file for a model.
+    """Converts a weight file to a safetensors file. See `timm_spa.hub.convert.convert` for the other arguments.
 
     Args:
-        source: A file of torch.save or of safetensors with weights of the model itself or of the plain model.
-        output: File to write, with the suffix .safetensors.
-        model_name: Model that the file is for.
         gates: The table of gates, `timm_spa.models.GATES`.
         source_names: Other naming schemes of plain models, `timm_spa.models.SOURCE_NAMES`.
-        dtype: Type of the stored parameters, a key of `DTYPES`. The statistics of norm layers keep their type.
-        kind: Kind of the source, one of `KINDS`; inferred if None.
-        overwrite: Replace an existing `output`.
-        with_classifier: Convert the classifier. If False, the source may have none, or one of any name.
-        **kwargs: Further arguments of the model, e.g. `pyramid_sizes`.
-
-    Returns:
-        The result.
 
     Raises:
-        CheckpointError: The source cannot be read or does not fit, a value is not finite or too large for `dtype`, or
-            `output` exists.
+        CheckpointError: The source cannot be read or does not fit, a value is invalid, or `output` exists.
         RunError: args.yaml next to the source contradicts it.
         UsageError: An argument is invalid.
     """

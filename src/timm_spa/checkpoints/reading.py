@@ -39,21 +39,31 @@ class Weights:
         state_dict: Tensors by name.
         used: Entry of the file: 'state_dict_ema' or 'model_ema' (averaged over training steps), 'state_dict',
             'model', or '' for a file that contains tensors only.
-        sha256: Digest of the file; for a published file that of its source.
+        path: The file.
+        source_sha256: Digest of the file that a published or converted file was made from.
         arch: Name of the trained model, if recorded.
         epoch: Epoch of the weights, if recorded.
         args: Arguments of the training, if recorded.
         model_args: Arguments of the model except the number of classes, if recorded by `publish` or `convert`.
-        converted_from: Kind of file that `convert` has made it of, if it has.
+        converted_from: Kind of the source, if `convert` made the file.
     """
     state_dict: Dict[str, torch.Tensor]
     used: str
-    sha256: str
+    path: Path
+    source_sha256: Optional[str] = None
     arch: Optional[str] = None
     epoch: Optional[int] = None
     args: Dict[str, Any] = dataclasses.field(default_factory=dict)
     model_args: Optional[Dict[str, Any]] = None
     converted_from: Optional[str] = None
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the file that the weights come from; reads the whole file if it is not recorded."""
+        if self.source_sha256:
+            return self.source_sha256
+        with open(self.path, 'rb') as f:
+            return sha_fileobj(f).hex()
 
 
 def read_checkpoint(path: Union[str, Path]) -> Dict[str, Any]:
@@ -120,12 +130,11 @@ def read_weights(path: Union[str, Path]) -> Weights:
             '8-bit floating-point type. Save them as dense float16 or float32.')
     about: Mapping[str, Any] = content if used else _published_facts(Path(path))
     args, arch, epoch = about.get('args'), about.get('arch'), about.get('epoch')
-    with open(path, 'rb') as f:
-        sha256 = about.get('source_sha256') or sha_fileobj(f).hex()
     return Weights(
         state_dict=clean_state_dict(dict(state_dict)),
         used=used,
-        sha256=sha256,
+        path=Path(path),
+        source_sha256=about.get('source_sha256'),
         # timm writes the name of the class if it has no arguments
         arch=arch if isinstance(arch, str) and is_model(arch.partition('.')[0]) else None,
         epoch=epoch if isinstance(epoch, int) else None,
