@@ -191,6 +191,15 @@ def test_class_map_is_used_unchanged(here):
         opened('validate', 'DATA', '--split', 'val', '--class-map', 'map.txt', '--num-classes', 2)
 
 
+def test_class_map_in_the_folder_of_the_split(here):
+    """timm looks for the file there too; a missing file is one message, also with --num-classes."""
+    (here / 'DATA' / 'train' / 'order.txt').write_text('d\nc\nb\na\n')
+    _, train, _ = opened('train', 'DATA', '--class-map', 'order.txt', '--val-split', '')
+    assert targets(train) == dict(d=0, c=1, b=2, a=3)
+    with pytest.raises(TimmSpaError, match=r'Cannot locate .* file \(nope\.txt\)\. Check --data-dir and --class-map'):
+        opened('train', 'DATA', '--class-map', 'nope.txt', '--num-classes', 4)
+
+
 def test_torchvision_cannot_keep_class_numbers(here):
     with pytest.raises(TimmSpaError, match='DATA/val has 3 of the 4 classes .* Remove --dataset'):
         opened('train', 'DATA', '--dataset', 'torch/folder')
@@ -281,6 +290,7 @@ def test_valid_labels(here, best, checkpoints):
     assert targets(dataset) == dict(a=0, c=1, d=2)
     for labels, message in (
             ('0\nx\n', r'--valid-labels valid\.txt cannot be read: .* Expected one number per line'),
+            ('0\n-1\n', 'has the number -1, but the model has the outputs 0 to 3'),
             ('0\n4\n', 'has the number 4, but the model has the outputs 0 to 3')):
         (here / 'valid.txt').write_text(labels)
         with pytest.raises(TimmSpaError, match=message):

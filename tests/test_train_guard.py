@@ -44,8 +44,8 @@ def test_one_row_per_epoch(summary, text, epochs, losses):
 
 
 @pytest.mark.parametrize(('text', 'message'), [
-    ('', 'is empty: expected one row per epoch'),
-    (HEADER, 'is empty: expected one row per epoch'),
+    ('', 'has no epochs: expected a header and one row per epoch'),
+    (HEADER, 'has no epochs: expected a header and one row per epoch'),
     (HEADER + '0,2.5,10\n2,2.0,20\n', 'epoch 1 is missing'),
     (HEADER + '0,2.5,10\n1,2.0\n', "line 3: expected one number for each of 3 columns, got '1,2.0'"),
     (HEADER + '0,two,10\n', 'line 2: expected one number for each of 3 columns'),

@@ -44,7 +44,7 @@ def read_summary(path: Union[str, Path]) -> List[Dict[str, float]]:
                 f'{path}, line {number}: expected one number for each of {len(header)} columns, got '
                 f'{",".join(cells)!r}.') from None
     if not rows:
-        raise RunError(f'{path} is empty: expected one row per epoch.')
+        raise RunError(f'{path} has no epochs: expected a header and one row per epoch.')
     epochs = sorted(rows)
     for epoch, following in zip(epochs, epochs[1:], strict=False):
         if following != epoch + 1:
