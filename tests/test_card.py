@@ -248,7 +248,8 @@ def test_accuracy_of_other_weights_is_left_out():
 @pytest.mark.parametrize('measured', [True, False])
 def test_impossible_accuracies(value, measured):
     facts = dict(dataset=DATASET, epoch=0, **(dict(accuracy=dict(top1=value)) if measured else {}))
-    with pytest.raises(PublishError, match='Invalid top-1 accuracy of'):
+    file = 'card.yaml' if measured else 'summary.csv'
+    with pytest.raises(PublishError, match=f'Invalid top-1 accuracy: .* Correct {file}'):
         make_card(MODEL, 'o/n', Run(summary=summary(value), facts=facts), config=config_of(MODEL))
 
 
@@ -270,7 +271,7 @@ def test_runs_that_cannot_be_compared(tmp_path):
         make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path / 'elsewhere')
     (tmp_path / 'nameless').mkdir()
     (tmp_path / 'nameless' / 'args.yaml').write_text('model: spa_resnet18')
-    with pytest.raises(RunError, match=r'nameless/args.yaml has no value for seed'):
+    with pytest.raises(RunError, match=r'nameless/args.yaml does not set seed'):
         make_card(MODEL, 'o/n', run, config=config_of(MODEL), results=tmp_path)
     shutil.rmtree(tmp_path / 'nameless')
     other = keep(tmp_path, dict(ARGS, model='preresnet18_cifar', lr=0.2), 1.0, 2.0)

@@ -201,7 +201,7 @@ DAMAGE = [
     (lambda folder: change_weights(folder, metadata=None), 'names the model None, but'),
     (lambda folder: change_weights(folder, metadata=dict(METADATA, model='se_x.y')),
      'names the model se_x.y, but config.json describes spa_mobilenetv2_cifar.test'),
-    (lambda folder: change_weights(folder, metadata=dict(model=NAME)), 'has no format "pt" in its metadata'),
+    (lambda folder: change_weights(folder, metadata=dict(model=NAME)), 'model.safetensors: missing format "pt"'),
     (pickle_by_name, 'pytorch_model.bin is a pickle'),
     (pickle_by_content, 'notes is a pickle'),
     (old_pickle_by_content, 'notes.txt is a pickle'),
@@ -221,9 +221,9 @@ DAMAGE = [
     (lambda folder: (folder / 'config.json').write_text('{}'),
      'config.json: missing architecture, num_classes, pretrained_cfg'),
     (lambda folder: (folder / 'README.md').unlink(), 'README.md is missing'),
-    (lambda folder: (folder / 'README.md').write_text('# text'), 'README.md has no readable metadata'),
+    (lambda folder: (folder / 'README.md').write_text('# text'), 'README.md: missing readable metadata'),
     (lambda folder: (folder / 'README.md').write_text('---\nlicense: mit\n---\n'),
-     'README.md has no library_name, pipeline_tag'),
+     'README.md: missing library_name, pipeline_tag'),
 ]
 
 

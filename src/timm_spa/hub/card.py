@@ -80,17 +80,11 @@ def make_card(
         row = None  # timm measured the weights without averaging in this case
     dataset = _dataset(model_name, run)
     scores = _scores(run, row, config['num_classes'])
-    for k, value in scores.items():
-        if not 0 <= value <= 100:  # also refuses NaN
-            raise PublishError(
-                f'Invalid top-{k} accuracy of {model_name}: {value}, expected a percentage from 0 to 100. Correct '
-                'card.yaml or summary.csv next to the checkpoint.')
     if scores and 'name' not in dataset:
         raise PublishError(
             f'The dataset of the accuracy {scores} has no name. Add it to card.yaml next to the checkpoint: '
             '"dataset: {name: ..., id: its id on the Hub, if it has one}".')
-    cfg = config['pretrained_cfg']
-    license_id = facts.get('license') or cfg.get('license')
+    license_id = facts.get('license') or config['pretrained_cfg'].get('license')
     if not license_id:
         raise PublishError(
             f'No license given for {model_name}, and a card needs one. Add "license: apache-2.0", or another '
@@ -112,21 +106,10 @@ def make_card(
         base_model=_base_model(config, run) or None,
         widget=_widget(config, run, weights),
         model_name=model_name if scores else None,
-        eval_results=[
-            EvalResult(
-                task_type='image-classification',
-                task_name='Image classification',
-                dataset_type=dataset.get('id') or dataset.get('type', 'imagefolder'),
-                dataset_name=dataset['name'],
-                dataset_split=dataset.get('split'),
-                metric_type='accuracy',
-                metric_name=f'Top-{k} accuracy',
-                metric_value=value,
-            ) for k, value in scores.items()] or None,
+        eval_results=[_eval_result(dataset, k, value) for k, value in scores.items()] or None,
     )
-    comparison = comparison_table(
-        read_results(results, config['architecture']), run, config['architecture']) if results else []
-    recorded = run.record.get('command')
+    architecture, command = config['architecture'], run.record.get('command')
+    comparison = comparison_table(read_results(results, architecture), run, architecture) if results else []
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding='utf-8'),
@@ -138,7 +121,7 @@ def make_card(
         top_k=min(5, config['num_classes']),
         mode='L' if config['pretrained_cfg']['input_size'][0] == 1 else 'RGB',
         **examples,
-        commands=[wrapped(command) for command in facts.get('commands') or ([recorded] if recorded else [])],
+        commands=[wrapped(text) for text in facts.get('commands') or [command or ''] if text],
         recipe=recipe(run),
         training=facts.get('training', '').strip(),
         evidence=evidence(run, alone=not comparison),
@@ -211,7 +194,8 @@ def _check_agreement(model_name: str, config: Mapping[str, Any], run: Run) -> No
             listed = ', '.join(f'{value} ({source})' for source, value in known.items())
             raise PublishError(f'Conflicting {fact}: {listed}. Correct the wrong file, or move it to another folder.')
     if not timm.is_model(architecture):
-        raise PublishError(f'Unknown model {architecture!r}: timm has no architecture of this name.')
+        raise PublishError(
+            f'Unknown model {architecture!r}: it is not registered in timm. `timm-spa list` prints the models.')
 
 
 def _agreed_epoch(run: Run, weights: Optional[Union[str, Path]], epoch: Optional[int]) -> Optional[int]:
@@ -244,8 +228,28 @@ def _scores(run: Run, row: Optional[Mapping[str, float]], num_classes: int) -> D
     if measured:
         if 'top1' not in measured:
             raise PublishError("'accuracy' in card.yaml has no 'top1'. Add it, in percent.")
-        return {k: measured[f'top{k}'] for k in ks if f'top{k}' in measured}
-    return {k: round(row[f'eval_top{k}'], 3) for k in ks if f'eval_top{k}' in row} if row else {}
+        scores = {k: measured[f'top{k}'] for k in ks if f'top{k}' in measured}
+    else:
+        scores = {k: round(row[f'eval_top{k}'], 3) for k in ks if row and f'eval_top{k}' in row}
+    for k, value in scores.items():
+        if not 0 <= value <= 100:  # also refuses NaN
+            raise PublishError(
+                f'Invalid top-{k} accuracy: {value}, expected a percentage from 0 to 100. Correct '
+                f'{"card.yaml" if measured else "summary.csv"} next to the checkpoint.')
+    return scores
+
+
+def _eval_result(dataset: Mapping[str, str], k: int, value: float) -> EvalResult:
+    return EvalResult(
+        task_type='image-classification',
+        task_name='Image classification',
+        dataset_type=dataset.get('id') or dataset.get('type', 'imagefolder'),
+        dataset_name=dataset['name'],
+        dataset_split=dataset.get('split'),
+        metric_type='accuracy',
+        metric_name=f'Top-{k} accuracy',
+        metric_value=value,
+    )
 
 
 def _base_model(config: Mapping[str, Any], run: Run) -> Optional[str]:

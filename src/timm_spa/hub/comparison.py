@@ -32,7 +32,7 @@ def read_results(folder: Union[str, Path], architecture: Optional[str] = None) -
         missing = [key for key in ('model', 'seed') if key not in run.args]
         if missing:
             raise RunError(
-                f'{run.folder / "args.yaml"} has no value for {" and ".join(missing)}. Copy the args.yaml of the run '
+                f'{run.folder / "args.yaml"} does not set {" and ".join(missing)}. Copy the args.yaml of the run '
                 'again.')
     return [run for run in runs if architecture is None or _network(run.args['model']) == _network(architecture)]
 

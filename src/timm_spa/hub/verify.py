@@ -152,7 +152,7 @@ def _check_files(folder: Path, report: Report) -> None:
     except (IndexError, AttributeError, ReadError, ValueError, yaml.YAMLError):
         missing = ['readable metadata']
     if missing:
-        report.problems.append(f'README.md has no {", ".join(missing)}')
+        report.problems.append(f'README.md: missing {", ".join(missing)}')
     report.checked.append('README.md: metadata')
 
 
@@ -249,7 +249,7 @@ def _check_weights(folder: Path, create: Callable[..., Any], report: Report) -> 
     name = '.'.join(filter(None, (architecture, tag)))
     if metadata.get('format') != 'pt':
         report.problems.append(
-            f'{WEIGHTS_FILENAME} has no format "pt" in its metadata, and transformers refuses such files')
+            f'{WEIGHTS_FILENAME}: missing format "pt" in the metadata, so that transformers refuses the file')
     if metadata.get('model') not in (name, architecture):
         report.problems.append(
             f'{WEIGHTS_FILENAME} names the model {metadata.get("model")}, but config.json describes {name}')
