@@ -7,6 +7,7 @@ import pytest
 from hub_server import OWNER, Hub, point_at
 from published import CARDS, NAME, SHIPPED
 
+from timm_spa._errors import TimmSpaError
 from timm_spa.hub.publish import write_repository
 from timm_spa.training import runner
 
@@ -16,7 +17,7 @@ def timm_scripts():
     """Folder of timm's scripts: from TIMM_SCRIPTS, the cache, or a verified download."""
     try:
         return runner.find_script('train').parent
-    except runner.ScriptError as e:
+    except TimmSpaError as e:
         pytest.skip(str(e))
 
 

@@ -17,10 +17,10 @@ from timm.utils import reparameterize_model
 
 import timm_spa
 import timm_spa_cli
+from timm_spa.checkpoints.run_files import RunError
 from timm_spa.explain import ExplainError, ablate, figures, gate_maps, neutral_gates, scale_weights
 from timm_spa.explain.curves import read_curves
 from timm_spa.predict import load_model
-from timm_spa.training.log import SummaryError
 
 IMAGE = str(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
 MODELS = ('spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet18', 'spa_mobilenetv2_cifar', 'spa_densenet_cifar', 'gated')
@@ -388,10 +388,10 @@ def test_failed_runs_are_skipped(tmp_path, capsys):
         assert str(run) in line
     assert explain('curves', *bad) == 1
     assert 'none does not contain a training run: summary.csv was not found' in capsys.readouterr().err
-    with pytest.raises(SummaryError, match='empty/summary.csv has no epoch'):
+    with pytest.raises(RunError, match='empty/summary.csv has no epochs'):
         read_curves([good, bad[1]])
     assert list(read_curves(str(good))) == list(read_curves([good])) == ['spa_resnet18']
-    with pytest.raises(SummaryError, match='No runs were given'):
+    with pytest.raises(RunError, match='No runs were given'):
         read_curves([])
 
 

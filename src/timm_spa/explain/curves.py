@@ -6,7 +6,6 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 from ..checkpoints.run_files import RunError
 from ..hub.comparison import NAMING
-from ..training.log import SummaryError
 from ..training.run_record import Run
 from .figures import Summary, curves_of
 
@@ -31,27 +30,26 @@ def read_curves(
         differ.
 
     Raises:
-        SummaryError: A folder contains no run, or its summary.csv is invalid or lacks a column, and `skipped` is None
-            or no other run is readable; or runs of classifiers and of detectors are mixed.
-        RunError: An args.yaml cannot be read, and `skipped` is None or no other run is readable.
+        RunError: A folder does not contain a run, or its summary.csv or args.yaml is invalid, and `skipped` is None or
+            no other run is readable; or runs of classifiers and of detectors are mixed.
     """
     groups: List[Tuple[str, Dict[str, str], List[Summary]]] = []  # label, settings, runs
-    errors: List[Union[SummaryError, RunError]] = []
+    errors: List[RunError] = []
     for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
         is_run = (path / 'summary.csv').exists()
         folders = [path] if is_run else sorted(p.parent for p in path.glob('*/summary.csv'))
         if not folders:
-            errors.append(SummaryError(
+            errors.append(RunError(
                 f'{path} does not contain a training run: summary.csv was not found. Name the folder of a run.'))
         for folder in folders:
             try:
                 label, settings, summary = _read_run(folder)
-            except (SummaryError, RunError) as e:
+            except RunError as e:
                 errors.append(e)
                 continue
             first = groups[0][2][0] if groups else summary
             if curves_of(first) != curves_of(summary):
-                raise SummaryError(
+                raise RunError(
                     f'{folder} cannot be drawn with the runs before it: one is a classifier, the other a detector. '
                     'Draw them separately.')
             matches = [runs for other, theirs, runs in groups if (other, theirs) == (label, settings)]
@@ -62,7 +60,7 @@ def read_curves(
     if errors and (skipped is None or not groups):
         raise errors[0]
     if not groups:
-        raise SummaryError('No runs were given. Name the folder of a run, which contains summary.csv.')
+        raise RunError('No runs were given. Name the folder of a run, which contains summary.csv.')
     if skipped is not None:
         skipped += map(str, errors)
     curves: Dict[str, List[Summary]] = {}
@@ -82,7 +80,7 @@ def _read_run(folder: Path) -> Tuple[str, Dict[str, str], Summary]:
     label = f'{named} {kwargs}'.strip() if 'model' in args else re.sub(r'-seed\d+$', '', folder.name)
     missing = [key for key in curves_of(summary) if any(key not in row for row in summary)]
     if missing:
-        raise SummaryError(f'{folder / "summary.csv"} cannot be drawn: the column {missing[0]} is missing.')
+        raise RunError(f'{folder / "summary.csv"} cannot be drawn: the column {missing[0]} is missing.')
     return label, _settings(args), summary
 
 

@@ -69,7 +69,7 @@ def make_card(
         PublishError: A required fact is missing, or facts contradict each other.
         CheckpointError: `weights` cannot be read, or are too small for the model.
         RunError: A file of a baseline's run cannot be read, or the run cannot be compared.
-        SummaryError: The metrics of a baseline are not a table.
+        RunError: The metrics of a baseline are not a table.
     """
     run = run or Run()
     facts = run.facts
@@ -152,7 +152,7 @@ def card_of_folder(
         CheckpointError: model.safetensors cannot be read.
         PublishError: config.json is missing or does not describe a model, or as for `make_card`.
         RunError: As for `make_card`, also for the files of the folder.
-        SummaryError: As for `make_card`, also for the files of the folder.
+        RunError: As for `make_card`, also for the files of the folder.
     """
     folder = Path(folder)
     try:

@@ -65,7 +65,7 @@ def write_repository(
         PublishError: The name of the model is invalid, a file next to the checkpoint has a token or a password in it,
             or the card lacks a required fact.
         RunError: A file next to the checkpoint has invalid content.
-        SummaryError: The metrics next to the checkpoint are not a table.
+        RunError: The metrics next to the checkpoint are not a table.
         WriteError: The folder has files that this package did not write, or cannot be written.
     """
     folder, checkpoint = Path(folder), Path(checkpoint)

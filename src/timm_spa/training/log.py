@@ -6,11 +6,10 @@ from typing import Dict, List, Union
 from ..checkpoints.files import ReadError, read_text, replacing
 from ..checkpoints.run_files import RunError
 
-__all__ = ['CLASSES_FILE', 'SummaryError', 'read_classes', 'read_summary', 'write_summary']
+__all__ = ['CLASSES_FILE', 'read_classes', 'read_summary', 'write_summary']
 
 CLASSES_FILE = 'classes.txt'
 
-SummaryError = RunError  # earlier name
 
 
 def read_summary(path: Union[str, Path]) -> List[Dict[str, float]]:

@@ -26,7 +26,7 @@ from .arguments import cause_of
 from .guard import TrainingError
 from .script_guard import guarded_script
 
-__all__ = ['ScriptError', 'find_script', 'main']
+__all__ = ['find_script', 'main']
 
 SCRIPTS_TAG = 'v1.0.28'
 SCRIPTS_URL = 'https://raw.githubusercontent.com/huggingface/pytorch-image-models/{tag}/{name}.py'
@@ -42,7 +42,6 @@ SHA256 = {
 }
 DOWNLOAD_TIMEOUT = 20  # seconds
 
-ScriptError = TrainingError  # earlier name
 
 _USAGE = f"""usage: python -m timm_spa.run SCRIPT [--timm-scripts PATH] [arguments of timm's script]
 
