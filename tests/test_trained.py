@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import yaml
@@ -275,3 +276,18 @@ def test_a_configuration_cannot_name_an_address(base, tmp_path, hub):
     with pytest.raises(ModelError, match='name of a model of timm'):
         load_model(f'local-dir:{tmp_path / "out"}')
     assert not hub.requests
+
+
+@pytest.mark.parametrize('key', ['checkpoint_path', 'pretrained', 'pretrained_cfg_overlay'])
+@pytest.mark.parametrize('where', ['file', 'args.yaml'])
+def test_arguments_that_no_model_takes_are_refused(where, key, tmp_path):
+    """A file from elsewhere cannot make timm read another one."""
+    model = timm.create_model(NET, num_classes=3)
+    path = tmp_path / 'best.safetensors'
+    kwargs = {key: 'other.pth'}
+    metadata = dict(model=NET, model_args=json.dumps(kwargs if where == 'file' else {}))
+    safetensors.torch.save_file(model.state_dict(), path, metadata=metadata)
+    if where == 'args.yaml':
+        (tmp_path / 'args.yaml').write_text(yaml.safe_dump(dict(model=NET, num_classes=3, model_kwargs=kwargs)))
+    with pytest.raises(RunError, match=f'has the model arguments {key}, which are not arguments of a model'):
+        load_model(NET, path)

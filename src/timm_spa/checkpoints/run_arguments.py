@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, Tuple
 import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
-from .config_file import config_problems
+from .config_file import NOT_OF_A_MODEL, config_problems
 from .files import ReadError, read_text
 from .reading import Weights
 from .run_files import NUMBER, RunError, checked, read_mapping
@@ -87,6 +87,12 @@ def trained_with(
                 '--model.')
     file_args = model_arguments(own) if own else weights.model_args
     run_args = model_arguments(recorded) if recorded else None
+    for origin, kwargs in ((checkpoint, file_args), (f'args.yaml in {checkpoint.parent}', run_args)):
+        forbidden = [key for key in NOT_OF_A_MODEL if key in (kwargs or {})]
+        if forbidden:  # timm would read another file, or load other weights
+            raise RunError(
+                f'{origin} has the model arguments {", ".join(forbidden)}, which are not arguments of a model. Remove '
+                'them.')
     if file_args is not None and run_args is not None and as_json(file_args) != as_json(run_args):
         raise RunError(
             f'{checkpoint} was trained with the model arguments {file_args}, but args.yaml in the same folder has '
