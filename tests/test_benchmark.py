@@ -169,7 +169,7 @@ def test_a_net_that_cannot_be_merged_is_not_measured(monkeypatch):
             x = self.conv(x)
             return self.bn(x) + x
 
-    with pytest.raises(RuntimeError, match='merging the norm layers changed what it computes'):
+    with pytest.raises(RuntimeError, match='merging the norm layers changed the outputs'):
         benchmark_worker.reparameterized(Twice().eval(), torch.randn(1, 3, 8, 8))
 
 
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['resnet18', 'spa_resnet5'], "Unknown model 'spa_resnet5'"),
-    (['resnet18', 'resnet34', '--base', 'resnet50'], "the base 'resnet50' is none of the models to measure: resnet18"),
+    (['resnet18', 'resnet34', '--base', 'resnet50'], "the base 'resnet50' is not one of the models to measure: resnet18"),
     (['spa_resnet18 pyramid_sizes'], "'pyramid_sizes' is not of the form key=value"),
     (['resnet18', '--device', 'cuda'], 'finds no CUDA device'),
     (['resnet18', '--min-seconds', 'inf'], '--min-seconds must be a number'),

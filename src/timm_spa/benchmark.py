@@ -1,4 +1,4 @@
-"""Speed and memory of models, measured in turn, as ratios to one of them.
+"""Speed and memory of models, measured in turn, as ratios to a baseline.
 
 A machine's speed drifts: with its temperature, its neighbours, its clock. So every round measures each model once, and
 what is reported is the ratio of two models within a round, over the rounds. Every model lives in a process of its own,
@@ -29,7 +29,7 @@ VARIABLES = ('CUDA_', 'KMP_', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'PYTORCH_')
 
 
 class Worker:
-    """A process for one model, as `parse_model` reads it, which answers as `benchmark_worker.answer` does."""
+    """A process that measures one model. It answers the requests of `benchmark_worker.answer`."""
 
     def __init__(self, model: str, settings: Settings) -> None:
         self.model = model
@@ -38,13 +38,13 @@ class Worker:
         self.pool = ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), os.dup2, (2, 1))
 
     def ask(self, what: str) -> Dict[str, Any]:
-        """Sends a request and waits for the answer; a BenchmarkError says that it failed, or the process died."""
+        """Sends a request and returns the answer. Raises BenchmarkError if it fails or the process dies."""
         try:
             return self.pool.submit(answer, what, self.model, self.settings).result()
         except BrokenProcessPool as e:
             raise BenchmarkError(
-                f'{self.model}: its process died, most likely for want of memory with --batch-size '
-                f'{self.settings.batch_size}.') from e
+                f'{self.model}: the process died, probably out of memory with --batch-size {self.settings.batch_size}. Use '
+                'a smaller one.') from e
 
     def close(self) -> None:
         """Ends the process."""
@@ -75,9 +75,9 @@ def measure(
         raise BenchmarkError(str(e)) from e
     base = models[0] if base is None else base
     if base not in models:
-        raise BenchmarkError(f'the base {base!r} is none of the models to measure: {", ".join(models)}.')
+        raise BenchmarkError(f'--base {base!r} is not one of the models to measure: {", ".join(models)}.')
     if settings.device == 'cuda' and not torch.cuda.is_available():
-        raise BenchmarkError(f'--device cuda: torch {torch.__version__} finds no CUDA device here.')
+        raise BenchmarkError(f'--device cuda: torch {torch.__version__} finds no CUDA device. Use --device cpu.')
     labels = [m + (f' #{models[:i].count(m) + 1}' if m in models[:i] else '') for i, m in enumerate(models)]
 
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
@@ -124,7 +124,7 @@ def _summarise(entries: Sequence[Dict[str, Any]], base: int, batch_size: int) ->
 
 
 def table_rows(record: Dict[str, Any]) -> List[List[str]]:
-    """Lays a record of `measure` out in rows of text, a header first."""
+    """Returns a record of `measure` as rows of text, with a header."""
     ratios = [key for key in ('ratio', 'ratio_as_built') if key in record['models'][0]]
     titles = {'ratio': f'to {record["base"]}', 'ratio_as_built': f'to {record["base"]}{AS_BUILT}'}
     trains = record['settings']['mode'] == 'train'
@@ -149,7 +149,7 @@ def _figures(summary: Dict[str, float], form: str) -> Tuple[str, str]:
 
 
 def notes(record: Dict[str, Any]) -> List[str]:
-    """Describes what was measured and how, a line each."""
+    """Returns lines that describe the settings and the environment of a record."""
     settings, about, entries = record['settings'], record['environment'], record['models']
     versions = ', '.join(f'{name} {version}' for name, version in about['versions'].items())
     variables = ' '.join(f'{name}={value}' for name, value in record['variables'].items())

@@ -29,12 +29,12 @@ __all__ = [
 
 
 class BenchmarkError(TimmSpaError, RuntimeError):
-    """A model could not be measured; the message names it."""
+    """A model could not be measured. The message names the model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How every model of a benchmark is measured.
+    """Settings of a benchmark, equal for all models.
 
     Attributes:
         mode: 'infer', a forward pass, or 'train': forward pass, cross-entropy, backward pass and a step of SGD.
@@ -75,9 +75,9 @@ class Settings:
         if not 0 <= self.min_seconds < math.inf:
             raise ValueError(f'--min-seconds must be a number from 0 on, got {self.min_seconds}.')
         if self.amp and self.dtype == 'float32':
-            raise ValueError('--amp computes in half precision: use it with --dtype bfloat16 or float16.')
+            raise ValueError('--amp computes in half precision. Use it with --dtype bfloat16 or float16.')
         if self.reparam and self.mode == 'train':
-            raise ValueError('--reparam makes a form for inference: use it with --mode infer.')
+            raise ValueError('--reparam makes a form for inference. Use it with --mode infer.')
 
 
 def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
@@ -93,7 +93,7 @@ def parse_model(text: str) -> Tuple[str, Dict[str, Any]]:
 
 
 def reparameterized(net: nn.Module, images: torch.Tensor) -> nn.Module:
-    """Brings a net in eval mode to its form for inference, or merges the norm layers of one without fused blocks.
+    """Fuses a model in eval mode for inference, or merges the norm layers of a model without fused blocks.
 
     The images are to find out with which norm layer follows which convolution, and that both forms compute the same.
     """
@@ -120,7 +120,7 @@ def reparameterized(net: nn.Module, images: torch.Tensor) -> nn.Module:
                 parent, _, child = name.rpartition('.')
                 setattr(net.get_submodule(parent), child, module)
         if not torch.allclose(net(images), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
-            raise RuntimeError('merging the norm layers changed what it computes.')
+            raise RuntimeError('merging the norm layers changed the outputs of the model.')
     return net
 
 
@@ -150,7 +150,7 @@ def bytes_kept_for_backward(net: nn.Module, forward: Callable[[], Any]) -> int:
 
 
 class Workload:
-    """One model on its device, with an input, ready to be measured; `about` is what the record says of it."""
+    """One model on its device with an input. `about` is its description for the record."""
 
     def __init__(self, model: str, settings: Settings, make: Callable[..., Any] = timm.create_model) -> None:
         self.settings = settings
@@ -187,7 +187,7 @@ class Workload:
         self._graphs = 0
 
     def step(self) -> None:
-        """Takes a step: a forward pass, or one of training."""
+        """Runs one step: a forward pass or a training step."""
         if self.settings.mode == 'infer':
             with torch.inference_mode(), self._autocast():
                 self._net(self.input)
@@ -204,7 +204,7 @@ class Workload:
             return F.cross_entropy(self._net(self.input), self._target)
 
     def warm_up(self) -> Dict[str, Any]:
-        """Takes the first steps, which compile and choose kernels; returns the compiler's graphs and graph breaks."""
+        """Runs the first steps, which compile and choose kernels. Returns the numbers of graphs and graph breaks."""
         for _ in range(1 + self.settings.warmup):
             self.step()
         if self._device.type == 'cuda':
@@ -213,7 +213,7 @@ class Workload:
         return dict(graphs=self._graphs, graph_breaks=breaks)
 
     def measure(self) -> Dict[str, Any]:
-        """Takes steps for at least `min_seconds`, after some that are not counted; returns steps and seconds."""
+        """Runs steps for at least `min_seconds`, after some untimed ones. Returns steps and seconds."""
         timer = Timer('step()', globals=dict(step=self.step), num_threads=torch.get_num_threads())
         found = timer.blocked_autorange(min_run_time=max(self.settings.min_seconds, 1e-6))
         if self._compiled()[0] != self._graphs:

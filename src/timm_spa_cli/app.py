@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the verb, and returns the exit code."""
+    """Runs the verb and returns the exit code."""
     from timm_spa.explain import app
     from timm_spa.predict import load_model
 

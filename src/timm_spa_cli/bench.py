@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the verb, and returns the exit code."""
+    """Runs the verb and returns the exit code."""
     from timm_spa import benchmark
     from timm_spa._errors import UsageError
     from timm_spa.checkpoints.files import replacing

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the verb, and returns the exit code."""
+    """Runs the verb and returns the exit code."""
     from timm_spa.checkpoints.files import finish_interrupted, replacing
     from timm_spa.checkpoints.own_files import has_mark, refuse_replacing
     from timm_spa.hub.card import card_of_folder

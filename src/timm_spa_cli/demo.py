@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the verb, and returns the exit code."""
+    """Runs the verb and returns the exit code."""
     import timm
 
     from timm_spa._shipped import shipped_photographs

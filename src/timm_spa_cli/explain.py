@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the verb, and returns the exit code."""
+    """Runs the verb and returns the exit code."""
     if args.out:
         _refuse_output(args)
     return {'cam': _cam, 'gates': _gates, 'scales': _scales, 'ablate': _ablate, 'curves': _curves}[args.kind](args)

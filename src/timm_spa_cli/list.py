@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the verb, and returns the exit code."""
+    """Runs the verb and returns the exit code."""
     # read without importing the package, which would take longer than the rest
     spec = importlib.util.find_spec('timm_spa')
     models = json.loads((Path(str(spec and spec.origin)).parent / 'models.json').read_text(encoding='utf-8'))

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the verb, and returns the exit code."""
+    """Runs the verb and returns the exit code."""
     model = load_named(args, args.model, args.device)
     if args.model is args.checkpoint is None:
         import timm

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the verb, and returns the exit code."""
+    """Runs the verb and returns the exit code."""
     from timm_spa.detection.checkpoint import is_detector
     from timm_spa.detection.repository import publish_detector, write_detector_repository
     from timm_spa.hub.publish import publish, write_repository

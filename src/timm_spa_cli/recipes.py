@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the verb, and returns the exit code."""
+    """Runs the verb and returns the exit code."""
     from timm_spa._shipped import find_recipe, shipped_files
     from timm_spa.checkpoints.files import replacing
     from timm_spa.checkpoints.own_files import refuse_replacing

@@ -36,11 +36,11 @@ WEIGHTS_FILENAME = 'model.safetensors'
 
 
 class WeightsError(TimmSpaError, RuntimeError):
-    """Weights do not fit the model; the message names file, model and tensors."""
+    """Weights do not fit the model. The message names file, model and tensors."""
 
 
 def untrained_cfg(source: str, **kwargs: Any) -> PretrainedCfg:
-    """Makes a configuration without weights, with the preprocessing of timm's `source`, and fields that differ."""
+    """Makes a configuration without weights, with the preprocessing of timm's `source` and the given fields."""
     plain = get_pretrained_cfg(source, allow_unregistered=False)
     paper_ids = (plain.paper_ids,) if isinstance(plain.paper_ids, str) else tuple(plain.paper_ids or ())
     fields = dict(
@@ -147,7 +147,7 @@ def cifar_cfg(**kwargs: Any) -> PretrainedCfg:
 
 
 def shipped_cfg(name: str, **kwargs: Any) -> PretrainedCfg:
-    """Makes the configuration of `weights/<name>.safetensors`, of the fields in `weights/<name>.json`."""
+    """Makes the configuration of `weights/<name>.safetensors` from the fields in `weights/<name>.json`."""
     folder = Path(__file__).parent.parent / 'weights'
     fields = json.loads((folder / f'{name}.json').read_text(encoding='utf-8'))
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
@@ -204,7 +204,7 @@ def build_model(
 
 
 class Weights(NamedTuple):
-    """Where weights are from.
+    """Origin of weights.
 
     Attributes:
         label: Name for messages.
@@ -226,7 +226,7 @@ def _find(cfg: PretrainedCfg, cache_dir: Any) -> Weights:
 
 
 def _locate(cfg: PretrainedCfg, cache_dir: Any = None) -> Optional[str]:
-    """Returns the file of a configuration's weights on the Hub; None if it names other weights, or none."""
+    """Returns the file of a configuration's weights on the Hub, None if the configuration has other or no weights."""
     if not cfg.hf_hub_id or (cfg.source != 'hf-hub' and (cfg.file or cfg.state_dict or cfg.source)):
         return None
     repo_id, _, revision = cfg.hf_hub_id.partition('@')
@@ -234,7 +234,7 @@ def _locate(cfg: PretrainedCfg, cache_dir: Any = None) -> Optional[str]:
 
 
 def read_weights(cfg: PretrainedCfg, cache_dir: Any = None) -> Optional[Tuple[StateDict, Weights]]:
-    """Reads the weights of a configuration, in timm's order of their places, and says where they are from.
+    """Reads the weights of a configuration and returns them with their origin. Sources have timm's order.
 
     Returns:
         None for weights in the format of another library, and if there are none: only timm can read or refuse these.
@@ -266,7 +266,7 @@ def load_weights(
         needs_classifier: bool = True,
         neutral: bool = True,
 ) -> None:
-    """Loads a checkpoint of a gated model, or of the plain one, strictly but for the layers that timm adapts.
+    """Loads a checkpoint of a gated or plain model, strictly except for the layers that timm adapts.
 
     Args:
         model: The model, with all its layers and a `pretrained_cfg` that describes the checkpoint.
@@ -296,7 +296,7 @@ def _fitted(
         needs_classifier: bool = True,
         neutral: bool = True,
 ) -> StateDict:
-    """Returns a checkpoint with every tensor of a model, but for the classifier and the number of image channels.
+    """Returns a checkpoint that fits a model, except for the classifier and the number of image channels.
 
     timm itself loads what it can once the number of classes differs, and leaves the rest random.
     """

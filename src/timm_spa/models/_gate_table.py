@@ -12,7 +12,7 @@ __all__ = ['GATES', 'Gate', 'create_gate', 'reads_block_input']
 
 
 class Gate(NamedTuple):
-    """A row of the table.
+    """A gate and its properties.
 
     Attributes:
         label: Name in tables and plots.
