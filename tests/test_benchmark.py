@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     (['resnet18', 'spa_resnet5'], "Unknown model 'spa_resnet5'"),
-    (['resnet18', 'resnet34', '--base', 'resnet50'], "the base 'resnet50' is not one of the models to measure: resnet18"),
+    (['resnet18', 'resnet34', '--base', 'resnet50'], "--base 'resnet50' is not one of the models to measure"),
     (['spa_resnet18 pyramid_sizes'], "'pyramid_sizes' is not of the form key=value"),
     (['resnet18', '--device', 'cuda'], 'finds no CUDA device'),
     (['resnet18', '--min-seconds', 'inf'], '--min-seconds must be a number'),
@@ -226,7 +226,7 @@ def test_arguments_of_a_model():
 def test_a_process_that_dies_is_named():
     worker = benchmark.Worker('resnet18', Settings(batch_size=5))
     worker.pool.submit(os._exit, 3)
-    with pytest.raises(BenchmarkError, match=r'^resnet18: its process died, .* memory with --batch-size 5\.'):
+    with pytest.raises(BenchmarkError, match=r'^resnet18: the process died, .* memory with --batch-size 5\.'):
         worker.ask('prepare')
     worker.close()
 

@@ -43,8 +43,8 @@ class Worker:
             return self.pool.submit(answer, what, self.model, self.settings).result()
         except BrokenProcessPool as e:
             raise BenchmarkError(
-                f'{self.model}: the process died, probably out of memory with --batch-size {self.settings.batch_size}. Use '
-                'a smaller one.') from e
+                f'{self.model}: the process died, probably out of memory with --batch-size {self.settings.batch_size}. '
+                'Use a smaller one.') from e
 
     def close(self) -> None:
         """Ends the process."""
