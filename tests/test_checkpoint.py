@@ -73,7 +73,7 @@ def test_fewer_and_more_classes_are_named(classes):
     model = torch.nn.Sequential()
     model.head = torch.nn.Linear(5, 3)
     model.pretrained_cfg = dict(classifier='head')
-    with pytest.raises(CheckpointError, match=rf'w.pth has {classes} classes \(head.weight\), and the model has 3'):
+    with pytest.raises(CheckpointError, match=rf'w.pth has {classes} classes \(head.weight\), but the model has 3'):
         check_shapes(torch.nn.Linear(5, classes).state_dict(prefix='head.'), model, 'w.pth')
 
 

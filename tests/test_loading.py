@@ -113,7 +113,7 @@ def test_a_checkpoint_without_a_recorded_model(network, tmp_path, capsys):
     assert timm_spa_cli.main(['predict', 'x.jpg', '--checkpoint', str(tmp_path / 'bare.pth')]) == 1
     assert '--model' in capsys.readouterr().err
     (tmp_path / 'args.yaml').write_text('model: my_own_net\n')
-    with pytest.raises(RunError, match='names my_own_net, which timm does not have'):
+    with pytest.raises(RunError, match='names my_own_net, unknown to timm'):
         load_model(None, tmp_path / 'bare.pth')
     with pytest.raises(ModelError, match='No model to load'):
         load_model()
@@ -131,7 +131,7 @@ def test_conflicting_records_of_the_model(network, tmp_path):
     file = training_checkpoint(tmp_path, network)
     config = json.loads((published(tmp_path, network).parent / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps(dict(config, architecture='resnet18')))
-    match = f'may be of several models: .*config.json in .* names resnet18, .* names {MODEL}'
+    match = f'is ambiguous: .*config.json in .* names resnet18, .* names {MODEL}'
     with pytest.raises(RunError, match=match):
         load_model(None, file)
     assert names(load_model(MODEL, file)) == ['class 0', 'class 1', 'class 2'], 'config.json describes other weights'
