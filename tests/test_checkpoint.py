@@ -88,3 +88,23 @@ def test_a_file_that_ends_before_its_header(tmp_path, size):
     (tmp_path / 'w.safetensors').write_bytes(b'1' * size)
     with pytest.raises(CheckpointError, match=f'a truncated safetensors file, {8 - size} bytes are missing'):
         read_weights(tmp_path / 'w.safetensors')
+
+
+@pytest.mark.parametrize('missing', [1, 100, 3000])
+def test_a_truncated_file_names_the_number_of_missing_bytes(missing, tmp_path):
+    path = tmp_path / 'w.safetensors'
+    safetensors.torch.save_file({'a': torch.ones(1000), 'b': torch.ones(3)}, path)
+    path.write_bytes(path.read_bytes()[:-missing])
+    with pytest.raises(CheckpointError, match=f'it is a truncated safetensors file, {missing} bytes are missing'):
+        read_weights(path)
+
+
+def test_tensors_of_eight_bits_are_named(tmp_path):
+    torch.save({'a': torch.ones(3), 'b.weight': torch.ones(3).to(torch.float8_e4m3fn)}, tmp_path / 'w.pth')
+    with pytest.raises(CheckpointError, match='w.pth has unsupported tensors: b.weight. They are'):
+        read_weights(tmp_path / 'w.pth')
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match='it is a folder. Give the path of the file in it'):
+        read_weights(tmp_path)

@@ -199,7 +199,8 @@ BAD_FILES = {
     'header.safetensors': (WHOLE[:1000], 'truncated safetensors'),
     'data.safetensors': (WHOLE[:-1000], 'truncated safetensors file, 1000 bytes are missing'),
     'disguised.pth.tar': (WHOLE[:-1000], 'truncated safetensors'),
-    'noise.safetensors': (struct.pack('<Q', 9) + b'no header', 'it is not a safetensors file, although its name ends so'),
+    'noise.safetensors': (
+        struct.pack('<Q', 9) + b'no header', 'it is not a safetensors file, although its name ends so'),
     'noise.pth.tar': (b'whatever it is', 'neither a safetensors file nor'),
 }
 

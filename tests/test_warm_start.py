@@ -148,7 +148,8 @@ def test_activation_in_front_of_the_gate(act_layer):
     source = random_plain_model('vgg16_bn', **kwargs)
     model = timm.create_model('spa_vgg16_bn', **kwargs).eval()
     if act_layer is not torch.nn.LeakyReLU:
-        with pytest.raises(ValueError, match=f'features.2.attn cannot be neutral after a {act_layer.__name__}, .* from scratch'):
+        message = f'features.2.attn cannot be neutral after a {act_layer.__name__}, .* from scratch'
+        with pytest.raises(ValueError, match=message):
             checkpoint_filter_fn(source.state_dict(), model, GATES)
         return
     model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model, GATES))
