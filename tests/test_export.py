@@ -19,6 +19,9 @@ from marks import slow_unless
 from PIL import Image
 from test_models import image_size
 from test_one_form import make_model, rel
+from timm.layers import Conv2dSame
+from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
+from timm.layers.std_conv import ScaledStdConv2dSame, StdConv2dSame
 
 import timm_spa
 import timm_spa_cli
@@ -27,6 +30,7 @@ from timm_spa._shipped import shipped_photographs
 from timm_spa.checkpoints.files import WriteError
 from timm_spa.export import ExportError, export
 from timm_spa.export.exporter import FORMATS
+from timm_spa.export.static_padding import with_static_padding
 from timm_spa.predict import image_reader, labelled_batches, load_model
 from timm_spa_cli._options import SHIPPED_MODEL
 
@@ -467,6 +471,7 @@ FORBIDDEN = {'Shape', 'Range', 'Div', 'Mod', 'And', 'Where', 'ScatterND', 'Loop'
 
 @pytest.mark.parametrize(('name', 'dynamic', 'most'), [
     ('spa_resnet18', None, 160), ('spa_resnet18', 'batch', 160), ('spa_mobilenetv2_050', None, 380),
+    ('spa_tf_efficientnet_lite0', None, 330),
     pytest.param('spa_resnet50', None, 320, marks=pytest.mark.slow)])
 def test_a_fixed_size_gives_a_small_graph(name, dynamic, most, tmp_path):
     """Averages are constant matrices, and no operator computes with sizes. `export` compares the values."""
@@ -475,3 +480,27 @@ def test_a_fixed_size_gives_a_small_graph(name, dynamic, most, tmp_path):
     operators = collections.Counter(node.op_type for node in graph.node)
     assert not FORBIDDEN & set(operators)
     assert len(graph.node) <= most
+
+
+@pytest.mark.parametrize('size', [56, 57, 58])
+@torch.no_grad()
+def test_static_padding(size):
+    """Layers that pad like TensorFlow compute the same with amounts for one size, and the model is unchanged."""
+    model = nn.Sequential(
+        Conv2dSame(3, 8, 3, stride=2), MaxPool2dSame(3, 2), StdConv2dSame(8, 8, 5, stride=2, bias=True),
+        AvgPool2dSame(3, 1), ScaledStdConv2dSame(8, 8, (3, 5), stride=1), AvgPool2dSame(2, 2)).eval()
+    model[0].bias.add_(10)  # no zeros in the feature maps
+    x = torch.randn(2, 3, size, size)
+    expected = model(x)
+    static = with_static_padding(model, torch.zeros_like(x))
+    assert not [m for m in static.modules() if 'Same' in type(m).__name__ and getattr(m, 'same_pad', True)]
+    assert rel(static(x), expected) < 1e-6
+    assert torch.equal(model(x), expected)
+    assert type(model[0]) is Conv2dSame
+
+
+def test_static_padding_of_a_layer_that_is_called_at_two_sizes():
+    conv = Conv2dSame(3, 3, 3, stride=2)
+    model = nn.Sequential(conv, conv)
+    x = torch.randn(1, 3, 33, 31)
+    assert rel(with_static_padding(model, x)(x), model(x)) == 0

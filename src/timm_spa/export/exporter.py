@@ -22,6 +22,7 @@ from .format import AXES, INPUT, ExportError, as_export_error
 from .onnx import FORMAT as ONNX
 from .onnx import add_metadata, quantize
 from .openvino import FORMAT as OPENVINO
+from .static_padding import with_static_padding
 from .torch_export import FORMAT as TORCH_EXPORT
 
 __all__ = ['FORMATS', 'ExportReport', 'export']
@@ -210,6 +211,8 @@ def _write_and_check(
     form = reparameterize_model(model) if fuse else model
     # torch.export would treat a batch size of 1 as a constant
     example = torch.zeros(2 if dynamic else batch_size, *description['input_size'])
+    if dynamic != 'size':
+        form = with_static_padding(form, example)
     batches: Any = None
     count = 0
     if images is not None:
