@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -30,6 +30,33 @@ def trace(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, s
         warnings.simplefilter('ignore')
         torch.onnx.export(
             model, (example,), str(path), dynamo=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_axes=names)
+    _fold_constants(path)
+
+
+def _fold_constants(path: Path) -> None:
+    """Stores constants as initializers, also those that torch's exporter leaves as a chain of nodes (amounts of padding)."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    loaded = onnx.load(path)
+    if any(attribute.HasField('g') for node in loaded.graph.node for attribute in node.attribute):
+        return  # a branch or loop, whose nodes may read any constant
+    nodes: List[Any] = []
+    constants: Dict[str, Any] = {}
+    for node in loaded.graph.node:
+        if not node.input and node.op_type == 'Constant' or node.input and all(map(constants.__contains__, node.input)):
+            outputs = [onnx.ValueInfoProto(name=name) for name in node.output]
+            graph = onnx.helper.make_graph([node], 'constants', [], outputs, [constants[name] for name in node.input])
+            values = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=loaded.opset_import)).run(None, {})
+            for name, value in zip(node.output, values, strict=True):
+                constants[name] = onnx.numpy_helper.from_array(value, name)
+        else:
+            nodes.append(node)
+    used = {name for node in nodes for name in node.input}
+    del loaded.graph.node[:]
+    loaded.graph.node.extend(nodes)
+    loaded.graph.initializer.extend(tensor for name, tensor in constants.items() if name in used)
+    onnx.save(loaded, path)
 
 
 def _write(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
@@ -58,7 +85,7 @@ FORMAT = Format('.onnx', 'export', ('onnx', 'onnxruntime'), _write, _run, ('floa
 
 def quantize(model: Any, path: Path, images: Any, split: str, batch_size: Optional[int]) -> str:
     """Quantizes an ONNX file in place, and returns a note about the calibration."""
-    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
     train = 'train' if split != 'train' and Path(images, 'train').is_dir() else split
     dataset: Any = labelled_batches(model, images, train, 1)[0].dataset
@@ -83,7 +110,7 @@ def quantize(model: Any, path: Path, images: Any, split: str, batch_size: Option
             # MatMul stays in float32: the pyramid's averages are products with constant matrices. The classifier is a
             # Gemm.
             quantize_static(
-                path, quantized, Images(), per_channel=True,
+                path, quantized, Images(), per_channel=True, activation_type=QuantType.QUInt8,
                 op_types_to_quantize=['Conv', 'Gemm', 'Add', 'Mul', 'Relu', 'Clip', 'MaxPool', 'GlobalAveragePool'])
     finally:
         logger.setLevel(level)
