@@ -204,11 +204,12 @@ def test_int8_calibrated_on_the_measured_images(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize(('path', 'options', 'match'), [
-    ('model.onnx', dict(to='tflite'), 'one of onnx, torch-export, aoti, openvino'),
+    ('model.onnx', dict(to='tflite'), 'one of onnx, torch-export, aoti, openvino, litert'),
     ('model.pt', dict(), r'must end in \.onnx'),
     ('model.onnx', dict(dynamic='width'), 'dynamic must be'),
     ('model.pt2', dict(to='aoti', half=True), 'aoti does not support float16. Use onnx or openvino'),
     ('model.xml', dict(to='openvino', int8=True, images='.'), 'openvino does not support int8. Use onnx'),
+    ('model.tflite', dict(to='litert', dynamic='batch'), 'litert does not support dynamic=.batch.*Use onnx or'),
     ('model.onnx', dict(int8=True), 'needs --images'),
     ('model.onnx', dict(int8=True, half=True), 'cannot be combined'),
     ('model.onnx', dict(batch_size=0), 'at least 1'),

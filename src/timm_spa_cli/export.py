@@ -3,15 +3,18 @@ import argparse
 
 from timm_spa_cli._options import MODEL, add_checkpoint_options, load_named, positive
 
-HELP = 'write a model for ONNX Runtime, torch.export, AOTInductor or OpenVINO, and compare it with PyTorch'
+HELP = 'write a model for ONNX Runtime, OpenVINO, LiteRT and other runtimes, and compare it with PyTorch'
 EXAMPLES = ('timm-spa export spa_tf_efficientnet_lite0.grocery81 grocery.onnx --to onnx --dynamic batch',)
+
+FORMATS = ('onnx', 'torch-export', 'aoti', 'openvino', 'litert')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument('model', metavar='MODEL', help=MODEL)
-    parser.add_argument('output', metavar='OUT', help='*.onnx, *.pt2 (torch-export, aoti) or *.xml (openvino)')
-    parser.add_argument('--to', required=True, choices=('onnx', 'torch-export', 'aoti', 'openvino'), help='format')
+    parser.add_argument(
+        'output', metavar='OUT', help='*.onnx, *.pt2 (torch-export, aoti), *.xml (openvino) or *.tflite (litert)')
+    parser.add_argument('--to', required=True, choices=FORMATS, help='format')
     add_checkpoint_options(parser)
     parser.add_argument(
         '--dynamic', choices=('batch', 'size'),

@@ -19,6 +19,7 @@ from ..predict.classes import check_classifier
 from .aoti import FORMAT as AOTI
 from .check import compare, top1
 from .format import AXES, INPUT, ExportError, as_export_error
+from .litert import FORMAT as LITERT
 from .onnx import FORMAT as ONNX
 from .onnx import add_metadata, quantize
 from .openvino import FORMAT as OPENVINO
@@ -27,7 +28,7 @@ from .torch_export import FORMAT as TORCH_EXPORT
 
 __all__ = ['FORMATS', 'ExportReport', 'export']
 
-FORMATS = {'onnx': ONNX, 'torch-export': TORCH_EXPORT, 'aoti': AOTI, 'openvino': OPENVINO}
+FORMATS = {'onnx': ONNX, 'torch-export': TORCH_EXPORT, 'aoti': AOTI, 'openvino': OPENVINO, 'litert': LITERT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,10 @@ def _checked_dtype(
         raise UsageError(f'The format must be one of {", ".join(FORMATS)}, got {to!r}.')
     if dynamic not in AXES:
         raise UsageError(f"dynamic must be 'batch', 'size' or None, got {dynamic!r}.")
+    if dynamic not in FORMATS[to].dynamic:
+        supporting = [name for name, known in FORMATS.items() if dynamic in known.dynamic]
+        raise UsageError(
+            f'{to} does not support dynamic={dynamic!r}: its files have a fixed shape. Use {" or ".join(supporting)}.')
     if path.suffix != FORMATS[to].suffix:
         raise UsageError(f'The name of a file for {to} must end in {FORMATS[to].suffix}, got {path}.')
     if not _is_count(batch_size) or not (img_size is None or _is_count(img_size)):

@@ -34,6 +34,7 @@ class Format:
         run: Opens a file and returns a function that computes its output.
         dtypes: Supported values of `ExportReport.dtype`.
         companions: Suffixes of further files that belong to the file.
+        dynamic: Supported dynamic axes, keys of `AXES`.
     """
     suffix: str
     extra: str
@@ -42,6 +43,7 @@ class Format:
     run: Callable[[Path], Runner]
     dtypes: Tuple[str, ...] = ('float32',)
     companions: Tuple[str, ...] = ()
+    dynamic: Tuple[Optional[str], ...] = (None, 'batch', 'size')
 
 
 @contextlib.contextmanager

@@ -29,4 +29,4 @@ def _run(path: Path) -> Runner:
     return lambda x: torch.from_numpy(next(iter(runner(**{name: x.numpy()}).values())))
 
 
-FORMAT = Format('.tflite', 'litert', ('litert_torch', 'ai_edge_litert'), _write, _run)
+FORMAT = Format('.tflite', 'litert', ('litert_torch', 'ai_edge_litert'), _write, _run, dynamic=(None,))
