@@ -204,7 +204,7 @@ def test_int8_calibrated_on_the_measured_images(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize(('path', 'options', 'match'), [
-    ('model.onnx', dict(to='tflite'), 'one of onnx, torch-export, aoti, openvino, litert'),
+    ('model.onnx', dict(to='tflite'), 'one of onnx, torch-export, aoti, openvino, litert, ncnn'),
     ('model.pt', dict(), r'must end in \.onnx'),
     ('model.onnx', dict(dynamic='width'), 'dynamic must be'),
     ('model.pt2', dict(to='aoti', half=True), 'aoti does not support float16. Use onnx or openvino'),

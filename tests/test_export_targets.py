@@ -6,10 +6,10 @@ import torch
 from test_one_form import make_model
 
 import timm_spa
-from timm_spa.export import export
+from timm_spa.export import ExportError, export
 from timm_spa.export.exporter import FORMATS
 
-TARGETS = ('litert',)
+TARGETS = ('litert', 'ncnn')
 
 
 @pytest.mark.slow
@@ -25,11 +25,24 @@ def test_files_compute_the_same(to, name, tmp_path):
     else:
         model = make_model(name)
     path = tmp_path / f'model{FORMATS[to].suffix}'
-    report = export(model, path, to)
+    # 192: feature maps whose sides the pyramid sizes do not divide
+    size = 192 if name == 'attached' and to != 'ncnn' else 224
+    report = export(model, path, to, img_size=size)
     print(to, name, report.difference, report.size)
     assert report.difference < 1e-5
-    assert report.shapes == [(1, 3, 224, 224)] * 4
+    assert report.shapes == [(1, 3, size, size)] * 4
     about = json.loads(path.with_name(f'{path.name}.json').read_text())
-    assert (about['format'], about['inputs']) == (to, {'image': [1, 3, 224, 224]})
+    assert (about['format'], about['inputs']) == (to, {'image': [1, 3, size, size]})
     assert {p.name for p in tmp_path.iterdir()} == {
         path.name, f'{path.name}.json', *(path.with_suffix(suffix).name for suffix in FORMATS[to].companions)}
+
+
+@pytest.mark.slow
+def test_ncnn_refuses_what_it_cannot_compute(tmp_path):
+    """ncnn has no layer for gates that are resized by a factor that is not whole, and no batches."""
+    for package in FORMATS['ncnn'].packages:
+        pytest.importorskip(package)
+    for options, match in ((dict(img_size=192), 'unknown layers.*multiple of 224'), (dict(batch_size=2), 'one image')):
+        with pytest.raises(ExportError, match=match):
+            export(make_model('spa_resnet18'), tmp_path / 'model.param', 'ncnn', **options)
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from timm_spa_cli._options import MODEL, add_checkpoint_options, load_named, pos
 HELP = 'write a model for ONNX Runtime, OpenVINO, LiteRT and other runtimes, and compare it with PyTorch'
 EXAMPLES = ('timm-spa export spa_tf_efficientnet_lite0.grocery81 grocery.onnx --to onnx --dynamic batch',)
 
-FORMATS = ('onnx', 'torch-export', 'aoti', 'openvino', 'litert')
+FORMATS = ('onnx', 'torch-export', 'aoti', 'openvino', 'litert', 'ncnn')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,6 +20,7 @@ from .aoti import FORMAT as AOTI
 from .check import compare, top1
 from .format import AXES, INPUT, ExportError, as_export_error
 from .litert import FORMAT as LITERT
+from .ncnn import FORMAT as NCNN
 from .onnx import FORMAT as ONNX
 from .onnx import add_metadata, quantize
 from .openvino import FORMAT as OPENVINO
@@ -28,7 +29,7 @@ from .torch_export import FORMAT as TORCH_EXPORT
 
 __all__ = ['FORMATS', 'ExportReport', 'export']
 
-FORMATS = {'onnx': ONNX, 'torch-export': TORCH_EXPORT, 'aoti': AOTI, 'openvino': OPENVINO, 'litert': LITERT}
+FORMATS = {'onnx': ONNX, 'torch-export': TORCH_EXPORT, 'aoti': AOTI, 'openvino': OPENVINO, 'litert': LITERT, 'ncnn': NCNN}
 
 
 @dataclasses.dataclass(frozen=True)

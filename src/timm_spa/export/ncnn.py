@@ -1,0 +1,60 @@
+"""Export to ncnn."""
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Dict
+
+import torch
+import torch.nn as nn
+
+from ..layers.pyramid_formulas import fixed_sizes
+from .format import Format, Runner
+
+__all__ = ['FORMAT']
+
+
+def _write(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str], half: bool) -> None:
+    import pnnx
+
+    if len(example) != 1:
+        raise ValueError(f'ncnn computes one image at a time, got batch_size={len(example)}. Use batch_size=1')
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), fixed_sizes():
+        warnings.simplefilter('ignore')
+        traced = Path(folder, 'model.pt')
+        torch.jit.trace(model, example, check_trace=False).save(traced)
+        shape = ','.join(map(str, example.shape))
+        # weights stay in float32
+        done = subprocess.run(
+            [pnnx.EXEC_PATH, str(traced), f'inputshape=[{shape}]f32', 'fp16=0', f'ncnnparam={path}',
+             f'ncnnbin={path.with_suffix(".bin")}', f'ncnnpy={Path(folder, "ncnn.py")}'],
+            capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f'pnnx failed with exit code {done.returncode}: {done.stderr[-500:]}')
+
+
+def _run(path: Path) -> Runner:
+    import ncnn
+
+    network = ncnn.Net()
+    # by default, ncnn rounds feature maps to 16 bits where the processor can
+    network.opt.use_fp16_packed = network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = False
+    network.opt.use_bf16_storage = False
+    if network.load_param(str(path)) or network.load_model(str(path.with_suffix('.bin'))):
+        # ncnn cannot resize gates by index
+        raise RuntimeError(
+            'ncnn cannot load the file: it has unknown layers. For models with pyramid attention, use an image size '
+            'that is a multiple of 224')
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        extractor = network.create_extractor()
+        extractor.input('in0', ncnn.Mat(x[0].numpy()).clone())
+        failed, output = extractor.extract('out0')
+        if failed:
+            raise RuntimeError(f'ncnn failed with code {failed}')
+        return torch.from_numpy(output.numpy().copy()).unsqueeze(0)
+
+    return run
+
+
+FORMAT = Format('.param', 'ncnn', ('pnnx', 'ncnn'), _write, _run, companions=('.bin',), dynamic=(None,))
