@@ -204,12 +204,13 @@ def test_int8_calibrated_on_the_measured_images(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize(('path', 'options', 'match'), [
-    ('model.onnx', dict(to='tflite'), 'one of onnx, torch-export, aoti, openvino, litert, ncnn'),
+    ('model.onnx', dict(to='tflite'), 'one of onnx, torch-export, aoti, openvino, litert, ncnn, executorch, coreml'),
     ('model.pt', dict(), r'must end in \.onnx'),
     ('model.onnx', dict(dynamic='width'), 'dynamic must be'),
-    ('model.pt2', dict(to='aoti', half=True), 'aoti does not support float16. Use onnx or openvino'),
+    ('model.pt2', dict(to='aoti', half=True), 'aoti does not support float16. Use onnx or openvino or coreml'),
     ('model.xml', dict(to='openvino', int8=True, images='.'), 'openvino does not support int8. Use onnx'),
     ('model.tflite', dict(to='litert', dynamic='batch'), 'litert does not support dynamic=.batch.*Use onnx or'),
+    ('model.mlpackage', dict(to='coreml', images='.'), 'coreml cannot be measured here. Omit --images'),
     ('model.onnx', dict(int8=True), 'needs --images'),
     ('model.onnx', dict(int8=True, half=True), 'cannot be combined'),
     ('model.onnx', dict(batch_size=0), 'at least 1'),
@@ -475,7 +476,11 @@ FORBIDDEN = {'Shape', 'Range', 'Div', 'Mod', 'And', 'Where', 'ScatterND', 'Loop'
     ('spa_tf_efficientnet_lite0', None, 260),
     pytest.param('spa_resnet50', None, 320, marks=pytest.mark.slow)])
 def test_a_fixed_size_gives_a_small_graph(name, dynamic, most, tmp_path):
+<<<<<<< HEAD
     """Averages are constant matrices, and no operator computes with sizes. `export` compares the values."""
+=======
+    """Averages are constant matrices, and no operator computes with sizes; `export` compares the values."""
+>>>>>>> 47c9846 (Export to ExecuTorch, compared with PyTorch, and to Core ML, not compared)
     export(make_model(name).float(), tmp_path / 'model.onnx', dynamic=dynamic)
     graph = onnx.load(tmp_path / 'model.onnx').graph
     operators = collections.Counter(node.op_type for node in graph.node)

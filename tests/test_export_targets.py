@@ -2,14 +2,16 @@
 import json
 
 import pytest
+import timm
 import torch
 from test_one_form import make_model
 
 import timm_spa
+import timm_spa_cli
 from timm_spa.export import ExportError, export
 from timm_spa.export.exporter import FORMATS
 
-TARGETS = ('litert', 'ncnn')
+TARGETS = ('litert', 'ncnn', 'executorch')
 
 
 @pytest.mark.slow
@@ -46,3 +48,24 @@ def test_ncnn_refuses_what_it_cannot_compute(tmp_path):
         with pytest.raises(ExportError, match=match):
             export(make_model('spa_resnet18'), tmp_path / 'model.param', 'ncnn', **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('half', [False, True])
+@pytest.mark.parametrize('name', ['spa_resnet18', 'spa_tf_efficientnet_lite0'])
+def test_coreml_converts(name, half, tmp_path, capsys):
+    """Core ML runs on macOS only, so the report states that the file was not compared."""
+    pytest.importorskip('coremltools')
+    path, weights = tmp_path / 'out' / 'model.mlpackage', tmp_path / 'weights.pth'
+    path.parent.mkdir()
+    torch.save(make_model(name).state_dict(), weights)
+    arguments = [
+        'export', name, str(path), '--to', 'coreml', '--checkpoint', str(weights), *(['--half'] if half else [])]
+    assert timm_spa_cli.main(arguments) == 0
+    assert 'Not compared with PyTorch: files for coreml cannot be run here.' in capsys.readouterr().out
+    size = sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
+    parameters = sum(p.numel() for p in timm.create_model(name).parameters())
+    assert 0.9 < size / parameters / (2 if half else 4) < 1.1
+    assert {p.name for p in path.parent.iterdir()} == {'model.mlpackage', 'model.mlpackage.json'}
+    with pytest.raises(ExportError, match='the folder exists already. Remove it'):
+        export(make_model(name), path, 'coreml', overwrite=True)

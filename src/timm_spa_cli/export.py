@@ -6,21 +6,24 @@ from timm_spa_cli._options import MODEL, add_checkpoint_options, load_named, pos
 HELP = 'write a model for ONNX Runtime, OpenVINO, LiteRT and other runtimes, and compare it with PyTorch'
 EXAMPLES = ('timm-spa export spa_tf_efficientnet_lite0.grocery81 grocery.onnx --to onnx --dynamic batch',)
 
-FORMATS = ('onnx', 'torch-export', 'aoti', 'openvino', 'litert', 'ncnn')
+FORMATS = ('onnx', 'torch-export', 'aoti', 'openvino', 'litert', 'ncnn', 'executorch', 'coreml')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument('model', metavar='MODEL', help=MODEL)
     parser.add_argument(
-        'output', metavar='OUT', help='*.onnx, *.pt2 (torch-export, aoti), *.xml (openvino) or *.tflite (litert)')
+        'output', metavar='OUT',
+        help='*.onnx, *.pt2 (torch-export, aoti), *.xml (openvino), *.tflite (litert), *.param (ncnn), '
+             '*.pte (executorch) or *.mlpackage (coreml)')
     parser.add_argument('--to', required=True, choices=FORMATS, help='format')
     add_checkpoint_options(parser)
     parser.add_argument(
         '--dynamic', choices=('batch', 'size'),
         help='dynamic axes: batch, or batch, height and width (default: fixed shape)')
     parser.add_argument('--built', action='store_true', help='write the form for training instead of the fused form')
-    parser.add_argument('--half', action='store_true', help='float16, with float32 input and output; onnx, openvino')
+    parser.add_argument(
+        '--half', action='store_true', help='float16, with float32 input and output; onnx, openvino, coreml')
     parser.add_argument('--int8', action='store_true', help='quantize, calibrated on --images; onnx')
     parser.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy of the file on')
     parser.add_argument('--split', default='test', help='subfolder of --images to measure on (default: %(default)s)')
@@ -41,8 +44,11 @@ def run(args: argparse.Namespace) -> int:
         model, args.output, args.to, args.dynamic, not args.built, args.half, args.int8, args.images, args.split,
         args.batch_size, args.img_size, args.overwrite)
     print(f'Wrote {report.path}: {"built" if args.built else "fused"}, {report.dtype}, {report.size / 1e6:.1f} MB.')
-    shapes = ', '.join('x'.join(map(str, shape)) for shape in report.shapes)
-    print(f'Largest difference from PyTorch at {shapes}: {report.difference:.2g} of the largest output.')
+    if report.difference is None:
+        print(f'Not compared with PyTorch: files for {args.to} cannot be run here.')
+    else:
+        shapes = ', '.join('x'.join(map(str, shape)) for shape in report.shapes)
+        print(f'Largest difference from PyTorch at {shapes}: {report.difference:.2g} of the largest output.')
     if report.size_before is not None:
         print(
             f'Before quantization (float32): {report.size_before / 1e6:.1f} MB, top-1 {report.accuracy_before:.2f} %.')

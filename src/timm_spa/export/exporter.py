@@ -18,6 +18,8 @@ from ..predict import class_names, data_config, labelled_batches
 from ..predict.classes import check_classifier
 from .aoti import FORMAT as AOTI
 from .check import compare, top1
+from .coreml import FORMAT as COREML
+from .executorch import FORMAT as EXECUTORCH
 from .format import AXES, INPUT, ExportError, as_export_error
 from .litert import FORMAT as LITERT
 from .ncnn import FORMAT as NCNN
@@ -29,7 +31,9 @@ from .torch_export import FORMAT as TORCH_EXPORT
 
 __all__ = ['FORMATS', 'ExportReport', 'export']
 
-FORMATS = {'onnx': ONNX, 'torch-export': TORCH_EXPORT, 'aoti': AOTI, 'openvino': OPENVINO, 'litert': LITERT, 'ncnn': NCNN}
+FORMATS = {
+    'onnx': ONNX, 'torch-export': TORCH_EXPORT, 'aoti': AOTI, 'openvino': OPENVINO, 'litert': LITERT, 'ncnn': NCNN,
+    'executorch': EXECUTORCH, 'coreml': COREML}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ class ExportReport:
         size: Size in bytes of all files that the runtime needs; OpenVINO needs two.
         dtype: Type in which the file computes: 'float32', 'float16' or 'int8'. With OpenVINO, 'float16' applies to the
             stored weights only.
-        difference: Largest difference from the model in PyTorch and float32, relative to the largest output.
+        difference: Largest difference from the model in PyTorch and float32, relative to the largest output; None for
+            Core ML, whose files only run on macOS.
         shapes: Shapes (N, C, H, W) of the compared inputs.
         accuracy: Top-1 accuracy of the file in percent, if images were given.
         pictures: Number of images that the accuracy was measured on.
@@ -52,7 +57,7 @@ class ExportReport:
     path: Path
     size: int
     dtype: str
-    difference: float
+    difference: Optional[float]
     shapes: List[Tuple[int, ...]]
     accuracy: Optional[float] = None
     pictures: int = 0
@@ -77,15 +82,19 @@ def export(
 ) -> ExportReport:
     """Writes a model for another runtime, runs the file there, and compares it with PyTorch on at least three inputs.
 
+    Core ML files are not compared: they only run on macOS.
+
     A second file, named like the first with '.json' appended, holds labels, preprocessing and versions. An ONNX file
     also holds them in its metadata under 'timm_spa'. A package of AOTInductor is compiled for this machine and
     contains its paths.
 
     Args:
         model: CNN of timm. It is not changed.
-        path: File to write, with the suffix .onnx, .pt2 for torch.export and AOTInductor, or .xml for OpenVINO.
-        to: Format: 'onnx', 'torch-export', 'aoti' or 'openvino'.
-        dynamic: Dynamic axes: None for a fixed shape, 'batch', or 'size' for batch, height and width.
+        path: File to write, with the suffix .onnx, .pt2 for torch.export and AOTInductor, .xml for OpenVINO, .tflite
+            for LiteRT, .param for ncnn, .pte for ExecuTorch, or .mlpackage for Core ML.
+        to: Format: 'onnx', 'torch-export', 'aoti', 'openvino', 'litert', 'ncnn', 'executorch' or 'coreml'.
+        dynamic: Dynamic axes: None for a fixed shape, 'batch', or 'size' for batch, height and width. The last four
+            formats need a fixed shape.
         fuse: Export the fused form (timm's `reparameterize_model`) instead of the form for training.
         half: Compute in float16, with float32 input and output. With OpenVINO, only the weights are stored in float16.
         int8: Static quantization by ONNX Runtime to 8 bits, of weights (per channel) and feature maps. Needs `images`.
@@ -111,6 +120,8 @@ def export(
     description_name = f'{path.name}.json'
     names = (path.name, *(path.with_suffix(suffix).name for suffix in FORMATS[to].companions), description_name)
     for target in map(path.with_name, names):
+        if target.is_dir():
+            raise ExportError(f'{target} cannot be written: the folder exists already. Remove it.')
         if target.exists() and not overwrite:
             raise ExportError(f'{target} cannot be written: the file exists already. Replace it with --overwrite.')
     check_classifier(model, ExportError)
@@ -163,6 +174,8 @@ def _checked_dtype(
     if dtype not in FORMATS[to].dtypes:
         supporting = [name for name, known in FORMATS.items() if dtype in known.dtypes]
         raise UsageError(f'{to} does not support {dtype}. Use {" or ".join(supporting)}.')
+    if FORMATS[to].run is None and images is not None:
+        raise UsageError(f'The accuracy of a file for {to} cannot be measured here. Omit --images.')
     if int8 and images is None:
         raise UsageError('--int8 needs --images: a folder to calibrate the quantization and to measure its accuracy.')
     return dtype
@@ -223,17 +236,21 @@ def _write_and_check(
     count = 0
     if images is not None:
         batches, count = labelled_batches(model, images, split, batch_size)
+    start: Any = FORMATS[to].run
     before: Dict[str, Any] = {}
     with as_export_error(f'{name} cannot be exported to {to}'):
         FORMATS[to].write(form, path, example, AXES[dynamic], dtype == 'float16')
     if dtype == 'int8':
-        before = dict(accuracy_before=top1(FORMATS[to].run(path), batches, fixed), size_before=path.stat().st_size)
+        before = dict(accuracy_before=top1(start(path), batches, fixed), size_before=path.stat().st_size)
         before['notes'] = [quantize(model, path, images, split, fixed)]
     if to == 'onnx':
         add_metadata(path, description)
+    files = [path.with_suffix(suffix) for suffix in (path.suffix, *FORMATS[to].companions)]
+    size = sum(file.stat().st_size for root in files for file in (root, *root.rglob('*')) if file.is_file())
+    if start is None:
+        return ExportReport(path, size, dtype, None, [])
     with as_export_error(f'The exported file of {name} cannot be run'):
-        run = FORMATS[to].run(path)
+        run = start(path)
     difference, shapes = compare(model, run, name, dtype, dynamic, batch_size)
-    size = sum(path.with_suffix(suffix).stat().st_size for suffix in (path.suffix, *FORMATS[to].companions))
     accuracy = top1(run, batches, fixed) if batches is not None else None
     return ExportReport(path, size, dtype, difference, shapes, accuracy, count, **before)

@@ -31,7 +31,7 @@ class Format:
         packages: Packages that writing and running need.
         write: Writes a model to a path, for an example input and names of dynamic axes, in float16 if the last
             argument is true.
-        run: Opens a file and returns a function that computes its output.
+        run: Opens a file and returns a function that computes its output; None if the file cannot be run here.
         dtypes: Supported values of `ExportReport.dtype`.
         companions: Suffixes of further files that belong to the file.
         dynamic: Supported dynamic axes, keys of `AXES`.
@@ -40,7 +40,7 @@ class Format:
     extra: str
     packages: Tuple[str, ...]
     write: Callable[[nn.Module, Path, torch.Tensor, Dict[int, str], bool], None]
-    run: Callable[[Path], Runner]
+    run: Optional[Callable[[Path], Runner]]
     dtypes: Tuple[str, ...] = ('float32',)
     companions: Tuple[str, ...] = ()
     dynamic: Tuple[Optional[str], ...] = (None, 'batch', 'size')

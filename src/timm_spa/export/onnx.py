@@ -34,7 +34,7 @@ def trace(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, s
 
 
 def _fold_constants(path: Path) -> None:
-    """Stores constants as initializers, also those that torch's exporter leaves as a chain of nodes (amounts of padding)."""
+    """Stores constants as initializers, also those that torch's exporter leaves as chains of nodes (for padding)."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 
