@@ -230,8 +230,6 @@ def _write_and_check(
     form = reparameterize_model(model) if fuse else model
     # torch.export would treat a batch size of 1 as a constant
     example = torch.zeros(2 if dynamic else batch_size, *description['input_size'])
-    if dynamic != 'size':
-        form = with_static_padding(form, example)
     batches: Any = None
     count = 0
     if images is not None:
@@ -239,6 +237,8 @@ def _write_and_check(
     start: Any = FORMATS[to].run
     before: Dict[str, Any] = {}
     with as_export_error(f'{name} cannot be exported to {to}'):
+        if dynamic != 'size':
+            form = with_static_padding(form, example)
         FORMATS[to].write(form, path, example, AXES[dynamic], dtype == 'float16')
     if dtype == 'int8':
         before = dict(accuracy_before=top1(start(path), batches, fixed), size_before=path.stat().st_size)
