@@ -124,6 +124,8 @@ def test_metadata_is_sufficient_to_classify(tmp_path, image_folder):
     assert metadata == json.loads(path.with_name(f'{path.name}.json').read_text())
     assert metadata['model'] == SHIPPED_MODEL
     assert (metadata['form'], metadata['dtype'], metadata['format']) == ('fused', 'float32', 'onnx')
+    assert (metadata['input_layout'], metadata['color_order'], metadata['output']) == ('NCHW', 'RGB', 'logits')
+    assert metadata['pixel_range'] == [0, 1]  # before mean and std
     assert metadata['label_names'] == list(timm.get_pretrained_cfg(SHIPPED_MODEL).label_names)
     assert metadata['versions'] == dict(timm_spa=timm_spa.__version__, timm=timm.__version__, torch=torch.__version__)
     transform = timm.data.create_transform(**{key: metadata[key] for key in (

@@ -20,7 +20,7 @@ from .aoti import FORMAT as AOTI
 from .check import compare, top1
 from .coreml import FORMAT as COREML
 from .executorch import FORMAT as EXECUTORCH
-from .format import AXES, INPUT, ExportError, as_export_error
+from .format import AXES, INPUT, OUTPUT, ExportError, as_export_error
 from .litert import FORMAT as LITERT
 from .ncnn import FORMAT as NCNN
 from .onnx import FORMAT as ONNX
@@ -208,6 +208,7 @@ def _describe(
         model='.'.join(filter(None, [cfg.get('architecture') or type(model).__name__, cfg.get('tag')])),
         format=to, form='fused' if fused else 'built', dtype=dtype,
         inputs={INPUT: [AXES[dynamic].get(i, length) for i, length in enumerate(shape)]},
+        input_layout='NCHW', color_order={1: 'L', 3: 'RGB'}.get(shape[1]), pixel_range=[0, 1], output=OUTPUT,
         **{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
         label_names=[entry['label'] or entry['name'] for entry in classes],
         class_names=[entry['name'] for entry in classes],

@@ -41,10 +41,7 @@ def _run(path: Path) -> Runner:
     network.opt.use_fp16_packed = network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = False
     network.opt.use_bf16_storage = False
     if network.load_param(str(path)) or network.load_model(str(path.with_suffix('.bin'))):
-        # ncnn cannot resize gates by index
-        raise RuntimeError(
-            'ncnn cannot load the file: it has unknown layers. For models with pyramid attention, use an image size '
-            'that is a multiple of 224')
+        raise RuntimeError('ncnn cannot load the file, e.g. because it has unknown layers')
 
     def run(x: torch.Tensor) -> torch.Tensor:
         extractor = network.create_extractor()

@@ -315,12 +315,14 @@ def _constant_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -
 
 
 def _constant_gate(x: torch.Tensor, gate: torch.Tensor, shortcut: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """Resizes the gate by whole factors, which every converter reads alike, and by constant indices otherwise."""
+    """Resizes the gate by whole factors, which every converter reads alike, or by constant indices or matrices."""
     (height, width), (rows, columns) = ([int(n) for n in tensor.shape[2:]] for tensor in (gate, x))
     if (height, width) != (rows, columns):
         if rows % height == columns % width == 0 and _is_exact(height, rows) and _is_exact(width, columns):
             resized = F.interpolate(gate, scale_factor=(rows // height, columns // width), mode='nearest')
             gate = resized if resized.dtype == gate.dtype else resized.to(gate.dtype)
+        elif is_tracing() and not _is_in_onnx_export():  # ncnn has no layer for indices
+            gate = _nearest_matrix(height, rows, gate) @ gate @ _nearest_matrix(width, columns, gate).transpose(0, 1)
         else:
             for dim, size, length in ((2, height, rows), (3, width, columns)):
                 if size != length:
@@ -367,6 +369,11 @@ def _average_rows(length: int, size: int, cells: int) -> List[List[float]]:
         start, end = _span(cell * size // cells, length, size)
         rows.append([1 / (end - start) if start <= place < end else 0. for place in range(length)])
     return rows
+
+
+def _nearest_matrix(size: int, length: int, like: torch.Tensor) -> torch.Tensor:
+    rows = [[float(place * size // length == cell) for cell in range(size)] for place in range(length)]
+    return torch.tensor(rows, dtype=like.dtype, device=like.device)
 
 
 @torch.compiler.assume_constant_result
