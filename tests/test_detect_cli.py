@@ -386,7 +386,7 @@ def test_curves_of_a_detector_and_a_classifier(tmp_path, capsys):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'summary.csv').write_text(f'{header}\n0,1,2,3\n')
     assert timm_spa_cli.main(['explain', 'curves', str(tmp_path)]) == 1
-    assert 'are of a classifier and a detector. Draw each alone.' in capsys.readouterr().err
+    assert 'one is a classifier, the other a detector. Draw them separately.' in capsys.readouterr().err
 
 
 def test_datasets_that_do_not_match(tmp_path, data):

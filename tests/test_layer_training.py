@@ -253,3 +253,12 @@ def test_a_sum_in_place_and_frozen_parts():
     layer.fc2.requires_grad_(True)
     layer(frozen).sum().backward()
     assert layer.fc2.weight.grad is not None
+
+
+@pytest.mark.parametrize('side', [14, 9])
+def test_gradients_on_the_meta_device(side):
+    """Sizes of a network are computed there, e.g. by detectors."""
+    layer = SpatialPyramidAttention(8, device='meta')
+    x = torch.empty(2, 8, side, side, device='meta', requires_grad=True)
+    grads = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    assert [g.shape for g in grads] == [t.shape for t in (x, *layer.parameters())]

@@ -225,7 +225,8 @@ def _sum_of_cells(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if _divides(x, height, width):
         return F.avg_pool2d(x, (x.shape[2] // height, x.shape[3] // width), divisor_override=1)
     rows, columns = _membership(height, x.shape[2], x), _membership(width, x.shape[3], x)
-    with torch.autocast(x.device.type, enabled=False):
+    is_available = torch.amp.is_autocast_available(x.device.type)  # not on the meta device
+    with torch.autocast(x.device.type, enabled=False) if is_available else contextlib.nullcontext():
         return rows.transpose(0, 1) @ x @ columns
 
 
