@@ -206,7 +206,7 @@ def test_weights_of_something_else(tmp_path):
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    (['--model', 'spa_resnet7'], 'no model'), (['--dtype', 'int8'], 'dtype must be one of'),
+    (['--model', 'spa_resnet7'], "Unknown model 'spa_resnet7'"), (['--dtype', 'int8'], 'dtype must be one of'),
     (['--from', 'elsewhere'], 'must be one of same, plain'), (['--model-kwargs', 'colour=1'], 'colour'),
     (['--model-kwargs', 'colour'], 'KEY=VALUE, got colour'),
 ])

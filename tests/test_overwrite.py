@@ -298,7 +298,7 @@ def test_detect(tmp_path, capsys):
     path, = existing(tmp_path, 'results.json')
     arguments = ['--images', IMAGES, '--json', tmp_path / 'none.json', '--results', path, '--device', 'cpu']
     assert main('detect', 'eval', tmp_path / 'detector', *arguments) == 1
-    assert 'results.json is there already' in capsys.readouterr().err
+    assert 'results.json exists already' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name', [
