@@ -490,7 +490,7 @@ def test_checkpoints_that_cannot_be_loaded(best):
     with guarded_script('validate'):
         model = timm.models.create_model(MODEL, num_classes=4)
         timm.models.load_checkpoint(model, str(best))
-        with pytest.raises(TrainingError, match='has 4 classes .* and the model has 5'):
+        with pytest.raises(TrainingError, match='has 4 classes .* but the model has 5'):
             timm.models.load_checkpoint(timm.models.create_model(MODEL, num_classes=5), str(best))
     with guarded_script('train'):
         task = timm.task.ClassificationTask(model, torch.nn.CrossEntropyLoss())

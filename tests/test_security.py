@@ -13,7 +13,7 @@ from timm_spa._shipped import shipped_photographs
 from timm_spa.detection import retinanet, save_detector
 
 MODEL = 'spa_mobilenetv2_050'
-WITHOUT_WEIGHTS = {'list', 'demo', 'recipes'}  # verbs that read only the shipped weights
+WITHOUT_WEIGHTS = {'list', 'demo', 'recipes', 'with'}  # verbs that read only the shipped weights, or none
 
 
 class Payload:

@@ -98,7 +98,7 @@ def test_every_verb_makes_the_model_that_was_trained(kind, in_args_yaml, tmp_pat
     shutil.copy(out / 'model.safetensors', alone)
     for source in (run / 'best.pth', alone / 'model.safetensors'):
         if kwargs:
-            with pytest.raises(CheckpointError, match=f'says that it is of {name} .*and not of {name}'):
+            with pytest.raises(CheckpointError, match=f'contains weights of {name} .*not of {name}'):
                 convert(source, tmp_path / 'c.safetensors', name, overwrite=True)
         convert(source, tmp_path / 'c.safetensors', name, overwrite=True, **kwargs)
     (tmp_path / 'classes.txt').write_text('ant\nbee\ncat\n')
@@ -119,7 +119,7 @@ def test_what_contradicts_itself_is_refused(tmp_path):
         lambda name: load_model(name, run / 'best.pth', 3),
         lambda name: write_repository(tmp_path / 'out', run / 'best.pth', f'{name}.mine', num_classes=3)]
     for text, message in (
-            (f'model: {NET}\n', r"model arguments \{'pyramid_sizes': .*args.yaml beside it has \{\}"),
+            (f'model: {NET}\n', r"model arguments \{'pyramid_sizes': .*args.yaml in the same folder has \{\}"),
             ('model: spa_resnet18\n', f'names the model spa_resnet18, expected {NET}')):
         (run / 'args.yaml').write_text(text)
         for attempt in attempts:
