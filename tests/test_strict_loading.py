@@ -224,7 +224,7 @@ def test_gates_of_a_part_of_the_network(base, where, expected):
     indices = (0, 1) if base == 'convnext_atto' else (0, 1, 2)
     model = timm.create_model('gated', base=base, where=where, features_only=True, out_indices=indices)
     assert len({name for name, module in model.named_modules() if hasattr(module, 'gate_name')}) == expected
-    with pytest.raises(ValueError, match="no module 'layer9'"):
+    with pytest.raises(ValueError, match="No module of the model matches 'layer9'"):
         timm.create_model('gated', base=base, where='layer9', features_only=True, out_indices=(0,))
 
 
