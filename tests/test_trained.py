@@ -273,7 +273,7 @@ def test_a_configuration_cannot_name_an_address(base, tmp_path, hub):
     path.write_text(json.dumps(config))
     (problem,) = verify(tmp_path / 'out').problems
     assert f'must be the name of a timm model, got {base!r}' in problem
-    with pytest.raises(ModelError, match='name of a model of timm'):
+    with pytest.raises(ModelError, match='must be the name of a timm model'):
         load_model(f'local-dir:{tmp_path / "out"}')
     assert not hub.requests
 
