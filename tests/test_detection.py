@@ -182,7 +182,7 @@ def test_weights_from_a_file(tmp_path):
         for name, kwargs in (('resnet18', {}), ('spa_resnet18', {}), ('gated', dict(base='resnet18'))):
             body = create_body(name, tmp_path / 'plain.safetensors', **kwargs).eval()
             torch.testing.assert_close(body(x)[-1], expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(CheckpointError, match='is of nothing that spa_resnet34 can be made of'):
+    with pytest.raises(CheckpointError, match='does not fit spa_resnet34. Compared with the plain model'):
         create_body('spa_resnet34', tmp_path / 'plain.safetensors')
 
 

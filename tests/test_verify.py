@@ -441,6 +441,6 @@ def test_accuracy(folder, tmp_path, trained):
     Image.new('RGB', (32, 32)).save(dog / 'dog.png')
     (problem,) = verify(folder, images=tmp_path / 'images').problems
     assert 'other classes than the 3 of the model: ' in problem
-    assert 'folders, dog among them' in problem
+    assert '3 class folders, unknown are dog' in problem
     (problem,) = verify(folder, images=tmp_path / 'nowhere').problems
     assert 'nowhere cannot be read' in problem
