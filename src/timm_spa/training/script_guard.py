@@ -132,17 +132,19 @@ class _Guard:
             check_writable(option, getattr(args, option, None))
 
     def complete_training(self, args: Any) -> None:
-        """Checks and fills in the arguments of train.py."""
-        if args.pretrained_path and not args.pretrained:
+        """Checks and fills in the arguments of train.py. Those of another tag may lack some options."""
+        if getattr(args, 'pretrained_path', None) and not args.pretrained:
             _logger.info(f'--pretrained-path {args.pretrained_path} implies --pretrained.')
             args.pretrained = True
         check_output(args)
-        if args.num_classes is None and args.resume and args.resume != 'auto':
+        if getattr(args, 'num_classes', 0) is not None:
+            return
+        if args.resume and args.resume != 'auto':
             args.num_classes = outputs_of(args.resume, args.model)
         if args.num_classes is None and is_image_folder(args.dataset):
+            options = {key: getattr(args, key) for key in ('class_map', 'input_key') if key in args}
             dataset = self.open(
-                args.dataset, args.data_dir or args.data, args.train_split, is_training=True, class_map=args.class_map,
-                input_key=args.input_key)
+                args.dataset, args.data_dir or args.data, args.train_split, is_training=True, **options)
             args.num_classes = number_of_classes(class_numbers(dataset))
             _logger.info(f'--num-classes {args.num_classes}: the number of classes in {_root(dataset)}.')
         if args.num_classes is None:
