@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
+from timm_spa_cli._options import positive
 from timm_spa_cli._table import distinct, print_table
-from timm_spa_cli.predict import positive
 
 HELP = "detect objects: train RetinaNet or Cascade R-CNN on a dataset in COCO's format, evaluate, draw boxes"
 EXAMPLES = (

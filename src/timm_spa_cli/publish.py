@@ -3,7 +3,7 @@ import argparse
 from functools import partial
 from typing import Any
 
-from timm_spa_cli.predict import positive
+from timm_spa_cli._options import positive
 
 HELP = 'publish weights as a repository of the Hub, in one commit'
 EXAMPLES = (

@@ -3,8 +3,8 @@ import argparse
 from pathlib import Path
 from typing import List, Tuple
 
+from timm_spa_cli._options import positive
 from timm_spa_cli._table import printable
-from timm_spa_cli.predict import positive
 
 HELP = 'check a repository of the Hub, or its folder before publishing'
 EXAMPLES = ('timm-spa verify ORG/NAME --images DATA --split val',)

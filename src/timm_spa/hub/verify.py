@@ -22,7 +22,7 @@ from ..checkpoints.hub_files import endpoint, without_password
 from ..checkpoints.reading import CheckpointError, read_header, read_weights, value_problems
 from ..checkpoints.run_files import load_yaml
 from ..models._builder import WEIGHTS_FILENAME
-from ..predict import PictureError, for_inference, labelled_batches, load_model, predict
+from ..predict import ImageError, for_inference, labelled_batches, load_model, predict
 
 __all__ = ['Report', 'verify']
 
@@ -287,7 +287,7 @@ def _measure(model: Any, images: Path, split: str, batch_size: int, device: str,
     """Measures the accuracy. Names of folders are matched with the labels of the configuration, if it has any."""
     try:
         loader, count = labelled_batches(model, images, split, batch_size)
-    except PictureError as e:
+    except ImageError as e:
         report.problems.append(str(e))
         return
     meters = {k: AverageMeter() for k in (1, min(5, model.num_classes))}
