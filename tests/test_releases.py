@@ -130,3 +130,22 @@ def test_package_raises_no_warnings():
         '    timm.utils.reparameterize_model(model)(torch.randn(1, 3, 32, 32))\n')
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_torch_without_torchscript():
+    """timm itself still needs it at import time, so it disappears after that."""
+    program = (
+        'import timm, torch\n'
+        'images = torch.randn(1, 3, 64, 64)\n'
+        'del torch.jit\n'
+        'import timm_spa\n'
+        'model = timm.create_model("spa_resnet18", num_classes=3).eval()\n'
+        'timm_spa.add_attention(timm.create_model("resnet18", num_classes=3))\n'
+        'print(model(images).shape == timm.utils.reparameterize_model(model)(images).shape == (1, 3))\n')
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, 'True'), done.stderr
+
+
+def test_torchscript_is_used_in_one_file():
+    code = re.compile(r'(?<!`)torch\.jit\b')
+    assert [p.name for p in (ROOT / 'src').rglob('*.py') if code.search(p.read_text(encoding='utf-8'))] == []

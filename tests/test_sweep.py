@@ -21,12 +21,13 @@ for name in ('model', 'output', 'experiment', 'resume'):
     parser.add_argument(f'--{name}')
 for name in ('seed', 'epochs'):
     parser.add_argument(f'--{name}', type=int)
+parser.add_argument('--lr', type=float, default=0.1)
 parser.add_argument('--model-kwargs', nargs='*', default=[])
 args = parser.parse_args()
 args.model_kwargs = dict(word.split('=') for word in args.model_kwargs)
 folder = os.path.join(args.output, args.experiment)
 os.makedirs(folder, exist_ok=True)
-common = dict(batch_size=4, lr=0.1, opt='sgd', sched='step', weight_decay=0., num_classes=10)
+common = dict(batch_size=4, opt='sgd', sched='step', weight_decay=0., num_classes=10)
 with open(os.path.join(folder, 'args.yaml'), 'w') as f:
     yaml.safe_dump(dict(vars(args), **common), f)
 first = 1 if args.resume else 0
@@ -155,7 +156,7 @@ def test_comparison_on_the_same_test_images(tmp_path):
      'args.yaml has mobilenetv2_cifar with seed 1'),
     (lambda run: (run / 'summary.csv').write_text('epoch,eval_top1\n0,1\n'), 'is incomplete: it has 1 of 2 epochs'),
     (lambda run: (run / 'summary.csv').unlink(), 'is incomplete: it has 0 of 2 epochs'),
-    (lambda run: write_run(run.parent, 'mobilenetv2_cifar', 3, 20, lr=0.2), 'was not trained like'),
+    (lambda run: write_run(run.parent, 'mobilenetv2_cifar', 3, 20, weight_decay=0.2), 'was not trained like'),
     (lambda run: (run / 'run.json').unlink(), "run.json has None"),
 ])
 def test_invalid_results_are_refused(tmp_path, capsys, change, message):
@@ -214,3 +215,44 @@ def test_means_in_the_pages_are_in_a_table(page):
     tables = ' '.join((folder / 'table.md').read_text() for folder in RESULT_FOLDERS)
     assert stated
     assert [pair for pair in stated if '{} ± {}'.format(*pair) not in tables] == []
+
+
+@pytest.fixture
+def compare(sweep, tmp_path, monkeypatch, capfd):
+    """compare.py with the small train.py, and without the evaluation, which needs a model that was trained."""
+    def call(*args):
+        module = runpy.run_path(str(ROOT / 'train_scripts' / 'compare.py'))
+        try:
+            code = module['main'](['--launch', 'launch.yaml', '--runs', 'runs', '--results', 'results', *args])
+        except SystemExit as e:
+            code = e.code
+        return subprocess.CompletedProcess(args, code, *capfd.readouterr())
+
+    monkeypatch.setenv('TIMM_SCRIPTS', str(tmp_path))
+    return call
+
+
+def test_gates_are_compared_under_equal_training(compare, tmp_path):
+    done = compare(
+        '--base', 'resnet18', '--gates', 'none', 'spa', 'se', '--lr', 'se=0.02', '--', '--epochs', '2')
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / 'results').iterdir() if p.is_dir()) == [
+        'gated-base=resnet18-gate=se-lr=0.02-seed42', 'gated-base=resnet18-gate=spa-seed42', 'resnet18-seed42']
+    table = (tmp_path / 'results' / 'table.md').read_text()
+    assert table in done.stdout
+    assert re.findall(r'^\| (none|SE[^|]*|SPA-A) \|', table, re.M) == ['none', 'SE, lr 0.02', 'SPA-A']
+    record = json.loads((tmp_path / 'results' / 'gated-base=resnet18-gate=se-lr=0.02-seed42' / 'run.json').read_text())
+    assert record['command'].endswith('--model-kwargs base=resnet18 gate=se --lr 0.02')
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (['--gates', 'spy'], "Unknown gate 'spy' in --gates. Known gates: none"),
+    (['--gates', 'spa', '--lr', 'se=0.1'], '--lr se=0.1 is not of the form GATE=LR with a gate of --gates'),
+    (['--gates', 'spa', '--lr', 'spa'], '--lr spa is not of the form GATE=LR'),
+    (['--gates', 'spa', '--split', 'test'], '--split needs --data-dir'),
+])
+def test_invalid_comparisons(compare, tmp_path, args, message):
+    done = compare('--base', 'resnet18', *args)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / 'runs').exists()

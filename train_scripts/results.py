@@ -9,6 +9,8 @@ the mean over seeds and, from two seeds on, the sample standard deviation. With 
 the plain model of the same seed on the same images, by McNemar's exact test. `curves.png` has the losses and the
 accuracy of every epoch, as figures 3 and 4 of the paper. `pyramid_weights.png` has the learned weights of equation (1).
 
+Runs must be trained alike. Only the learning rate may differ: a row names it where it is not the most common one.
+
 A run of `timm-spa detect train` is a folder with `summary.csv` and `args.yaml`. `table.md` has COCO's metrics on the
 validation images after the last epoch that all runs of a detector have.
 
@@ -62,19 +64,22 @@ def read_runs(folder: Path) -> List[Run]:
         if len(run.summary) != run.args['epochs']:
             raise RunError(
                 f'{run.folder} is incomplete: it has {len(run.summary)} of {run.args["epochs"]} epochs. Resume it.')
-        check_alike(run, runs[0])
+        check_alike(run, runs[0], free=['lr'])
     return runs
 
 
 def grouped(runs: List[Run]) -> Networks:
     """Groups runs by network and gate, in the order of the table of gates."""
     rows: Dict[Tuple[str, int, str], List[Run]] = {}
+    shared_lr = statistics.mode(run.args['lr'] for run in runs)
     for run in sorted(runs, key=lambda run: run.args['seed']):
         kwargs = run.args.get('model_kwargs') or {}
         network, gate, _ = split_gate(run.args['model'])
         if run.args['model'] == 'gated':
             network, gate = kwargs['base'], kwargs.get('gate', 'spa')
         label = GATES[gate].label + (', gates as initialized' if kwargs.get('neutral') is False else '')
+        if run.args['lr'] != shared_lr:
+            label += f', lr {run.args["lr"]:g}'
         rows.setdefault((network, list(GATES).index(gate), label), []).append(run)
     networks: Networks = {}
     for (network, _, label), row in sorted(rows.items(), key=lambda item: item[0]):

@@ -12,6 +12,7 @@ finished runs, resumes interrupted ones from their last checkpoint, and starts t
 """
 import argparse
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from timm_spa.checkpoints.files import replacing
 
@@ -28,14 +29,28 @@ RESULT_FILES = ('summary.csv', 'args.yaml', 'run.json')
 OWN_OPTIONS = ('--model', '--seed', '--output', '--experiment', '--resume')
 
 
+def split_options(model: str) -> Tuple[List[str], List[str]]:
+    """Splits e.g. 'gated base=resnet18 --lr 0.1' into the model's words and train.py's options for this model."""
+    words = shlex.split(model)
+    first = next((i for i, word in enumerate(words) if word.startswith('--')), len(words))
+    return words[:first], words[first:]
+
+
+def run_name(words: List[str], options: List[str], seed: int) -> str:
+    """Returns the folder name of a run, e.g. 'gated-base=resnet18-lr=0.1-seed42'."""
+    named = re.sub(r' (?!--)', '=', ' '.join(options)).replace('--', '').split()
+    return '-'.join([*words, *named, f'seed{seed}'])
+
+
 def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]) -> Optional[str]:
     """Trains one model with one seed, or resumes from its last checkpoint.
 
     Returns:
         An error message, or None on success.
     """
-    model, *kwargs = shlex.split(model)
-    name = '-'.join([model, *kwargs, f'seed{seed}'])
+    words, options = split_options(model)
+    model, *kwargs = words
+    name = run_name(words, options, seed)
     results = args.results / name
     if (results / 'run.json').exists():
         print(f'{name}: already done', flush=True)
@@ -50,6 +65,7 @@ def train(model: str, seed: int, args: argparse.Namespace, about: Dict[str, Any]
         '--model', model, '--seed', str(seed), '--output', str(args.runs), '--experiment', name]
     if kwargs:
         command += ['--model-kwargs', *kwargs]
+    command += options
     checkpoint = run / 'last.pth.tar'
     resumed = checkpoint.exists()
     if resumed:
@@ -81,7 +97,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
-        '--models', nargs='+', required=True, help="model names; quote a name with arguments: 'gated base=resnet18'")
+        '--models', nargs='+', required=True, help="model names; quote a name with its arguments and train.py's options: 'gated base=resnet18 --lr 0.02'")
     parser.add_argument('--seeds', nargs='+', type=int, default=[42], help='default: 42')
     parser.add_argument('--parallel', type=int, default=1, help='runs at a time (default: %(default)s)')
     parser.add_argument('--launch', type=Path, required=True, help='configuration file of accelerate')
@@ -90,7 +106,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser.add_argument('arguments', nargs='*', metavar='-- ARGUMENT', help="arguments of timm's train.py")
     args = parser.parse_args(argv)
 
-    own = [a for a in args.arguments if a.partition('=')[0] in OWN_OPTIONS]
+    given = [*args.arguments, *(option for model in args.models for option in split_options(model)[1])]
+    own = [a for a in given if a.partition('=')[0] in OWN_OPTIONS]
     if own:
         parser.error(f'{", ".join(own)} is set for each run. Give --models and --seeds before the "--".')
     if args.parallel < 1:
@@ -103,7 +120,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
     for model in args.models:
         try:
-            parse_model(model)
+            parse_model(shlex.join(split_options(model)[0]))
         except ValueError as e:
             parser.error(str(e))
     about = environment(PACKAGES)

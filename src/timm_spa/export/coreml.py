@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..layers.pyramid_formulas import fixed_sizes
+from ..layers.torchscript import trace
 from .format import INPUT, OUTPUT, Format
 
 __all__ = ['FORMAT']
@@ -20,7 +21,7 @@ def _write(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, 
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), fixed_sizes():  # bars of its progress
         warnings.simplefilter('ignore')
         converted: Any = coremltools.convert(
-            torch.jit.trace(model, example, check_trace=False),
+            trace(model, example),
             inputs=[coremltools.TensorType(INPUT, tuple(example.shape))],
             outputs=[coremltools.TensorType(OUTPUT)],
             convert_to='mlprogram',

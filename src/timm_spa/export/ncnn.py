@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..layers.pyramid_formulas import fixed_sizes
+from ..layers.torchscript import trace
 from .format import Format, Runner
 
 __all__ = ['FORMAT']
@@ -22,7 +23,7 @@ def _write(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, 
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), fixed_sizes():
         warnings.simplefilter('ignore')
         traced = Path(folder, 'model.pt')
-        torch.jit.trace(model, example, check_trace=False).save(traced)
+        trace(model, example).save(traced)
         shape = ','.join(map(str, example.shape))
         # weights stay in float32
         done = subprocess.run(

@@ -2,7 +2,7 @@
 import csv
 import statistics
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, Iterable, List, Optional, Union
 
 from ..checkpoints.run_files import RunError
 from ..models._entrypoints import split_gate
@@ -102,11 +102,13 @@ def _network(model: str) -> str:
     return split_gate(model)[0].removeprefix('se').removesuffix('_100')
 
 
-def check_alike(run: Run, reference: Run) -> None:
-    """Raises a RunError if two runs differ in more than the model, the seed and the names of the run."""
+def check_alike(run: Run, reference: Run, free: Iterable[str] = ()) -> None:
+    """Raises a RunError if two runs differ in more than the model, the seed, the names of the run and `free`."""
+    ignored = NAMING.union(free)
+
     def arguments(either: Run) -> Dict[str, Any]:
         kwargs = {k: v for k, v in (either.args.get('model_kwargs') or {}).items() if k not in GATING}
-        return dict({key: value for key, value in either.args.items() if key not in NAMING}, model_kwargs=kwargs)
+        return dict({key: value for key, value in either.args.items() if key not in ignored}, model_kwargs=kwargs)
 
     expected, given = arguments(reference), arguments(run)
     different = [key for key in sorted(expected.keys() | given.keys()) if expected.get(key) != given.get(key)]

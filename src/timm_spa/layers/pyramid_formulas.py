@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental import symbolic_shapes
 
-__all__ = ['fixed_sizes', 'gate_formula', 'is_scripting', 'is_tracing', 'pyramid_formula']
+from .torchscript import is_tracing
 
-# each may be missing: TorchScript is going to be removed, `has_static_value` came with torch 2.8
-is_scripting = getattr(torch.jit, 'is_scripting', lambda: False)
-is_tracing = getattr(torch.jit, 'is_tracing', lambda: False)
+__all__ = ['fixed_sizes', 'gate_formula', 'pyramid_formula']
+
+# each may be missing, e.g. `has_static_value` came with torch 2.8
 _is_in_onnx_export = getattr(torch.onnx, 'is_in_onnx_export', lambda: False)
 _is_torch_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 _has_static_value = getattr(symbolic_shapes, 'has_static_value', lambda n: False)

@@ -10,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import LayerType, create_act_layer, get_norm_layer
 
-from .pyramid_formulas import gate_formula, is_scripting, is_tracing, pyramid_formula
+from .pyramid_formulas import gate_formula, pyramid_formula
+from .torchscript import is_scripting, is_tracing
 
 __all__ = ['SpatialPyramidAttention', 'apply_gate', 'channel_matcher', 'weighted_pyramid']
 

@@ -4,6 +4,8 @@ from typing import Any, Callable, Dict, List
 import torch
 import torch.nn as nn
 
+from ..layers.torchscript import ignore
+
 __all__ = ['GatedNet', 'adopt', 'divide_reduction']
 
 
@@ -14,7 +16,7 @@ class GatedNet:
     """
     init_convs: Callable[..., None]  # Python 3.10: TorchScript takes Any for a constant
 
-    @torch.jit.ignore
+    @ignore
     def init_weights(self: Any, **kwargs: Any) -> None:
         """Initializes every parameter and buffer, also of a model made on the meta device and moved by `to_empty`."""
         for module in self.modules():

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from timm.models.densenet import DenseBlock, DenseLayer, DenseNet
 
+from ..layers.torchscript import is_scripting
 from ._base import GatedNet, adopt, divide_reduction
 from ._builder import build_model, cifar_cfg, warm_cfgs
 from ._entrypoints import Family
@@ -45,7 +46,7 @@ class GatedDenseLayer(DenseLayer):
         Returns:
             The new channels, (N, growth_rate, H, W).
         """
-        if not torch.jit.is_scripting() and self.grad_checkpointing and self.any_requires_grad(x):
+        if not is_scripting() and self.grad_checkpointing and self.any_requires_grad(x):
             bottleneck = self.call_checkpoint_bottleneck(x)
         else:
             bottleneck = self.bottleneck_fn(x)
