@@ -3,8 +3,7 @@ import math
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch.nn as nn
-from timm.layers import GlobalContext, GroupNorm1, LayerType, SEModule, get_norm_layer
-from timm.layers.cbam import CbamModule
+from timm.layers import GroupNorm1, LayerType, create_attn, get_norm_layer
 
 from ..layers import GatherExcite, GatherExciteConv, NoGate, SelfGate, SpatialPyramidAttention, SqueezeExcite
 
@@ -53,10 +52,17 @@ def _ge_conv(channels: int, norm_layer: LayerType, device=None, dtype=None, **kw
     return GatherExciteConv(channels, norm_layer, device=device, dtype=dtype)
 
 
-def _timm(layer: Callable[..., nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
-    """Returns a function that makes one of timm's attention layers."""
-    def create(channels: int, rd_channels: int, device=None, dtype=None, **kwargs: Any) -> nn.Module:
-        return SelfGate(layer(channels, rd_channels=rd_channels, device=device, dtype=dtype, **fixed))
+def _timm(name: str, *passed: str, **fixed: Any) -> Callable[..., nn.Module]:
+    """Returns a function that makes one of timm's attention layers.
+
+    Args:
+        name: Name of the layer for timm's `create_attn`.
+        *passed: Keywords of `create_gate` that the layer takes.
+        **fixed: Further arguments of the layer.
+    """
+    def create(channels: int, device=None, dtype=None, **kwargs: Any) -> nn.Module:
+        arguments = {key: kwargs[key] for key in passed}
+        return SelfGate(create_attn(name, channels, device=device, dtype=dtype, **arguments, **fixed))
 
     return create
 
@@ -69,21 +75,48 @@ GATES: Dict[str, Gate] = {
     'se_c': Gate('SE++', "SE++, squeeze-and-excitation of the block's input, channels matched", _se, variant='c'),
     'ge': Gate('GE', 'parameter-free gather-excite of global extent', _ge, zeros=(), doublings=None),
     'cbam': Gate(
-        'CBAM', 'the convolutional block attention module', _timm(CbamModule, mlp_bias=True),
+        'CBAM', 'the convolutional block attention module', _timm('cbam', 'rd_channels', mlp_bias=True),
         zeros=('layer.channel.fc2.weight', 'layer.channel.fc2.bias', 'layer.spatial.conv.bn.weight',
                'layer.spatial.conv.bn.bias'),
         doublings=2),
     'gc': Gate(  # its layer norm over the reduced width makes one value a constant, and two values plus and minus one
-        'GC', 'global context', _timm(GlobalContext),
+        'GC', 'global context', _timm('gc', 'rd_channels'),
         zeros=('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias'), min_width=4),
     'spa': Gate('SPA-A', 'SPA-A (the gate reads the map that it gates)', _spa),
     'spa_b': Gate('SPA-B', "SPA-B (the gate reads the block's input)", _spa, variant='b'),
     'spa_c': Gate('SPA-C', "SPA-C (the gate reads the block's input, channels matched)", _spa, variant='c'),
     # the comparison of table III at ImageNet's image size
     'se_bias': Gate(
-        'SE', 'squeeze-and-excitation with biases', _timm(SEModule), zeros=('layer.fc2.weight', 'layer.fc2.bias')),
+        'SE', 'squeeze-and-excitation with biases', _timm('se', 'rd_channels'),
+        zeros=('layer.fc2.weight', 'layer.fc2.bias')),
     'ge_conv': Gate(
         'GE', 'gather-excite by depthwise convolutions', _ge_conv, zeros=('gather.7.weight', 'gather.7.bias')),
+    # further layers of timm's `create_attn`, by its names and with its defaults, but for the reduced widths
+    'ese': Gate(
+        'eSE', 'effective squeeze-and-excitation', _timm('ese'), zeros=('layer.fc.weight', 'layer.fc.bias')),
+    'eca': Gate('ECA', 'efficient channel attention', _timm('eca'), zeros=('layer.conv.weight',)),
+    'ecam': Gate(  # one hidden channel may be negative before the ReLU for every channel of every image
+        'ECA-MLP', 'efficient channel attention with two convolutions', _timm('ecam', 'rd_channels'),
+        zeros=('layer.conv2.weight', 'layer.conv2.bias'), min_width=8),
+    'ceca': Gate('cECA', 'circular efficient channel attention', _timm('ceca'), zeros=('layer.conv.weight',)),
+    'gca': Gate(  # adds the context; min_width as for global context
+        'GC-add', 'global context that is added', _timm('gca', 'rd_channels'),
+        zeros=('layer.mlp_add.fc2.weight', 'layer.mlp_add.fc2.bias'), doublings=0, min_width=4),
+    'lcbam': Gate(  # min_width as for ECA-MLP
+        'light CBAM', 'the light convolutional block attention module', _timm('lcbam', 'rd_channels'),
+        zeros=('layer.channel.fc2.weight', 'layer.spatial.conv.bn.weight', 'layer.spatial.conv.bn.bias'),
+        doublings=2, min_width=8),
+    'coord': Gate(
+        'CA', 'coordinate attention', _timm('coord', 'rd_channels', 'norm_layer'),
+        zeros=('layer.conv_h.weight', 'layer.conv_w.weight'), doublings=2, min_width=8),
+    'scoord': Gate(
+        'simple CA', 'simple coordinate attention', _timm('scoord', 'rd_channels'),
+        zeros=('layer.fc_h.weight', 'layer.fc_h.bias', 'layer.fc_w.weight', 'layer.fc_w.bias'), min_width=8),
+    'ela': Gate(
+        'ELA', 'efficient local attention', _timm('ela'),
+        zeros=('layer.norm_h.weight', 'layer.norm_h.bias', 'layer.norm_w.weight', 'layer.norm_w.bias'), doublings=2),
+    'strip': Gate(
+        'strip', 'strip attention', _timm('strip'), zeros=('layer.conv_h.weight', 'layer.conv_w.weight')),
 }
 
 
@@ -105,7 +138,7 @@ def create_gate(
         channels: Channels of the map to gate.
         in_channels: Channels of the block's input.
         pyramid_sizes: Side lengths of SPA's averages, in cells.
-        rd_ratio: Reduced width over `channels`, rounded down, at least 1 (4 for global context).
+        rd_ratio: Reduced width over `channels`, rounded down, at least `min_width` of the gate.
         reduce_source: Take the ratio of the channels that are read instead, for the reduced width of variant b and
             that of the channel matcher of c, as the authors' DenseNet does.
         norm_layer: Norm layer of the gate, if it has any. A group norm becomes one of a single group: the reduced
