@@ -5,13 +5,13 @@
         --config train_scripts/recipes/finetune_photos.yaml --data-dir DATA --val-split val --num-classes 81 \
         --pretrained-path tf_efficientnet_lite0.safetensors
 
-Trains `gated` with each gate, and the plain model for `none`, by `sweep.py`. Evaluates the last epoch of each run on the
-images of --split by `evaluate.py`, and prints the table of `results.py`: the mean over seeds and its standard deviation,
+Trains `gated` with each gate, and the plain model for `none`, by `sweep.py`. Evaluates the last epoch of each run on
+the images of --split by `evaluate.py`, and prints the table of `results.py`: mean and standard deviation over seeds,
 the standard error of an accuracy, and each run against the plain model of the same seed by McNemar's exact test. A
 second call resumes interrupted runs and repeats only what is missing.
 
-Choose a gate's learning rate (--lr) with the validation images, in a folder of results of its own, and evaluate the test
-images once, at the end: without --split, nothing is evaluated.
+Choose a gate's learning rate (--lr) with the validation images, in a folder of results of its own, and evaluate the
+test images once, at the end: without --split, nothing is evaluated.
 """
 import argparse
 import runpy
@@ -48,7 +48,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--base', required=True, help='plain model of timm')
     parser.add_argument('--gates', nargs='+', required=True, help="gates of add_attention; 'none' for the plain model")
-    parser.add_argument('--lr', nargs='+', default=[], metavar='GATE=LR', help='learning rates other than the recipe\'s')
+    parser.add_argument('--lr', nargs='+', default=[], metavar='GATE=LR', help='learning rates of gates')
     parser.add_argument('--seeds', nargs='+', type=int, default=[42], help='default: 42')
     parser.add_argument('--launch', required=True, help='configuration file of accelerate')
     parser.add_argument('--runs', required=True, help='folder for checkpoints and logs')

@@ -97,7 +97,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
-        '--models', nargs='+', required=True, help="model names; quote a name with its arguments and train.py's options: 'gated base=resnet18 --lr 0.02'")
+        '--models', nargs='+', required=True,
+        help="model names; quote a name with its arguments and train.py's options: 'gated base=resnet18 --lr 0.02'")
     parser.add_argument('--seeds', nargs='+', type=int, default=[42], help='default: 42')
     parser.add_argument('--parallel', type=int, default=1, help='runs at a time (default: %(default)s)')
     parser.add_argument('--launch', type=Path, required=True, help='configuration file of accelerate')

@@ -230,7 +230,7 @@ def _sum_of_cells(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         return rows.transpose(0, 1) @ x @ columns
 
 
-# Compiled code of a known size: views, means and sums of products
+# Compiled code of a known size: views, slices and means
 
 
 def _compiled_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -> torch.Tensor:
@@ -245,8 +245,7 @@ def _compiled_pyramid(x: torch.Tensor, sizes: List[int], weight: torch.Tensor) -
         else:
             level = level * weight[i]
         if 1 < sizes[i] != cells:
-            nearest = _membership(sizes[i], cells, x)
-            level = _product(level, nearest, nearest)
+            level = _copies(_copies(level, cells, 2), cells, 3)
         pyramid = pyramid + level
     return pyramid
 
@@ -255,13 +254,24 @@ def _mean_of_cells(x: torch.Tensor, size: int) -> torch.Tensor:
     if _divides(x, size, size):
         x = x.unflatten(3, (size, x.shape[3] // size)).mean(4)
         return x.unflatten(2, (size, x.shape[2] // size)).mean(3)
-    return _product(x, _averages(size, x.shape[2], x), _averages(size, x.shape[3], x))
+    return _means_of_slices(_means_of_slices(x, size, 3), size, 2)
 
 
-def _product(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Multiplies by matrices (P, H) and (P, W) as sums, which a compiler fuses with what is around them."""
-    x = (x.unsqueeze(3) * columns).sum(4)
-    return (x.unsqueeze(2) * rows.unsqueeze(2)).sum(3)
+def _means_of_slices(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """Averages over cells that overlap. A compiler makes slow loops of sums with a matrix of averages."""
+    spans = [_span(cell, x.shape[dim], size) for cell in range(size)]
+    return torch.stack([x.narrow(dim, start, end - start).mean(dim) for start, end in spans], dim)
+
+
+def _copies(x: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """Resizes a dimension (nearest). Slices have a faster backward pass than an index."""
+    sources = [place * x.shape[dim] // length for place in range(length)]
+    shape = list(x.shape)
+    copies = []
+    for source in sorted(set(sources)):
+        shape[dim] = sources.count(source)
+        copies.append(x.narrow(dim, source, 1).expand(shape))
+    return torch.cat(copies, dim)
 
 
 def _compiled_gate(x: torch.Tensor, gate: torch.Tensor, shortcut: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -269,7 +279,7 @@ def _compiled_gate(x: torch.Tensor, gate: torch.Tensor, shortcut: Optional[torch
     if _divides(x, height, width):
         y = (_cells(x, height, width) * gate.unsqueeze(3).unsqueeze(5)).flatten(4, 5).flatten(2, 3)
     else:
-        y = x * gate[:, :, _nearest(gate, x.shape[2], 2)][:, :, :, _nearest(gate, x.shape[3], 3)]
+        y = x * _copies(_copies(gate, x.shape[2], 2), x.shape[3], 3)
     return y if shortcut is None else shortcut + y
 
 

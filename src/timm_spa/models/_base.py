@@ -1,7 +1,6 @@
 """Base class of the gated networks, and helpers to take over modules of timm."""
 from typing import Any, Callable, Dict, List
 
-import torch
 import torch.nn as nn
 
 from ..layers.torchscript import ignore
