@@ -34,7 +34,7 @@ def test_two_models(mode, options, tmp_path, capfd):
     file = tmp_path / 'out.json'
     arguments = [
         *PAIR, '--mode', mode, *options, '--batch-size', 2, '--rounds', 2, '--warmup', 1, '--min-seconds', 0.01,
-        '--json', file]
+        '--out', file]
     assert bench(*arguments) == 0
     out = capfd.readouterr().out
     record = json.loads(file.read_text())
@@ -130,7 +130,7 @@ def test_one_round_and_a_model_against_itself(fake):
 def test_reparam_has_two_bases(fake, tmp_path, capsys):
     """The base in the form that the others have, and as it is built, measured in the same rounds."""
     path = tmp_path / 'record.json'
-    assert bench('resnet18', 'resnet50', '--reparam', '--rounds', 5, '--json', path) == 0
+    assert bench('resnet18', 'resnet50', '--reparam', '--rounds', 5, '--out', path) == 0
     record = json.loads(path.read_text())
     assert [e['model'] for e in record['models']] == ['resnet18', 'resnet50', 'resnet18 as built']
     assert [model for model, what in fake.asked if what == 'measure'] == ['resnet18', 'resnet50', 'resnet18'] * 5
@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
     file = tmp_path / 'out.json'
     file.write_text('before')
     with disk_of(100):
-        assert bench('resnet18', '--rounds', 2, '--json', file, '--overwrite') == 1
+        assert bench('resnet18', '--rounds', 2, '--out', file, '--overwrite') == 1
     captured = capsys.readouterr()
     assert 'File too large' in captured.err
     assert 'to resnet18' in captured.out
@@ -194,8 +194,8 @@ def test_a_full_disk_leaves_what_was_there(fake, tmp_path, capsys, disk_of):
     (['resnet18', '--min-seconds', 'inf'], '--min-seconds must be a number'),
     (['resnet18', '--amp', '--dtype', 'float32'], '--amp computes in half precision'),
     (['resnet18', '--reparam', '--mode', 'train'], '--reparam makes a form for inference'),
-    (['resnet18', '--json', 'missing/folder/out.json'], '--json missing/folder/out.json cannot be written'),
-    (['resnet18', '--json', '.'], '--json . cannot be written'),
+    (['resnet18', '--out', 'missing/folder/out.json'], '--out missing/folder/out.json cannot be written'),
+    (['resnet18', '--out', '.'], '--out . cannot be written'),
 ])
 def test_mistakes_cost_no_measurement(arguments, message, fake, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)

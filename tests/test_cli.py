@@ -246,7 +246,7 @@ def test_invalid_checkpoints(checkpoint, message, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize('arguments', [
     'publish w.pth --model spa_resnet18.x --dry-run', 'publish w.pth --model spa_resnet18.x --repo', 'predict',
     'publish w.pth --model spa_resnet18.x --results', 'predict x.jpg --model', 'predict x.jpg --compare',
-    'verify', 'recipes finetune_warm --to', 'export spa_resnet18 x.onnx --to onnx --images', 'card', 'bench',
+    'verify', 'recipes finetune_warm --out', 'export spa_resnet18 x.onnx --to onnx --images', 'card', 'bench',
     'detect eval x --images y --annotations', 'explain cam x.jpg --compare spa_resnet18'])
 def test_an_empty_argument_is_refused(arguments, capsys):
     """An unset shell variable gives an empty argument: `--dry-run ""` must not upload."""
@@ -281,7 +281,7 @@ def test_names_cannot_control_a_terminal(tmp_path, capsys):
 def test_an_edited_recipe_is_not_replaced(tmp_path, capsys):
     mine = tmp_path / 'mine.yaml'
     mine.write_text('lr: 0.1\n')
-    assert timm_spa_cli.main(['recipes', 'finetune_warm', '--to', str(mine)]) == 1
+    assert timm_spa_cli.main(['recipes', 'finetune_warm', '--out', str(mine)]) == 1
     assert 'exists already' in capsys.readouterr().err
     assert mine.read_text() == 'lr: 0.1\n'
 

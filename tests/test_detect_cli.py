@@ -85,9 +85,11 @@ def test_train_evaluate_predict(tmp_path, data, capsys):
     assert (tmp_path / 'curves' / 'curves.png').exists()
 
     results = tmp_path / 'results.json'
-    source = ('--images', data / 'val', '--json', data / 'val.json', '--device', 'cpu', '--workers', 0)
-    assert detect('eval', run / 'best', *source, '--results', results) == 0
-    figures = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    source = ('--images', data / 'val', '--annotations', data / 'val.json', '--device', 'cpu', '--workers', 0)
+    assert detect('eval', run / 'best', *source, '--out', results) == 0
+    *lines, _, written = capsys.readouterr().out.splitlines()
+    assert written == f'Wrote {results}.'
+    figures = dict(line.split() for line in lines)
     best = max(rows, key=lambda row: float(row['eval_map']))
     assert float(figures['AP']) == pytest.approx(float(best['eval_map']), abs=0.051)
     assert len(figures) == 13
@@ -368,8 +370,10 @@ def test_predict_folders(tmp_path, monkeypatch, capsys):
     command = ['--checkpoint', 'a', '--device', 'cpu', '--out', 'images']
     for _ in range(2):
         assert detect('predict', 'images', 'single.png', *command) == 0
-        assert [line.partition(':')[0] for line in capsys.readouterr().out.splitlines()] == [
+        *lines, written = capsys.readouterr().out.splitlines()
+        assert [line.partition(':')[0] for line in lines] == [
             'images/b.png', 'images/sub/a.jpg', 'images/sub/b.png', 'single.png']
+        assert written == 'Wrote images: b-1-boxes.png, a-boxes.png, b-3-boxes.png, single-boxes.png, a.json.'
     assert sorted(p.name for p in (tmp_path / 'images').glob('*-boxes.png')) == [
         'a-boxes.png', 'b-1-boxes.png', 'b-3-boxes.png', 'single-boxes.png']
     assert detect('predict', 'empty', *command) == 1
@@ -424,14 +428,14 @@ def test_all_processes_get_the_same_number_of_images():
 
 def test_categories_that_are_unknown_to_the_checkpoint(tmp_path, data, capsys):
     save_detector(small(), tmp_path / 'a', [dict(id=i, name=name) for i, name in enumerate('xyz')])
-    assert detect('eval', tmp_path / 'a', '--images', data / 'val', '--json', data / 'val.json') == 1
+    assert detect('eval', tmp_path / 'a', '--images', data / 'val', '--annotations', data / 'val.json') == 1
     assert 'the detector was not trained on: blue, green, red. The detector knows x, y, z' in capsys.readouterr().err
 
 
 def test_invalid_arguments(tmp_path, data, capsys):
     for arguments, message in (
             (['train', '--output', tmp_path], 'name a dataset by --data, or all of --train-images'),
-            (['train', '--data', data, '--train-json', 'x', '--output', tmp_path], 'name a dataset by --data'),
+            (['train', '--data', data, '--train-annotations', 'x', '--output', tmp_path], 'name a dataset by --data'),
             (['train', '--data', data, '--output', tmp_path, '--model-kwargs', '{'],
              '--model-kwargs: must be a JSON object'),
             (['train', '--data', data, '--output', tmp_path, '--detector-kwargs', '[1]'],

@@ -280,7 +280,7 @@ def test_layouts(tmp_path, images, file):
 
 
 def test_missing_and_ambiguous_datasets(tmp_path):
-    message = "one JSON file for the split 'val'.*Found: none.*--val-images and --val-json"
+    message = "one JSON file for the split 'val'.*Found: none.*--val-images and --val-annotations"
     with pytest.raises(DetectionError, match=message):
         find_dataset(tmp_path, 'val')
     for name in ('train2014', 'train2017'):

@@ -204,7 +204,7 @@ def test_scales_by_command(tmp_path, capsys):
     assert explain('scales', *options, '--out', tmp_path) == 0
     assert sorted(path.suffix for path in tmp_path.iterdir()) == ['.csv', '.png', '.svg']
     assert (tmp_path / 'scales.png').read_bytes().startswith(b'\x89PNG')
-    capsys.readouterr()
+    assert capsys.readouterr().out.endswith(f'Wrote {tmp_path}: scales.csv, scales.png, scales.svg.\n')
     assert explain('scales', *options, '--json') == 0
     printed = json.loads(capsys.readouterr().out)
     for name in shipped:
@@ -316,7 +316,9 @@ def test_ablate_by_command(tmp_path, capsys):
         (tmp_path / 'test' / label / 'a.jpg').write_bytes(source.read_bytes())
     assert {'Red-Beet', 'Oatly-Oat-Milk'} <= set(labels)
     assert explain('ablate', '--images', tmp_path, '--json', '--out', tmp_path / 'out') == 0
-    rows = json.loads(capsys.readouterr().out)
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f'Wrote {tmp_path / "out"}: ablate.csv.\n'), 'JSON alone is on stdout'
+    rows = json.loads(captured.out)
     assert rows[0] == {'gates set to 1/2': 'none', 'right': 1, 'top-1 %': 50., 'against none': None}
     for row in rows[1:]:
         assert row['top-1 %'] == 50 * row['right']

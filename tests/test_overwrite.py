@@ -248,13 +248,13 @@ def existing(folder, *names):
 
 def test_recipes_and_bench(tmp_path, capsys, monkeypatch):
     path, = existing(tmp_path, 'mine.yaml')
-    assert main('recipes', 'finetune_warm', '--to', path) == 1
+    assert main('recipes', 'finetune_warm', '--out', path) == 1
     assert path.read_text() == 'mine'
-    assert main('recipes', 'finetune_warm', '--to', path, '--overwrite') == 0
+    assert main('recipes', 'finetune_warm', '--out', path, '--overwrite') == 0
     assert path.read_text() != 'mine'
     path, = existing(tmp_path, 'bench.json')
     monkeypatch.setattr('timm_spa.benchmark.measure', lambda *args: pytest.fail('measured before the file was refused'))
-    assert main('bench', 'spa_resnet18', '--json', path) == 1
+    assert main('bench', 'spa_resnet18', '--out', path) == 1
     assert 'bench.json exists already. Add --overwrite' in capsys.readouterr().err
     assert path.read_text() == 'mine'
 
@@ -296,7 +296,7 @@ def test_detect(tmp_path, capsys):
         for options in (['--overwrite'], [], ['--score', 0.01]):
             assert main(*command, '--out', folder, *options) == 0
     path, = existing(tmp_path, 'results.json')
-    arguments = ['--images', IMAGES, '--json', tmp_path / 'none.json', '--results', path, '--device', 'cpu']
+    arguments = ['--images', IMAGES, '--annotations', tmp_path / 'none.json', '--out', path, '--device', 'cpu']
     assert main('detect', 'eval', tmp_path / 'detector', *arguments) == 1
     assert 'results.json exists already' in capsys.readouterr().err
 

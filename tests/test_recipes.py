@@ -28,7 +28,7 @@ def test_list_show_and_copy(tmp_path, capsys):
     text = (SCRIPTS / 'recipes' / 'tmm_small_image.yaml').read_text()
     assert timm_spa_cli.main(['recipes', 'tmm_small_image']) == 0
     assert capsys.readouterr().out == text
-    assert timm_spa_cli.main(['recipes', 'tmm_small_image', '--to', str(tmp_path / 'mine.yaml')]) == 0
+    assert timm_spa_cli.main(['recipes', 'tmm_small_image', '--out', str(tmp_path / 'mine.yaml')]) == 0
     assert (tmp_path / 'mine.yaml').read_text() == text
     assert timm_spa_cli.main(['recipes', 'tmm_smal_image']) == 1
     assert 'Did you mean tmm_small_image?' in capsys.readouterr().err

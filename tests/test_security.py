@@ -115,7 +115,7 @@ def detector(plant, folder):
 
 def detect_eval(plant, folder):
     data = write_rectangles(folder / 'data', count=2, size=64)
-    return ['detect', 'eval', detector(plant, folder), '--images', data / 'val', '--json', data / 'val.json']
+    return ['detect', 'eval', detector(plant, folder), '--images', data / 'val', '--annotations', data / 'val.json']
 
 
 def detect_predict(plant, folder):

@@ -14,7 +14,7 @@ from typing import Any, List, Optional
 
 from timm_spa_cli._table import printable
 
-__all__ = ['main']
+__all__ = ['create_parser', 'main']
 
 VERBS = (
     'list', 'demo', 'predict', 'explain', 'app', 'detect', 'export', 'card', 'publish', 'verify', 'convert', 'recipes',
@@ -38,9 +38,25 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Runs the command line, and returns the exit code; a usage error raises SystemExit(2)."""
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Parser that accepts options between positional arguments even if one of these may be missing, if asked to."""
+
+    intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses the arguments that it knows; argparse calls this for the parser of a verb."""
+        if not self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # argparse calls this method again
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = True
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line. docs/tables.py lists its options."""
+    parser = _Parser(
         prog='timm-spa', description='Spatial Pyramid Attention models for timm.', epilog=EXIT_CODES)
     parser.add_argument('--version', action=_Version, help='show the version and exit')
     parser.add_argument('--traceback', action='store_true', help='show the traceback of an error')
@@ -52,7 +68,12 @@ def main(argv: Optional[List[str]] = None) -> int:
             epilog='\n  '.join(['example:', *module.EXAMPLES]), formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(verb)
         verb.set_defaults(run=module.run, error=verb.error)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Runs the command line, and returns the exit code; a usage error raises SystemExit(2)."""
+    args = create_parser().parse_args(argv)
     for name, value in vars(args).items():
         if value == '' or isinstance(value, List) and '' in value:  # `list` is a verb here
             args.error(f'argument {name}: it is empty, probably because a shell variable is not set')

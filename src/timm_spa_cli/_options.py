@@ -1,7 +1,10 @@
 """Command-line options and model loading shared by several verbs."""
 import argparse
+import os
+import sys
 from typing import Any, Optional
 
+REMOVAL = 'version 0.3'  # of the options that are deprecated now, see CHANGELOG.md
 SHIPPED_MODEL = 'spa_tf_efficientnet_lite0.grocery81'
 MODEL = "name, 'hf-hub:organization/name', 'local-dir:folder', or a weights file that names its model"
 
@@ -12,6 +15,40 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, got {number}')
     return number
+
+
+class _Renamed(argparse.Action):
+    """Stores a value, and prints the new name of an option that was given by an old name."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        if option not in self.option_strings:
+            warn_deprecated(str(option), self.option_strings[0])
+        setattr(namespace, self.dest, values)
+
+
+def add_renamed_option(parser: argparse.ArgumentParser, name: str, *old: str, **kwargs: Any) -> None:
+    """Adds an option that had other names. The old names still work and are not shown in the help."""
+    action = parser.add_argument(name, *old, action=_Renamed, **kwargs)
+    action.option_strings = [name]
+
+
+def warn_deprecated(old: str, new: str) -> None:
+    """Prints that a form of a command is deprecated."""
+    print(f'timm-spa: {old} is deprecated and will be removed in {REMOVAL}. Use {new}.', file=sys.stderr)
+
+
+def add_split_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --split, the subfolder of --images."""
+    parser.add_argument(
+        '--split', help='subfolder of --images to measure on (default: test if it exists, else validation or val)')
+
+
+def measured_folder(args: argparse.Namespace) -> str:
+    """Returns the folder of --images and --split, for messages."""
+    from timm_spa.predict import default_split
+
+    folder = os.path.join(args.images, args.split or default_split(args.images))
+    return folder if os.path.isdir(folder) else args.images
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:

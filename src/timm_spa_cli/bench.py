@@ -6,8 +6,8 @@ import os
 import shlex
 import sys
 
-from timm_spa_cli._options import positive
-from timm_spa_cli._table import print_table
+from timm_spa_cli._options import positive, warn_deprecated
+from timm_spa_cli._table import print_json, print_table
 
 HELP = 'measure speed and memory of models, as ratios to a baseline'
 EXAMPLES = ('timm-spa bench resnet50 seresnet50 spa_resnet50 --channels-last --batch-size 8 --reparam',)
@@ -16,7 +16,10 @@ EXAMPLES = ('timm-spa bench resnet50 seresnet50 spa_resnet50 --channels-last --b
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the verb."""
     parser.add_argument(
-        'models', nargs='+', metavar='MODEL', help="name, or name with arguments: 'spa_resnet50 pyramid_sizes=1,2'")
+        'models', nargs='*', metavar='MODEL', help="name, or name with arguments: 'spa_resnet50 pyramid_sizes=1,2'")
+    parser.add_argument(
+        '--model', dest='more_models', action='append', default=[], metavar='MODEL',
+        help='another way to name a model; can be repeated')
     parser.add_argument('--base', metavar='MODEL', help='baseline of the ratios (default: the first model)')
     parser.add_argument(
         '--mode', choices=('infer', 'train'), default='infer',
@@ -43,22 +46,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--import', dest='imports', action='append', default=[], metavar='MODULE',
         help='module that registers further models with timm; can be repeated')
-    parser.add_argument('--json', metavar='FILE', help='write all measurements to a file, including every round')
-    parser.add_argument('--overwrite', action='store_true', help='replace the file of --json if it exists')
+    parser.add_argument('--out', metavar='FILE', help='write all measurements to a JSON file, including every round')
+    parser.add_argument(
+        '--json', nargs='?', const=True, metavar='FILE',
+        help='print all measurements as JSON; FILE is an old form of --out')
+    parser.add_argument('--overwrite', action='store_true', help='replace the file of --out if it exists')
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb and returns the exit code."""
+    models = [*args.models, *args.more_models]
+    if isinstance(args.json, str):
+        if args.json.endswith('.json'):
+            warn_deprecated('--json FILE', '--out FILE')
+            args.out, args.json = args.json, None
+        else:  # the switch, followed by the first model
+            models.insert(0, args.json)
+            args.json = True
+    if not models:
+        args.error('the following arguments are required: MODEL')
     from timm_spa import benchmark
     from timm_spa._errors import UsageError
     from timm_spa.checkpoints.files import replacing
     from timm_spa.checkpoints.own_files import refuse_replacing
 
-    if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or '.', os.W_OK)):
+    if args.out and (os.path.isdir(args.out) or not os.access(os.path.dirname(args.out) or '.', os.W_OK)):
         # fail before the measurement, not after it
-        raise OSError(f'--json {args.json} cannot be written: the folder is missing or read-only. Name another file.')
-    if args.json:
-        refuse_replacing([args.json], args.overwrite)
+        raise OSError(f'--out {args.out} cannot be written: the folder is missing or read-only. Name another file.')
+    if args.out:
+        refuse_replacing([args.out], args.overwrite)
     fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(benchmark.Settings)}
     fields['dtype'] = args.dtype or ('bfloat16' if args.amp else 'float32')
     try:
@@ -66,11 +82,15 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as e:
         raise UsageError(e) from e
     record = benchmark.measure(
-        args.models, settings, args.base, shlex.join(args.argv),
+        models, settings, args.base, shlex.join(args.argv),
         lambda message: print(message, file=sys.stderr) if sys.stderr.isatty() else None)
-    print_table(benchmark.table_rows(record), right_aligned=range(2, 12))
-    print('\n' + '\n'.join(benchmark.notes(record)))
     if args.json:
-        with replacing(args.json) as partial:
+        print_json(record)
+    else:
+        print_table(benchmark.table_rows(record), right_aligned=range(2, 12))
+        print('\n' + '\n'.join(benchmark.notes(record)))
+    if args.out:
+        with replacing(args.out) as partial:
             partial.write_text(json.dumps(record, indent=2) + '\n', encoding='utf-8')
+        print(f'Wrote {args.out}.', file=sys.stderr if args.json else sys.stdout)
     return 0

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
-from timm_spa_cli._options import positive
-from timm_spa_cli._table import distinct, print_table
+from timm_spa_cli._options import add_renamed_option, positive
+from timm_spa_cli._table import distinct, print_table, printable
 
 HELP = "detect objects: train RetinaNet or Cascade R-CNN on a dataset in COCO's format, evaluate, draw boxes"
 EXAMPLES = (
@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument('--data', metavar='DIR', help='dataset: train2017, val2017 and annotations, or train and val')
     for split, images in (('train', 'training'), ('val', 'validation')):
         train.add_argument(f'--{split}-images', metavar='DIR', help=f'without --data: folder of the {images} images')
-        train.add_argument(f'--{split}-json', metavar='FILE', help="without --data: their annotations, COCO's format")
+        add_renamed_option(
+            train, f'--{split}-annotations', f'--{split}-json', metavar='FILE',
+            help="without --data: their annotations, COCO's format")
     train.add_argument(
         '--detector', default='retinanet', choices=('retinanet', 'cascade_rcnn'), help='default: %(default)s')
     train.add_argument('--model', default='spa_resnet50', help='backbone, any CNN of timm (default: %(default)s)')
@@ -76,9 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     evaluate = add('eval', "print COCO's twelve figures for a detector")
     evaluate.add_argument('checkpoint', help='folder of the checkpoint, or hf-hub:ORG/NAME')
     evaluate.add_argument('--images', required=True, metavar='DIR', help='folder of the images')
-    evaluate.add_argument('--annotations', '--json', required=True, metavar='FILE', help="in COCO's format")
-    evaluate.add_argument('--results', metavar='FILE', help="write the detections here, in COCO's results format")
-    evaluate.add_argument('--overwrite', action='store_true', help='replace an existing file of --results')
+    add_renamed_option(evaluate, '--annotations', '--json', required=True, metavar='FILE', help="in COCO's format")
+    add_renamed_option(
+        evaluate, '--out', '--results', metavar='FILE', help="write the detections here, in COCO's results format")
+    evaluate.add_argument('--overwrite', action='store_true', help='replace an existing file of --out')
     evaluate.add_argument('--batch-size', type=positive, default=8, help='images per batch (default: %(default)s)')
     predict = add('predict', 'draw the detections of one or more detectors side by side')
     predict.add_argument('images', nargs='+', metavar='IMAGE', help='image, or folder of images')
@@ -133,9 +136,11 @@ def _train(args: argparse.Namespace) -> int:
     from timm_spa.detection.models import create_detector
     from timm_spa.detection.train import STATE, Settings, train
 
-    paths = (args.train_images, args.train_json, args.val_images, args.val_json)
+    paths = (args.train_images, args.train_annotations, args.val_images, args.val_annotations)
     if args.data and any(paths) or not args.data and not all(paths):
-        args.error('name a dataset by --data, or all of --train-images, --train-json, --val-images and --val-json')
+        args.error(
+            'name a dataset by --data, or all of --train-images, --train-annotations, --val-images and '
+            '--val-annotations')
     model_kwargs, detector_kwargs = _mapping(args, 'model_kwargs'), _mapping(args, 'detector_kwargs')
     resumes = args.resume and (Path(args.output) / STATE).exists()
     if not resumes and not args.overwrite:
@@ -192,20 +197,22 @@ def _eval(args: argparse.Namespace) -> int:
     from timm_spa.detection.data import CocoDataset
     from timm_spa.detection.evaluate import coco_figures, coco_results, detect
 
-    if args.results:
-        refuse_replacing([args.results], args.overwrite)
+    if args.out:
+        refuse_replacing([args.out], args.overwrite)
     model = load_detector(args.checkpoint, _device(args))
     dataset = CocoDataset(args.images, args.annotations, categories=model.categories)
     _report(dataset.describe())
     detections = detect(model, dataset, args.batch_size, args.workers)
-    if args.results:
+    if args.out:
         category_ids = [category['id'] for category in dataset.categories]
-        with replacing(args.results) as partial:
+        with replacing(args.out) as partial:
             results = coco_results(detections.values(), dataset.image_ids, category_ids)
             partial.write_text(json.dumps(results), encoding='utf-8')
     figures = coco_figures(dataset, detections)
     cells = [(name, '-' if math.isnan(value) else f'{value:.1f}') for name, value in figures.items()]
     print_table([('figure', '%'), *cells], right_aligned=(1,))
+    if args.out:
+        print(f'\nWrote {args.out}.')
     return 0
 
 
@@ -233,7 +240,7 @@ def _predict(args: argparse.Namespace) -> int:
     refuse_replacing(targets, args.overwrite, is_own_figure)
     refuse_replacing((out / f'{title}.json' for title in models), args.overwrite, _is_own_result)
     out.mkdir(parents=True, exist_ok=True)
-    code = 0
+    code, done = 0, []
     names = [Path(path).name for path in images]
     for path, name, target in zip(images, names, targets, strict=True):
         try:
@@ -256,9 +263,12 @@ def _predict(args: argparse.Namespace) -> int:
         canvas = side_by_side(panels) if len(panels) > 1 else next(iter(panels.values()))
         with replacing(target) as partial:
             canvas.save(partial, format='png', pnginfo=png_mark())
+        done.append(target.name)
     for title, detections in results.items():
         with replacing(out / f'{title}.json') as partial:
             partial.write_text(json.dumps(detections, indent=1), encoding='utf-8')
+        done.append(f'{title}.json')
+    print(printable(f'Wrote {out}: {", ".join(done)}.'))
     return code
 
 

@@ -12,10 +12,12 @@ from timm_spa_cli._options import (
     add_checkpoint_options,
     add_device_option,
     add_model_option,
+    add_split_option,
     load_named,
+    measured_folder,
     positive,
 )
-from timm_spa_cli._table import distinct, print_json, print_table
+from timm_spa_cli._table import distinct, print_json, print_table, printable
 
 HELP = 'show class activation maps, gates, pyramid weights, accuracy without gates, and curves of training runs'
 EXAMPLES = ('timm-spa explain cam beet.jpg --compare resnet50 --out figures',)
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scales.add_argument('--model', dest='models', action='append', metavar='MODEL', help='model; can be repeated')
     ablate = add('ablate', 'accuracy without the gates of each block, and without all gates')
     ablate.add_argument('--images', required=True, metavar='DIR', help='image folder with a subfolder for each class')
-    ablate.add_argument('--split', default='test', help='subfolder of --images, if any (default: %(default)s)')
+    add_split_option(ablate)
     ablate.add_argument('--batch-size', type=positive, default=64, help='images per batch (default: %(default)s)')
     curves = add('curves', "losses and accuracy of training runs, like the paper's figures 3 and 4")
     curves.add_argument(
@@ -186,7 +188,7 @@ def _gates(args: argparse.Namespace) -> int:
             _print_table(path, text, range(1, 7))
         if args.out:
             name = f'{stem}-gates'
-            _write(args.out, name, text, [(name, figures.draw_gates(image_seen(model, pixels), gates, args.dark))])
+            _write(args, name, text, [(name, figures.draw_gates(image_seen(model, pixels), gates, args.dark))])
     if args.json:
         print_json(records)
     return code
@@ -221,10 +223,11 @@ def _scales(args: argparse.Namespace) -> int:
 
 def _ablate(args: argparse.Namespace) -> int:
     from timm_spa import explain
-    from timm_spa.predict import labelled_batches
+    from timm_spa.predict import default_split, labelled_batches
 
     model = load_named(args, args.model, args.device)
-    loader, count = labelled_batches(model, args.images, args.split, args.batch_size)
+    loader, count = labelled_batches(
+        model, args.images, args.split or default_split(args.images), args.batch_size)
     batches = ((images.to(args.device), target.to(args.device)) for images, target in loader)
     on_terminal = sys.stderr.isatty()
     results = explain.ablate(
@@ -238,7 +241,8 @@ def _ablate(args: argparse.Namespace) -> int:
     text = _as_text(rows, '.2f', '+.2f')
     _emit(
         args, _records(rows), {'': text}, 'ablate', text, right_aligned=(1, 2, 3),
-        note=f'{total} images. Gates of 1/2 are neutral only for models that were trained from a warm start.')
+        note=f'{total} images of {measured_folder(args)}. '
+             'Gates of 1/2 are neutral only for models that were trained from a warm start.')
     return 0
 
 
@@ -317,7 +321,7 @@ def _emit(
         if note:
             print(f'\n{note}')
     if args.out and len(cells) > 1:
-        _write(args.out, name, cells, draw())
+        _write(args, name, cells, draw())
 
 
 def _print_table(heading: str, rows: Rows, right_aligned: Sequence[int]) -> None:
@@ -328,15 +332,19 @@ def _print_table(heading: str, rows: Rows, right_aligned: Sequence[int]) -> None
         print()
 
 
-def _write(folder: str, name: str, rows: Rows, figures: Any) -> None:
-    """Writes a CSV file, and figures as PNG and SVG."""
+def _write(args: argparse.Namespace, name: str, rows: Rows, figures: Any) -> None:
+    """Writes a CSV file, and figures as PNG and SVG, to the folder of --out, and prints their names."""
     from timm_spa.checkpoints.files import replacing
     from timm_spa.explain.figures import save
 
-    if Path(folder).exists() and not Path(folder).is_dir():
+    folder = Path(args.out)
+    if folder.exists() and not folder.is_dir():
         raise OSError(f'--out {folder} cannot be used: it is a file. Name a folder to write to.')
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with replacing(Path(folder) / f'{name}.csv') as partial, open(partial, 'w', newline='', encoding='utf-8') as f:
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f'{name}.csv']
+    with replacing(written[0]) as partial, open(partial, 'w', newline='', encoding='utf-8') as f:
         csv.writer(f, lineterminator='\n').writerows(rows)
     for stem, figure in figures:
-        save(figure, Path(folder) / stem)
+        written += save(figure, folder / stem)
+    names = printable(', '.join(path.name for path in written))
+    print(f'Wrote {folder}: {names}.', file=sys.stderr if args.json else sys.stdout)

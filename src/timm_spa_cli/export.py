@@ -1,22 +1,29 @@
 """`timm-spa export`: a model as a file for another runtime."""
 import argparse
+from pathlib import Path
+from typing import Any, Optional
 
-from timm_spa_cli._options import MODEL, add_checkpoint_options, load_named, positive
+from timm_spa_cli._options import MODEL, add_checkpoint_options, add_split_option, load_named, measured_folder, positive
 
 HELP = 'write a model for ONNX Runtime, OpenVINO, LiteRT and other runtimes, and compare it with PyTorch'
-EXAMPLES = ('timm-spa export spa_tf_efficientnet_lite0.grocery81 grocery.onnx --to onnx --dynamic batch',)
+EXAMPLES = ('timm-spa export spa_tf_efficientnet_lite0.grocery81 grocery.onnx --dynamic batch',)
 
-FORMATS = ('onnx', 'torch-export', 'aoti', 'openvino', 'litert', 'ncnn', 'executorch', 'coreml')
+FORMATS = {
+    'onnx': '.onnx', 'torch-export': '.pt2', 'aoti': '.pt2', 'openvino': '.xml', 'litert': '.tflite', 'ncnn': '.param',
+    'executorch': '.pte', 'coreml': '.mlpackage'}  # repeated here so that help does not wait for torch
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Any) -> None:
     """Adds the arguments of the verb."""
-    parser.add_argument('model', metavar='MODEL', help=MODEL)
+    parser.intermixed = True
+    parser.add_argument('model', nargs='?', metavar='MODEL', help=MODEL)
+    parser.add_argument('--model', dest='named', metavar='MODEL', help='another way to name MODEL')
     parser.add_argument(
         'output', metavar='OUT',
         help='*.onnx, *.pt2 (torch-export, aoti), *.xml (openvino), *.tflite (litert), *.param (ncnn), '
              '*.pte (executorch) or *.mlpackage (coreml)')
-    parser.add_argument('--to', required=True, choices=FORMATS, help='format')
+    parser.add_argument(
+        '--to', choices=FORMATS, help='format (default: the one of the suffix; .pt2 files need --to)')
     add_checkpoint_options(parser)
     parser.add_argument(
         '--dynamic', choices=('batch', 'size'),
@@ -26,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--half', action='store_true', help='float16, with float32 input and output; onnx, openvino, coreml')
     parser.add_argument('--int8', action='store_true', help='quantize, calibrated on --images; onnx')
     parser.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy of the file on')
-    parser.add_argument('--split', default='test', help='subfolder of --images to measure on (default: %(default)s)')
+    add_split_option(parser)
     parser.add_argument(
         '--batch-size', type=positive, default=1, metavar='N',
         help='batch size of the file unless it is dynamic, and images per batch of --images (default: %(default)s)')
@@ -35,9 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--overwrite', action='store_true', help='replace OUT if it exists')
 
 
+def _format(output: str) -> Optional[str]:
+    """Returns the format of a file name, None if the suffix does not determine it."""
+    formats = [name for name, suffix in FORMATS.items() if suffix == Path(output).suffix]
+    return formats[0] if len(formats) == 1 else None
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the verb and returns the exit code."""
-    model = load_named(args, args.model, fuse=False)
+    args.to = args.to or _format(args.output)
+    if args.to is None:
+        args.error(
+            f'{args.output}: the suffix does not determine the format. Add --to torch-export or --to aoti for .pt2, or '
+            f'use one of {", ".join(sorted(set(FORMATS.values())))}')
+    if args.model and args.named:
+        args.error(f'two models: {args.model} and --model {args.named}. Name one')
+    model = load_named(args, args.model or args.named, fuse=False)
     from timm_spa.export import export
 
     report = export(
@@ -53,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         print(
             f'Before quantization (float32): {report.size_before / 1e6:.1f} MB, top-1 {report.accuracy_before:.2f} %.')
     if report.accuracy is not None:
-        print(f'Top-1 {report.accuracy:.2f} % on {report.pictures} images of {args.images}.')
+        print(f'Top-1 {report.accuracy:.2f} % on {report.pictures} images of {measured_folder(args)}.')
     for note in report.notes:
         print(note)
     return 0

@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 from typing import List, Tuple
 
-from timm_spa_cli._options import positive
+from timm_spa_cli._options import add_device_option, add_split_option, positive
 from timm_spa_cli._table import printable
 
 HELP = 'check a repository of the Hub, or its folder before publishing'
@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', metavar='ORG/NAME|FOLDER')
     parser.add_argument('--revision', help='branch, tag or commit of the repository')
     parser.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy on')
-    parser.add_argument('--split', default='validation', help='subfolder of DIR (default: %(default)s)')
+    add_split_option(parser)
     parser.add_argument('--batch-size', type=positive, default=64, help='images per batch (default: %(default)s)')
-    parser.add_argument('--device', default='cpu', help='device to measure on (default: %(default)s)')
+    add_device_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -372,7 +372,7 @@ def find_dataset(folder: Union[str, Path], split: str) -> Tuple[Path, Path]:
         raise DetectionError(
             f'{folder} must contain one JSON file for the split {split!r} and a folder of images with the same name, '
             f'e.g. annotations/instances_{split}2017.json and {split}2017. Found: {files}. Rename the files, or name '
-            f'them with --{split}-images and --{split}-json.')
+            f'them with --{split}-images and --{split}-annotations.')
     return matches[0]
 
 

@@ -1,7 +1,9 @@
 """Page of `timm-spa app` and of the Hub's Space, which explains the predictions for an image. Needs Gradio."""
 import collections
+import errno
 import functools
 import os
+import socket
 import tempfile
 import warnings
 from pathlib import Path
@@ -154,6 +156,7 @@ def serve(models: Sequence[str] = SHIPPED, host: str = '127.0.0.1', port: Option
     """
     if port is not None and not 0 < port < 65536:
         raise ExplainError(f'The port must be a number from 1 to 65535, got {port}.')
+    _check_address(host, port)
     with tempfile.TemporaryDirectory(prefix='timm_spa_app') as folder:
         os.environ['GRADIO_TEMP_DIR'] = folder
         page = build(models)
@@ -168,5 +171,21 @@ def serve(models: Sequence[str] = SHIPPED, host: str = '127.0.0.1', port: Option
                     theme=gr.themes.Default(font=fonts, font_mono=['monospace']), show_error=True)
         except OSError as e:
             raise ExplainError(
-                f'The page cannot be served at {host}, port {port or "7860 and following"}: {e} Choose another --port.'
-            ) from e
+                f'The page cannot be served at {host}: no port from 7860 to 7959 can be used. Free one of them, or '
+                'choose another with --port.') from e
+
+
+def _check_address(host: str, port: Optional[int]) -> None:
+    """Raises ExplainError if the address cannot be used. Gradio's own error names options that we do not have."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(address)
+    except OSError as e:
+        if e.errno == errno.EADDRINUSE:
+            cause = 'another program uses this port. Choose another --port, or leave it out for the first free one'
+        else:
+            cause = f'{e.strerror or e}. Choose another --host or --port'
+        named = f'{host}, port {port}' if port else host
+        raise ExplainError(f'The page cannot be served at {named}: {cause}.') from e

@@ -14,7 +14,7 @@ from timm.utils import reparameterize_model
 from .. import __version__
 from .._errors import UsageError
 from ..checkpoints.files import replacing
-from ..predict import class_names, data_config, labelled_batches
+from ..predict import class_names, data_config, default_split, labelled_batches
 from ..predict.classes import check_classifier
 from .aoti import FORMAT as AOTI
 from .check import compare, top1
@@ -75,7 +75,7 @@ def export(
         half: bool = False,
         int8: bool = False,
         images: Optional[Union[str, Path]] = None,
-        split: str = 'test',
+        split: Optional[str] = None,
         batch_size: int = 1,
         img_size: Optional[int] = None,
         overwrite: bool = False,
@@ -99,7 +99,8 @@ def export(
         half: Compute in float16, with float32 input and output. With OpenVINO, only the weights are stored in float16.
         int8: Static quantization by ONNX Runtime to 8 bits, of weights (per channel) and feature maps. Needs `images`.
         images: Image folder. The top-1 accuracy of the file is measured on it.
-        split: Subfolder to measure the accuracy on. Quantization is calibrated on the subfolder 'train' if it exists.
+        split: Subfolder to measure the accuracy on; None for `timm_spa.predict.default_split`. Quantization is
+            calibrated on the subfolder 'train' if it exists.
         batch_size: Batch size of the file if it is fixed, and images per batch when the accuracy is measured.
         img_size: Height and width in pixels; None for the size of the model.
         overwrite: Replace existing files.
@@ -116,6 +117,7 @@ def export(
         WriteError: The file cannot be written. No file is left behind after any error.
     """
     path = Path(path)
+    split = split or default_split(images or '')
     dtype = _checked_dtype(path, to, dynamic, half, int8, images, batch_size, img_size)
     description_name = f'{path.name}.json'
     names = (path.name, *(path.with_suffix(suffix).name for suffix in FORMATS[to].companions), description_name)

@@ -22,7 +22,7 @@ from ..checkpoints.hub_files import endpoint, without_password
 from ..checkpoints.reading import CheckpointError, read_header, read_weights, value_problems
 from ..checkpoints.run_files import load_yaml
 from ..models._builder import WEIGHTS_FILENAME
-from ..predict import ImageError, for_inference, labelled_batches, load_model, predict
+from ..predict import ImageError, default_split, for_inference, labelled_batches, load_model, predict
 
 __all__ = ['Report', 'verify']
 
@@ -49,7 +49,7 @@ def verify(
         source: Union[str, Path],
         revision: Optional[str] = None,
         images: Optional[Union[str, Path]] = None,
-        split: str = 'validation',
+        split: Optional[str] = None,
         batch_size: int = 64,
         device: str = 'cpu',
         check_detector: Optional[Callable[[Path], Tuple[List[str], List[str]]]] = None,
@@ -60,7 +60,7 @@ def verify(
         source: A folder, or a repository of the Hub, 'organization/name', which is downloaded to the cache.
         revision: Branch, tag or commit of the repository.
         images: Image folder to measure the accuracy on, with one folder per class.
-        split: Subfolder of `images`, if there is one of this name.
+        split: Subfolder of `images`, if there is one of this name; None for `timm_spa.predict.default_split`.
         batch_size: Images per batch.
         device: Device to measure on.
         check_detector: Returns the checks and the problems of a folder with a detector, e.g.
@@ -91,6 +91,7 @@ def verify(
         if model is not None:
             _check_use(folder, model, report)
             if images is not None:
+                split = split or default_split(images)
                 _measure(for_inference(model, device), Path(images), split, batch_size, device, report)
     except Exception as e:  # a damaged file may raise any error, and the report should name it
         report.problems.append(f'{folder} cannot be used: {type(e).__name__}: {" ".join(str(e).split())[:500]}')
@@ -298,4 +299,5 @@ def _measure(model: Any, images: Path, split: str, batch_size: int, device: str,
                 meter.update(value.item(), len(target))
     report.accuracy = {k: round(meter.avg, 3) for k, meter in meters.items()}
     percentages = ', '.join(f'top-{k} {value:.3f} %' for k, value in report.accuracy.items())
-    report.checked.append(f'{count} images of {images}: {percentages}')
+    measured = images / split if (images / split).is_dir() else images
+    report.checked.append(f'{count} images of {measured}: {percentages}')

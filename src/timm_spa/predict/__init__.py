@@ -3,6 +3,7 @@ from .classes import class_names, find_class
 from .classify import (
     Prediction,
     data_config,
+    default_split,
     image_reader,
     image_seen,
     labelled_batches,
@@ -15,6 +16,6 @@ from .image_files import ImageError, PictureError, image_files, in_eight_bits
 from .loading import ModelError, for_inference, load_model, on_device
 
 __all__ = [
-    'ImageError', 'ModelError', 'PictureError', 'Prediction', 'class_names', 'data_config', 'find_class',
-    'for_inference', 'image_files', 'image_reader', 'image_seen', 'in_eight_bits', 'labelled_batches',
+    'ImageError', 'ModelError', 'PictureError', 'Prediction', 'class_names', 'data_config', 'default_split',
+    'find_class', 'for_inference', 'image_files', 'image_reader', 'image_seen', 'in_eight_bits', 'labelled_batches',
     'likeliest_classes', 'load_model', 'on_device', 'picture_reader', 'picture_seen', 'predict']

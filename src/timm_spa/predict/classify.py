@@ -16,7 +16,7 @@ from .image_files import ImageError, image_files, read_image
 from .loading import ModelError
 
 __all__ = [
-    'Prediction', 'data_config', 'image_reader', 'image_seen', 'labelled_batches', 'likeliest_classes',
+    'Prediction', 'data_config', 'default_split', 'image_reader', 'image_seen', 'labelled_batches', 'likeliest_classes',
     'picture_reader', 'picture_seen', 'predict']
 
 
@@ -102,6 +102,19 @@ class _LabelledImages(torch.utils.data.Dataset):
             except ImageError as e:
                 path = self.reader.filename(index, absolute=True)
                 raise ImageError(f'{path} could not be read: {e}. Replace or remove it.') from e
+
+
+def default_split(images: Union[str, Path]) -> str:
+    """Returns the subfolder of an image folder to measure on if none is named.
+
+    Args:
+        images: Image folder.
+
+    Returns:
+        The first of 'test', 'validation' and 'val' that exists, otherwise 'test'.
+    """
+    names = ('test', 'validation', 'val')
+    return next((name for name in names if Path(images, name).is_dir()), names[0])
 
 
 def labelled_batches(model: Any, images: Union[str, Path], split: str, batch_size: int) -> Tuple[Any, int]:
