@@ -8,7 +8,7 @@ HOSTS := .venv-hosts
 SERIAL := OMP_NUM_THREADS=1
 
 .PHONY: demo test test-slow hosts more-hosts more-hosts-images more-hosts-mm quality timm-suite \
-	timm-patch test-lowest test-newest sbom docs clean
+	timm-patch test-lowest test-newest sbom tables docs clean
 
 demo: $(READY)
 	$(BIN)/timm-spa demo
@@ -76,7 +76,11 @@ sbom: $(READY)
 	build/sbom/tools/bin/uv pip compile build/sbom/versions.txt --quiet --generate-hashes --no-deps --no-annotate \
 		--no-header --python $(BIN)/python --output-file build/sbom/requirements.txt
 
-# builds the pages in build/docs
+# writes the generated tables of docs/models.md and docs/command_line.md
+tables: $(READY)
+	$(BIN)/python docs/tables.py
+
+# builds the pages in build/docs, without a network
 docs: $(READY)
 	$(BIN)/python -m sphinx --fail-on-warning --quiet docs build/docs
 

@@ -10,7 +10,9 @@ project = 'timm_spa'
 author = 'timm_spa maintainers'
 copyright = 'timm_spa maintainers, Apache-2.0'
 version = release = metadata.version('timm_spa')
-extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.mathjax']
+extensions = [
+    'myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx.ext.mathjax', 'sphinx_design',
+    'sphinx-mathjax-offline']  # the last copies MathJax into the pages, so that formulas need no network
 myst_enable_extensions = ['deflist', 'dollarmath', 'amsmath', 'colon_fence']
 myst_heading_anchors = 3
 html_theme = 'furo'
@@ -26,7 +28,10 @@ autodoc_mock_imports = ['mmcv', 'mmdet']  # timm_spa.detection.mmdet requires co
 
 DOCS = Path(__file__).resolve().parent
 # files outside of this folder, and the pages that include them
-PAGES = {'train_scripts/README.md': 'training', 'train_scripts/results/README.md': 'results'}
+PAGES = {
+    'CHANGELOG.md': 'changelog', 'CODE_OF_CONDUCT.md': 'code_of_conduct', 'CONTRIBUTING.md': 'contributing',
+    'SECURITY.md': 'security', 'findings/README.md': 'findings', 'tests/benchmarks/speed.md': 'speed',
+    'train_scripts/README.md': 'training', 'train_scripts/results/README.md': 'results'}
 
 
 class LinksToFiles(SphinxTransform):
