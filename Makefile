@@ -80,9 +80,10 @@ sbom: $(READY)
 tables: $(READY)
 	$(BIN)/python docs/tables.py
 
-# builds the pages in build/docs, without a network
+# builds the pages in build/docs, and fails on warnings and dead links
 docs: $(READY)
 	$(BIN)/python -m sphinx --fail-on-warning --quiet docs build/docs
+	$(BIN)/python docs/dead_links.py build/docs
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

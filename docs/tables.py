@@ -30,6 +30,8 @@ FAMILIES = (
 GATES = {
     'spa_b_': 'SPA-B', 'spa_c_': 'SPA-C', 'spa_': 'SPA-A', 'se_b_': 'SE+', 'se_c_': 'SE++', 'se_': 'SE', 'ge_': 'GE',
     'cbam_': 'CBAM', 'gc_': 'GC', '': '-'}
+ORDER = ('-', 'SPA-A', 'SPA-B', 'SPA-C', 'SE', 'SE+', 'SE++', 'GE', 'CBAM', 'GC')
+# options that are explained above the table of commands
 SHARED = (
     '--model', '--checkpoint', '--num-classes', '--images', '--split', '--device', '--out', '--output', '--json',
     '--overwrite')
@@ -47,6 +49,12 @@ def _split_gate(name: str) -> Tuple[str, str]:
     return name.removeprefix(prefix), GATES[prefix]
 
 
+def _order(name: str, counted: Dict[str, Dict[str, Any]]) -> Tuple[int, str, int]:
+    """Returns the sort key of a model: networks by size, and gates in one order for each network."""
+    base, gate = _split_gate(name)
+    return counted.get(f'spa_{base}', counted[name])['parameters'], base, ORDER.index(gate)
+
+
 def table_of_models() -> str:
     """Returns one collapsible table per family, with a row for each model of models.json."""
     counted: Dict[str, Dict[str, Any]] = json.loads(MODELS.read_text(encoding='utf-8'))
@@ -57,14 +65,7 @@ def table_of_models() -> str:
     parts = []
     for title, names in families.items():
         rows: Rows = [('model', 'gate', 'parameters (M)', 'GMACs', 'input', 'weights')]
-        order = list(GATES.values())
-
-        def key(name: str) -> Tuple[int, str, int]:
-            base, gate = _split_gate(name)
-            plain = counted.get(f'spa_{base}', counted[name])
-            return plain['parameters'], base, order.index('SPA-A') if gate == 'SPA-A' else order.index(gate) + 9
-
-        for name in sorted(names, key=key):
+        for name in sorted(names, key=lambda name: _order(name, counted)):
             row, more = counted[name], counted[name]['tags'] - 1
             weights = '-' if more < 0 else f'`{row["tag"]}`' + (f', {more} more' if more else '')
             rows.append((

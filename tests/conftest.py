@@ -1,7 +1,10 @@
 """Fixtures used by several test files."""
+import collections
 import contextlib
+import re
 import resource
 import shutil
+import textwrap
 
 import pytest
 from hub_server import OWNER, Hub, point_at
@@ -10,6 +13,16 @@ from published import CARDS, NAME, SHIPPED
 from timm_spa._errors import TimmSpaError
 from timm_spa.hub.publish import write_repository
 from timm_spa.training import runner
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints how many tests were skipped for each reason. `-rs` would print a line for each place in the code."""
+    reasons = collections.Counter()
+    for report in terminalreporter.stats.get('skipped', ()):
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, (tuple, list)) else report.longrepr)
+        reasons[textwrap.shorten(re.sub('^Skipped: ', '', reason), 90, placeholder=' ...')] += 1
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f'skipped {count}: {reason}')
 
 
 @pytest.fixture(scope='session')

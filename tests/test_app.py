@@ -16,8 +16,9 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 
-from timm_spa.explain import ExplainError, app
+from timm_spa.explain import ExplainError, app, scale_weights
 from timm_spa.predict import ImageError, load_model
 
 pytest.importorskip('torchcam', reason='torchcam needs Python 3.11')
@@ -29,17 +30,38 @@ BEET = resources.files('timm_spa') / 'images' / 'Red-Beet.jpg'
 
 @pytest.mark.parametrize('name', app.SHIPPED)
 def test_results_for_an_image(name):
-    classes, *figures = app.look(load_model(name), BEET)
-    assert len(classes) == 5
-    assert list(classes.values()) == sorted(classes.values(), reverse=True)
-    for figure in figures:
-        assert len(figure.getcolors(1 << 24)) > 20
+    results = app.look(load_model(name), BEET)
+    assert len(results.classes) == 5
+    assert list(results.classes.values()) == sorted(results.classes.values(), reverse=True)
+    assert next(iter(results.classes)).split('-')[0] in results.activation_text
+    assert len(results.gates) == 2 * app.BLOCKS
+    for image in (results.activation, *(image for image, _ in results.gates)):
+        assert len(image.getcolors(1 << 24)) > 20
+    blocks = len(scale_weights(load_model(name)))
+    assert results.pyramid.count('<tr>') == 1 + blocks
+    assert results.pyramid.count('<td style') == 3 * blocks
+    lowest, highest = map(float, re.search(r'from ([\d.]+) .* to ([\d.]+) ', results.gates_text).groups())
+    assert lowest < 0.5 < highest
+
+
+def test_colours_show_the_distance_from_the_limits():
+    """The middle of the limits is the middle of the colour map, and cells keep their place."""
+    cells = torch.tensor([[0.4, 0.5], [0.5, 0.6]])
+    drawn = app._overlay(Image.new('RGB', (32, 32)), cells, 'PuOr', (0.4, 0.6))
+    assert drawn.size == (app.SIDE, app.SIDE)
+    corners = [drawn.getpixel(xy) for xy in ((0, 0), (app.SIDE - 1, 0), (0, app.SIDE - 1), (app.SIDE - 1,) * 2)]
+    assert corners[1] == corners[2]
+    assert max(corners[1]) - min(corners[1]) < 5, 'grey: neither orange nor violet'
+    assert corners[0][0] > corners[0][2], 'orange'
+    assert corners[3][2] > corners[3][1], 'violet'
 
 
 def test_a_plain_model_without_gates():
-    classes, activation, gates, pyramid = app.look(timm.create_model('resnet18').eval(), BEET)
-    assert activation is not None
-    assert gates is pyramid is None
+    results = app.look(timm.create_model('resnet18').eval(), BEET)
+    assert results.activation is not None
+    assert results.gates == []
+    assert results.gates_text in results.pyramid
+    assert 'no SPA gates' in results.gates_text
 
 
 def test_classes_with_the_same_name():
@@ -49,7 +71,7 @@ def test_classes_with_the_same_name():
     torch.nn.init.zeros_(model.classifier.bias)
     with torch.no_grad():
         model.classifier.bias[134], model.classifier.bias[517] = 20, 19
-    classes = app.look(model, BEET)[0]
+    classes = app.look(model, BEET).classes
     assert len(classes) == 5
     assert list(classes)[:2] == ['crane (class 134)', 'crane (class 517)']
     assert classes['crane (class 134)'] > classes['crane (class 517)'] > 0.2
@@ -59,15 +81,18 @@ def test_requests(tmp_path):
     """Only the offered models are loaded, whatever name a browser sends."""
     show = next(f.fn for f in app.build().fns.values() if f.name == 'show')
     first, second = app.SHIPPED
+    tabs = len(app.TABS)
+    half = len(app.Results._fields) + tabs
     *cells, column = show({'path': str(BEET)}, first, app.NOTHING)
     assert cells[0]
-    assert cells[4:] == [None] * 4
+    assert cells[half - 1].replace('\\', '') == f'### {first}'
+    assert cells[half:2 * half] == [None] * half
     assert column['visible'] is False
     *cells, column = show({'path': str(BEET)}, second, first)
-    assert cells[4]
+    assert cells[half]
     assert column['visible'] is True
-    assert show(None, first, second)[:-1] == [None] * 8
-    assert show({'path': str(BEET)}, 'local-dir:/', 'resnet18')[:-1] == [None] * 8
+    assert show(None, first, second)[:-tabs] == [None] * 2 * half
+    assert show({'path': str(BEET)}, 'local-dir:/', 'resnet18')[:-tabs] == [None] * 2 * half
     broken = tmp_path / 'x.jpg'
     broken.write_text('not an image')
     with pytest.raises(Exception, match='holiday.jpg cannot be read as an image') as e:
@@ -144,12 +169,22 @@ def upload(page, file):
 @pytest.mark.timeout(300)
 def test_in_a_browser(page, tmp_path):
     page.locator('.gallery-item').first.click()
-    page.wait_for_selector('#pyramid1 img')
+    page.wait_for_selector('#activation1 img')
     assert 'Alpro-Blueberry-Soyghurt' in page.locator('#classes1').inner_text()
     assert not page.locator('#classes2').is_visible()
+    box = page.locator('#activation1').bounding_box()
+    assert box['y'] + box['height'] < 900, 'the results are visible without scrolling'
+    page.get_by_role('tab', name='Pyramid weights').click()
+    page.wait_for_selector('#pyramid1 table')
+    assert '7x7' in page.locator('#pyramid1').inner_text()
+    page.get_by_role('tab', name='Gates').click()
+    page.wait_for_selector('#gates1 img')
+    assert 'mean of' in page.locator('#gates1').inner_text(), 'captions are text'
     page.locator('#second input').click()
     page.get_by_role('option', name=app.SHIPPED[1]).click()
-    page.wait_for_selector('#pyramid2 img')
+    page.wait_for_selector('#gates2 img')
+    page.get_by_role('tab', name='Classes').click()
+    page.wait_for_selector('#activation2 img')
     page.get_by_label('Remove Image').click()
     upload(page, str(BEET))
     page.wait_for_function("document.querySelector('#classes1').innerText.includes('Red-Beet')")

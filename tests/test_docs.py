@@ -1,44 +1,65 @@
 """README and docs: code blocks run, links work, and the HTML pages build without warnings."""
+import collections
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import timm
 import torch
 import yaml
+from timm.models import _registry
 
 import timm_spa
-from timm_spa.profile import LIST
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / 'docs' / 'finetune.ipynb'
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [*sorted(ROOT.glob('*.md')), *sorted((ROOT / 'docs').glob('*.md'))]
+sys.path.insert(0, str(ROOT / 'docs'))
+
+from dead_links import Page, dead_links  # noqa: E402
+from tables import DOCS, TABLES, with_tables  # noqa: E402
 
 
 def code_blocks(page):
-    return re.findall(r'^```python\n(.*?)^```', page.read_text(encoding='utf-8'), re.M | re.S)
+    """Returns the Python blocks of a page, each with the output in a text block that follows it, if any."""
+    return re.findall(
+        r'^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?', page.read_text(encoding='utf-8'), re.M | re.S)
 
 
 @pytest.mark.parametrize('page', [page for page in PAGES if code_blocks(page)], ids=lambda page: page.name)
 def test_code(page, monkeypatch, capsys):
-    """Runs the code blocks of a page in order. Random weights replace weights from the Hub."""
+    """Runs the code blocks of a page in order, and compares the output. Random weights replace weights from the Hub."""
     create = timm.create_model
 
     def without_hub(name, pretrained=False, **kwargs):
         return create(name, pretrained=pretrained and bool(timm.get_pretrained_cfg(name).file), **kwargs)
 
     monkeypatch.setattr(timm, 'create_model', without_hub)
-    names = {'timm': timm, 'torch': torch}
-    for block in code_blocks(page):
-        exec(block, names)
-        if 'add_attention' in block and 'print' in block:
-            assert re.match(r'tensor\(0\.', capsys.readouterr().out)
+    with contextlib.ExitStack() as stack:
+        if page.name == 'CONTRIBUTING.md':  # registers models
+            module = ModuleType('timm_spa.models.example')
+            stack.enter_context(mock.patch.dict(sys.modules, {module.__name__: module}))
+            for value in vars(_registry).values():
+                if type(value) in (dict, collections.defaultdict):
+                    stack.enter_context(mock.patch.dict(value))
+            names = vars(module)
+        else:
+            names = {}
+        names.update(timm=timm, torch=torch)
+        for block, expected in code_blocks(page):
+            exec(block, names)
+            out = capsys.readouterr().out
+            if expected:
+                assert out == expected
+            elif 'add_attention' in block and 'print' in block:
+                assert re.match(r'tensor\(0\.', out)
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
@@ -90,40 +111,12 @@ def test_pages_are_built(built):
         assert f'>{name}<' in page
 
 
-class Page(HTMLParser):
-    """Collects the links of an HTML page and its anchors."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.anchors, self.links = set(), []
-        self.feed(path.read_text(encoding='utf-8'))
-
-    def handle_starttag(self, tag, attributes):
-        values = dict(attributes)
-        self.anchors.update(values[key] for key in ('id', 'name') if values.get(key))
-        self.links += [values[key] for key in ('href', 'src') if values.get(key)]
-
-
-def dead_links(folder):
-    """Returns the links between HTML files of a folder whose file or anchor does not exist."""
-    pages = {path.resolve(): Page(path) for path in sorted(folder.rglob('*.html'))}
-    dead = []
-    for path, page in pages.items():
-        for link in page.links:
-            url = urlsplit(link)
-            if url.scheme or url.netloc:
-                continue
-            target = (path.parent / unquote(url.path)).resolve() if url.path else path
-            anchor = unquote(url.fragment)
-            if not target.is_file() or anchor and target in pages and anchor not in pages[target].anchors:
-                dead.append((path.name, link))
-    return dead
-
-
 def test_links_between_built_pages(built):
     assert dead_links(built) == []
     results = Page(built / 'results.html').links
     assert 'training.html' in results, 'links to an included file lead to the page that includes it'
+    page = Page(built / 'how_it_works.html')
+    assert '_static/mathjax/tex-chtml.js' in [link.partition('?')[0] for link in page.loaded]
     copied = [link for link in results if re.fullmatch(r'_downloads/.*ablate\.csv', link)]
     assert copied, 'linked files outside of docs are copied'
 
@@ -132,8 +125,9 @@ def test_dead_links_are_detected(tmp_path):
     (tmp_path / 'b.html').write_text('<p id="place">')
     (tmp_path / 'a.html').write_text(
         '<a href="b.html#place"><a href="b.html#other"><a href="c.html"><img src="d.png"><a href="#here">'
-        '<a href="https://example.org/x.html">')
-    assert [link for _, link in dead_links(tmp_path)] == ['b.html#other', 'c.html', 'd.png', '#here']
+        '<a href="https://example.org/x.html"><script src="https://example.org/x.js"></script>')
+    assert [link for _, link in dead_links(tmp_path)] == [
+        'b.html#other', 'c.html', 'd.png', '#here', 'https://example.org/x.js']
 
 
 def test_gates_on_the_page_of_add_attention():
@@ -151,25 +145,14 @@ def test_repository_files_are_valid_yaml(path):
     assert yaml.safe_load(path.read_text(encoding='utf-8'))
 
 
-def test_table_of_models():
-    """Lists every SPA-A model, with the parameters and multiply-adds of models.json."""
-    counted = json.loads(LIST.read_text())
-    listed = []
-    for line in (ROOT / 'docs' / 'models.md').read_text().splitlines():
-        cells = line.strip('| ').split(' | ')
-        if len(cells) != 6 or '`spa_' not in cells[1]:
-            continue
-        names = []
-        for word in re.findall(r'`([^`]+)`', cells[1]):  # may be only a suffix: `spa_resnet18` `34`
-            last = names[-1] if names else ''
-            candidates = [word, *(last[:i] + word + end for i in range(len(last), 0, -1) for end in ('', '_cifar'))]
-            names.append(next(name for name in candidates if name in counted))
-        listed += names
-        for cell, key, unit in ((cells[2], 'parameters', 1e6), (cells[3], 'macs', 1e9)):
-            figures = re.findall(r'[\d.]+', cell)
-            if '(' in cell:  # for another number of classes
-                continue
-            for name, figure in zip(names, figures, strict=len(figures) > 1):
-                digits = len(figure.partition('.')[2])
-                assert f'{counted[name][key] / unit:.{digits}f}' == figure, (name, key)
-    assert sorted(listed) == sorted(n for n in timm_spa.list_models('spa_*') if not re.match('spa_[bc]_', n))
+@pytest.mark.parametrize('file', [file for file, _ in TABLES.values()])
+def test_generated_tables(file):
+    """The tables of models and of command-line options are those that `make tables` writes."""
+    assert (DOCS / file).read_text(encoding='utf-8') == with_tables(DOCS / file), 'run `make tables`'
+
+
+def test_table_of_models_is_complete():
+    text = (DOCS / 'models.md').read_text(encoding='utf-8')
+    rows = dict(re.findall(r'^\| `(\w+)` \| [^|]+ \| ([\d.]+) \| ', text, re.M))
+    assert sorted(rows) == sorted(timm_spa.list_models())
+    assert rows['spa_resnet50'] == '28.07'

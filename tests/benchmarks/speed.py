@@ -73,7 +73,7 @@ def markdown(folder: Path) -> List[str]:
         line.replace(run['date'], run['date'][:len('2026-01-01')])
         for runs in records.values() for run in runs for line in benchmark.notes(run)[2:]}
     rounds = f'Medians and quartiles of {" or ".join(map(str, counts))} rounds.'
-    return [*lines, '', rounds, *sorted(about)]
+    return [*lines, '', *(f'- {line}' for line in (rounds, *sorted(about)))]
 
 
 def main() -> None:

@@ -2,21 +2,23 @@
 import collections
 import errno
 import functools
+import html
 import os
+import re
 import socket
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from .._errors import TimmSpaError
 from .._shipped import shipped_photographs
 from ..predict import ImageError, class_names, image_reader, image_seen, likeliest_classes, load_model
-from . import figures
-from .attention import ExplainError, gate_maps, scale_weights
+from .attention import NEUTRAL, ExplainError, ScaleWeights, gate_maps, scale_weights
 from .class_activation import cam
 
 __all__ = ['SHIPPED', 'build', 'look', 'serve']
@@ -26,29 +28,45 @@ NOTHING = 'no second model'
 LARGEST_FILE = '20mb'
 TOP = 5
 BLOCKS = 4  # blocks in the figure of gates, evenly spaced over the model
-TITLE = 'Spatial Pyramid Attention: class activation maps and gates'
+SIDE = 240  # pixels of a panel
+TITLE = 'What does the network look at?'
 ABOUT = """
-Choose an image, or one of the photographs below. The page shows the likeliest classes, the parts of the image that
-raise the score of the first class (Grad-CAM), the gates of four blocks, and the pyramid weights. A model multiplies its
-feature maps by the gates.
-
-A class activation map shows which parts of an image raise a score. It does not prove how the model reasons. A gate acts
-on single channels, and the mean over channels hides them. A model knows only the classes that it was trained on.
+Choose an image, and see the likeliest classes, the regions that speak for the first class, and how attention rescales
+the features.
 """
+LIMITS = """
+A class activation map shows which parts of an image raise a score. It does not prove how the network reasons. A gate
+acts on single channels, and the mean over channels hides them. A network knows only the classes that it was trained on.
+"""
+NO_GATES = 'This model has no SPA gates.'
+TABS = ('Classes and class activation', 'Gates', 'Pyramid weights')
 
-Figure = Optional[Image.Image]
+
+class Results(NamedTuple):
+    """Results that the page shows for one image and one model.
+
+    Attributes:
+        classes: The likeliest classes with their probabilities.
+        activation: The class activation map of the first class over the image.
+        activation_text: Caption of `activation`.
+        gates: Gates over the image, each with a caption. Empty for a model without SPA.
+        gates_text: Caption of all `gates`.
+        pyramid: Table of the pyramid weights, as HTML.
+    """
+    classes: Dict[str, float]
+    activation: Image.Image
+    activation_text: str
+    gates: List[Tuple[Image.Image, str]]
+    gates_text: str
+    pyramid: str
 
 
-def look(model: torch.nn.Module, image: Union[str, Path]) -> Tuple[Dict[str, float], Figure, Figure, Figure]:
-    """Computes the classes and figures that the page shows for one image and one model.
+def look(model: torch.nn.Module, image: Union[str, Path]) -> Results:
+    """Computes the results that the page shows for one image and one model.
 
     Args:
         model: A timm CNN in eval mode.
         image: Image file.
-
-    Returns:
-        The likeliest classes with their probabilities, and figures of the class activation map, the gates and the
-        pyramid weights. The last two are None for a model without SPA.
 
     Raises:
         ImageError: The image cannot be read.
@@ -61,17 +79,69 @@ def look(model: torch.nn.Module, image: Union[str, Path]) -> Tuple[Dict[str, flo
     classes = {
         f'{c["name"]} (class {c["index"]})' if counts[c['name']] > 1 else str(c['name']): c['probability']
         for c in likeliest_classes(model, pixels, names, TOP)}
-    activation = figures.as_image(figures.draw_cams({'': [(seen, cam(model, x).maps[0], next(iter(classes)))]}))
+    activation = _overlay(seen, cam(model, x).maps[0], 'inferno', (0, 1), smooth=True)
+    text = f'Brighter: more evidence for **{_as_text(next(iter(classes)))}**.'
     try:
         weights = scale_weights(model)
     except ExplainError:
-        return classes, activation, None, None
+        return Results(classes, activation, text, [], NO_GATES, f'<p>{NO_GATES}</p>')
     blocks = list(weights)
     shown = [blocks[i * (len(blocks) - 1) // (BLOCKS - 1)] for i in range(BLOCKS)] if len(blocks) > BLOCKS else blocks
-    gates = {name: gate[0] for name, gate in gate_maps(model, x, shown).items()}
-    drawn_gates = figures.as_image(figures.draw_gates(seen, gates, columns=2))  # two columns fit a phone
-    pyramid = figures.as_image(figures.draw_scales({'pyramid weights': weights}))
-    return classes, activation, drawn_gates, pyramid
+    panels = []
+    for name, (gate,) in gate_maps(model, x, shown).items():
+        varying = int(gate.flatten(1).std(1).argmax())
+        panels.append((f'{name}, mean of {len(gate)} channels', gate.mean(0)))
+        panels.append((f'{name}, channel {varying}', gate[varying]))
+    reach = max(max((cells - NEUTRAL).abs().max().item() for _, cells in panels), 1e-6)
+    limits = (NEUTRAL - reach, NEUTRAL + reach)
+    gates = [(_overlay(seen, cells, 'PuOr', limits), title) for title, cells in panels]
+    gates_text = (
+        f'Values from {limits[0]:.3f} (orange) to {limits[1]:.3f} (violet), in all panels. 1/2, an untrained gate, is '
+        'white. For each block: the mean over the channels, and the channel that varies most.')
+    return Results(classes, activation, text, gates, gates_text, _table(weights))
+
+
+def _as_text(name: str) -> str:
+    """Escapes the Markdown of a class name."""
+    return re.sub(r'([\\`*_{}\[\]<>()#+.!|~$&-])', r'\\\1', name)
+
+
+def _overlay(
+        image: Image.Image,
+        cells: torch.Tensor,
+        colours: str,
+        limits: Tuple[float, float],
+        smooth: bool = False,
+) -> Image.Image:
+    """Returns a grey image with a tensor (H, W) over it, in a colour map of matplotlib."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise ExplainError('Drawing needs matplotlib: pip install matplotlib.') from e
+    size = (SIDE, max(1, SIDE * image.height // image.width))
+    grey = image.convert('L').resize(size, Image.Resampling.NEAREST if max(image.size) < SIDE // 2 else None)
+    values = ((cells - limits[0]) / (limits[1] - limits[0])).clamp(0, 1)[None, None].float()
+    if smooth:
+        values = F.interpolate(values, size[::-1], mode='bilinear', align_corners=False)
+    else:
+        values = F.interpolate(values, size[::-1], mode='nearest')
+    drawn = Image.fromarray(matplotlib.colormaps[colours](values[0, 0].numpy(), bytes=True)[..., :3])
+    return Image.blend(grey.convert('RGB'), drawn, 0.6)
+
+
+def _table(weights: Mapping[str, ScaleWeights]) -> str:
+    """Returns the pyramid weights by block as an HTML table; the colour is the distance from 1."""
+    sizes = next(iter(weights.values())).sizes
+    reach = max(max(abs(abs(w) - 1) for w in scales.weights) for scales in weights.values()) or 1.
+    rows = [''.join(f'<th>{text}</th>' for text in ('block', *(f'{size}x{size}' for size in sizes)))]
+    for block, scales in weights.items():
+        cells = ''.join(
+            f'<td style="background: rgba({"94, 60, 153" if abs(w) > 1 else "230, 97, 1"}, '
+            f'{0.6 * abs(abs(w) - 1) / reach:.2f})">{w:.3f}</td>' for w in scales.weights)
+        rows.append(f'<td>{html.escape(block)}</td>{cells}')
+    return (
+        '<p>Weight of each average in the gates of a block. Training starts from 1. Violet: above 1, orange: below.</p>'
+        f'<table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table>')
 
 
 def build(models: Sequence[str] = SHIPPED) -> Any:
@@ -100,45 +170,70 @@ def build(models: Sequence[str] = SHIPPED) -> Any:
         cells: List[Any] = []
         for name in names:
             if image is None or name not in models:
-                cells += [None] * 4
+                cells += [None] * (len(Results._fields) + len(TABS))
                 continue
             try:
-                cells += look(loaded(name), image['path'])
+                cells += [*look(loaded(name), image['path']), *[f'### {_as_text(name)}'] * len(TABS)]
             except ImageError as e:
                 file = image.get('orig_name') or Path(image['path']).name
                 raise gr.Error(f'{file} cannot be read as an image. Choose another file.', print_exception=False) from e
             except TimmSpaError as e:
                 raise gr.Error(str(e), print_exception=False) from e
-        return [*cells, gr.update(visible=names[1] in models)]
+        return [*cells, *[gr.update(visible=names[1] in models)] * len(TABS)]
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 600)) as page:
+    with gr.Blocks(title=f'timm_spa: {TITLE}', analytics_enabled=False, delete_cache=(600, 600)) as page:
         gr.Markdown(f'# {TITLE}\n{ABOUT}')
         with gr.Row():
-            with gr.Column():
+            with gr.Column(scale=2, min_width=280):
                 image = gr.Image(
-                    type='filepath', sources=['upload', 'clipboard'], label='image', height=300, elem_id='input_image')
-                gr.Examples(
-                    [[str(path)] for path in shipped_photographs()], [image],
-                    label='test photographs of the Grocery Store dataset')
-            with gr.Column():
+                    type='filepath', sources=['upload', 'clipboard'], label='image', height=260, elem_id='input_image')
                 first = gr.Dropdown(list(models), value=models[0], label='model', elem_id='first')
                 second = gr.Dropdown(
                     [NOTHING, *models], value=NOTHING, label='side by side with', elem_id='second')
-        cells: List[Any] = []
-        with gr.Row():
-            for number in (1, 2):
-                with gr.Column(visible=number == 1) as column:
-                    cells.append(gr.Label(num_top_classes=TOP, label='likeliest classes', elem_id=f'classes{number}'))
-                    for label in ('class activation', 'gates', 'pyramid'):
-                        cells.append(gr.Image(
-                            label=label, show_label=False, interactive=False, buttons=['download', 'fullscreen'],
-                            elem_id=f'{label.split()[-1]}{number}'))
+                gr.Examples(
+                    [[str(path)] for path in shipped_photographs()], [image],
+                    label='test photographs of the Grocery Store dataset')
+            with gr.Column(scale=5, min_width=320), gr.Tabs():
+                cells: Dict[Tuple[int, str], Any] = {}
+                columns: List[Any] = []
+                for tab in TABS:
+                    with gr.Tab(tab, id=tab), gr.Row():
+                        for number in (1, 2):
+                            with gr.Column(visible=number == 1, min_width=300) as column:
+                                cells[number, tab] = gr.Markdown()
+                                cells.update(_panels(gr, tab, number))
+                            if number == 2:
+                                columns.append(column)
+        with gr.Accordion('What these results do not show', open=False):
+            gr.Markdown(LIMITS)
+        outputs = [cells[number, name] for number in (1, 2) for name in (*Results._fields, *TABS)]
         for changed in (image, first, second):
             # `preprocess=False` skips Gradio's own reading of the image, whose errors do not help users
             changed.change(
-                show, [image, first, second], [*cells, column], preprocess=False, show_progress='minimal',
+                show, [image, first, second], [*outputs, *columns], preprocess=False, show_progress='minimal',
                 trigger_mode='always_last')
     return page
+
+
+def _panels(gr: Any, tab: str, number: int) -> Dict[Tuple[int, str], Any]:
+    """Creates the components of a tab for the first or second model, by field of `Results`."""
+    if tab == TABS[0]:
+        with gr.Row():
+            classes = gr.Label(
+                num_top_classes=TOP, label='likeliest classes', elem_id=f'classes{number}', min_width=260)
+            with gr.Column(min_width=260):
+                activation = gr.Image(
+                    label='class activation', interactive=False, buttons=['download', 'fullscreen'], height=300,
+                    elem_id=f'activation{number}')
+                text = gr.Markdown()
+        return {(number, 'classes'): classes, (number, 'activation'): activation, (number, 'activation_text'): text}
+    if tab == TABS[1]:
+        text = gr.Markdown()
+        gallery = gr.Gallery(
+            show_label=False, interactive=False, columns=4, object_fit='contain', height='auto', format='png',
+            elem_id=f'gates{number}')
+        return {(number, 'gates_text'): text, (number, 'gates'): gallery}
+    return {(number, 'pyramid'): gr.HTML(elem_id=f'pyramid{number}')}
 
 
 def serve(models: Sequence[str] = SHIPPED, host: str = '127.0.0.1', port: Optional[int] = None) -> None:
