@@ -1,8 +1,9 @@
-# `make demo` and `make test` set up .venv on the first call and reuse it afterwards.
+# `make demo` and `make test` set up .venv on the first call and reuse it afterwards. `make demo` installs less.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+READY_FOR_DEMO := $(VENV)/.ready-demo
 HOSTS := .venv-hosts
 # one thread per process, because the tests run in two processes
 SERIAL := OMP_NUM_THREADS=1
@@ -10,7 +11,7 @@ SERIAL := OMP_NUM_THREADS=1
 .PHONY: demo test test-slow hosts more-hosts more-hosts-images more-hosts-mm quality timm-suite \
 	timm-patch test-lowest test-newest sbom tables docs clean
 
-demo: $(READY)
+demo: $(READY_FOR_DEMO)
 	$(BIN)/timm-spa demo
 
 test: $(READY) quality
@@ -89,6 +90,11 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --quiet --editable ".[train,test]"
+	touch $@ $(READY_FOR_DEMO)
+
+$(READY_FOR_DEMO): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[demo]"
 	touch $@
 
 $(HOSTS)/.ready: pyproject.toml

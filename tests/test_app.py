@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -19,18 +18,18 @@ import yaml
 from PIL import Image
 
 from timm_spa.explain import ExplainError, app, scale_weights
-from timm_spa.predict import ImageError, load_model
+from timm_spa.predict import ImageError, load_model, sample_image
 
 pytest.importorskip('torchcam', reason='torchcam needs Python 3.11')
 
 ROOT = Path(__file__).parent.parent
 SPACE = ROOT / 'hub_cards' / 'space'
-BEET = resources.files('timm_spa') / 'images' / 'Red-Beet.jpg'
+COFFEE = sample_image('coffee')
 
 
 @pytest.mark.parametrize('name', app.SHIPPED)
 def test_results_for_an_image(name):
-    results = app.look(load_model(name), BEET)
+    results = app.look(load_model(name), COFFEE)
     assert len(results.classes) == 5
     assert list(results.classes.values()) == sorted(results.classes.values(), reverse=True)
     assert next(iter(results.classes)).split('-')[0] in results.activation_text
@@ -57,7 +56,7 @@ def test_colours_show_the_distance_from_the_limits():
 
 
 def test_a_plain_model_without_gates():
-    results = app.look(timm.create_model('resnet18').eval(), BEET)
+    results = app.look(timm.create_model('resnet18').eval(), COFFEE)
     assert results.activation is not None
     assert results.gates == []
     assert results.gates_text in results.pyramid
@@ -71,7 +70,7 @@ def test_classes_with_the_same_name():
     torch.nn.init.zeros_(model.classifier.bias)
     with torch.no_grad():
         model.classifier.bias[134], model.classifier.bias[517] = 20, 19
-    classes = app.look(model, BEET).classes
+    classes = app.look(model, COFFEE).classes
     assert len(classes) == 5
     assert list(classes)[:2] == ['crane (class 134)', 'crane (class 517)']
     assert classes['crane (class 134)'] > classes['crane (class 517)'] > 0.2
@@ -83,16 +82,16 @@ def test_requests(tmp_path):
     first, second = app.SHIPPED
     tabs = len(app.TABS)
     half = len(app.Results._fields) + tabs
-    *cells, column = show({'path': str(BEET)}, first, app.NOTHING)
+    *cells, column = show({'path': str(COFFEE)}, first, app.NOTHING)
     assert cells[0]
     assert cells[half - 1].replace('\\', '') == f'### {first}'
     assert cells[half:2 * half] == [None] * half
     assert column['visible'] is False
-    *cells, column = show({'path': str(BEET)}, second, first)
+    *cells, column = show({'path': str(COFFEE)}, second, first)
     assert cells[half]
     assert column['visible'] is True
     assert show(None, first, second)[:-tabs] == [None] * 2 * half
-    assert show({'path': str(BEET)}, 'local-dir:/', 'resnet18')[:-tabs] == [None] * 2 * half
+    assert show({'path': str(COFFEE)}, 'local-dir:/', 'resnet18')[:-tabs] == [None] * 2 * half
     broken = tmp_path / 'x.jpg'
     broken.write_text('not an image')
     with pytest.raises(Exception, match='holiday.jpg cannot be read as an image') as e:
@@ -170,7 +169,7 @@ def upload(page, file):
 def test_in_a_browser(page, tmp_path):
     page.locator('.gallery-item').first.click()
     page.wait_for_selector('#activation1 img')
-    assert 'Alpro-Blueberry-Soyghurt' in page.locator('#classes1').inner_text()
+    assert 'God-Morgon-Red-Grapefruit-Juice' in page.locator('#classes1').inner_text()
     assert not page.locator('#classes2').is_visible()
     box = page.locator('#activation1').bounding_box()
     assert box['y'] + box['height'] < 900, 'the results are visible without scrolling'
@@ -186,8 +185,8 @@ def test_in_a_browser(page, tmp_path):
     page.get_by_role('tab', name='Classes').click()
     page.wait_for_selector('#activation2 img')
     page.get_by_label('Remove Image').click()
-    upload(page, str(BEET))
-    page.wait_for_function("document.querySelector('#classes1').innerText.includes('Red-Beet')")
+    upload(page, str(COFFEE))
+    page.wait_for_function("document.querySelector('#classes1').innerText.includes('Beef-Tomato')")
     page.set_viewport_size(dict(width=390, height=844))
     assert page.evaluate('document.documentElement.scrollWidth') <= 390, 'the page fits the width of a phone'
     page.get_by_label('Remove Image').click()
@@ -198,6 +197,6 @@ def test_in_a_browser(page, tmp_path):
     page.reload()
     page.wait_for_selector('#input_image')
     huge = tmp_path / 'huge.jpg'
-    huge.write_bytes(BEET.read_bytes() + bytes(21_000_000))
+    huge.write_bytes(COFFEE.read_bytes() + bytes(21_000_000))
     upload(page, str(huge))
     page.get_by_text('exceed the maximum allowed size of 20').wait_for()

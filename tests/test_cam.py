@@ -1,7 +1,6 @@
 """Class activation maps, compared with a hand-written Grad-CAM and with known layers."""
 import csv
 import json
-from importlib import resources
 
 import pytest
 import timm
@@ -14,12 +13,11 @@ import timm_spa
 import timm_spa_cli
 from timm_spa.explain import METHODS, ExplainError, cam
 from timm_spa.explain.class_activation import last_map_layer
-from timm_spa.predict import ModelError, class_names, find_class, image_reader, load_model
+from timm_spa.predict import ModelError, class_names, find_class, image_reader, load_model, sample_image, sample_images
 
 pytest.importorskip('torchcam', reason='torchcam needs Python 3.11')
 
-IMAGES = resources.files('timm_spa') / 'images'
-BEET, PEPPER = str(IMAGES / 'Red-Beet.jpg'), str(IMAGES / 'Green-Bell-Pepper.jpg')
+COFFEE, CAT = (str(sample_image(name)) for name in ('coffee', 'chelsea'))
 SHIPPED = 'spa_tf_efficientnet_lite0.grocery81'
 GATED = dict(base='regnety_002', neutral=False)
 # layer of the last feature map, by a part of the model's name
@@ -147,7 +145,7 @@ def explain(*arguments):
 def test_cam_by_command(tmp_path, capsys):
     broken = tmp_path / 'broken.jpg'
     broken.write_bytes(b'not an image')
-    arguments = ['cam', BEET, broken, PEPPER, '--compare', 'spa_mobilenetv2_cifar.tmm_tin200']
+    arguments = ['cam', COFFEE, broken, CAT, '--compare', 'spa_mobilenetv2_cifar.tmm_tin200']
     for folder in ('a', 'b'):
         assert explain(*arguments, '--out', tmp_path / folder) == 1
     captured = capsys.readouterr()
@@ -158,14 +156,14 @@ def test_cam_by_command(tmp_path, capsys):
         assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes(), 'the same bytes'
     explain(*arguments, '--json')
     printed = json.loads(capsys.readouterr().out)
-    assert [p['picture'] for p in printed] == [BEET, PEPPER] * 2
+    assert [p['picture'] for p in printed] == [COFFEE, CAT] * 2
     model = load_model(SHIPPED)
-    result = cam(model, image_reader(model)(BEET)[None])
+    result = cam(model, image_reader(model)(COFFEE)[None])
     assert printed[0]['class'] == class_names(model)[result.classes.item()]['name']
     assert printed[0]['probability'] == pytest.approx(result.probabilities.item(), abs=1e-4)
     torch.testing.assert_close(torch.tensor(printed[0]['map']), result.maps[0], atol=1e-4, rtol=0)
     with open(tmp_path / 'a' / 'cam.csv', newline='') as f:
-        rows = [row for row in csv.DictReader(f) if row['picture'] == BEET and row['model'] == SHIPPED]
+        rows = [row for row in csv.DictReader(f) if row['picture'] == COFFEE and row['model'] == SHIPPED]
     assert [float(row['activation']) for row in rows] == pytest.approx(result.maps.flatten().tolist(), abs=1e-4)
 
 
@@ -174,23 +172,22 @@ def test_a_checkpoint_is_compared_with_the_published_weights(tmp_path, capsys):
     torch.manual_seed(0)
     torch.save(timm.create_model(name).state_dict(), tmp_path / 'mine.pth')
     mine = str(tmp_path / 'mine.pth')
-    assert explain('cam', BEET, '--model', name, '--checkpoint', mine, '--compare', name, '--json') == 0
+    assert explain('cam', COFFEE, '--model', name, '--checkpoint', mine, '--compare', name, '--json') == 0
     printed = json.loads(capsys.readouterr().out)
     assert [p['model'] for p in printed] == [mine, name]
     assert printed[0]['map'] != printed[1]['map']
 
 
 def test_a_chosen_class_and_many_images(tmp_path, capsys):
-    images = sorted(str(path) for path in IMAGES.iterdir() if path.name.endswith('.jpg'))[:5]
-    assert explain('cam', *images, '--class', 'red-beet', '--out', tmp_path, '--dark', '--json') == 0
+    assert explain('cam', *sample_images()[:5], '--class', 'red-beet', '--out', tmp_path, '--dark', '--json') == 0
     assert {p['class'] for p in json.loads(capsys.readouterr().out)} == {'Red-Beet'}
     assert sorted(path.name for path in tmp_path.glob('*.png')) == ['cam-1.png', 'cam-2.png']
     with Image.open(tmp_path / 'cam-1.png') as image:
         assert sum(image.convert('RGB').getpixel((0, 0))) < 60
-    assert explain('cam', BEET, '--class', 'Red-Beets') == 1
+    assert explain('cam', COFFEE, '--class', 'Red-Beets') == 1
     err = capsys.readouterr().err
     assert "does not have the class 'Red-Beets'. Did you mean Red-Beet? A number from 0 to 80 also" in err
-    assert explain('cam', BEET, '--method', 'cam') == 1
+    assert explain('cam', COFFEE, '--method', 'cam') == 1
     assert "Unknown method 'cam'" in capsys.readouterr().err
 
 
@@ -264,7 +261,7 @@ def test_two_classes_with_the_same_name():
 
 def test_a_folder_of_images(tmp_path, capsys):
     images = tmp_path / 'images'
-    for i, source in enumerate((BEET, PEPPER)):
+    for i, source in enumerate((COFFEE, CAT)):
         (images / str(i)).mkdir(parents=True)
         with open(source, 'rb') as f:
             (images / str(i) / 'x.jpg').write_bytes(f.read())
@@ -275,7 +272,7 @@ def test_a_folder_of_images(tmp_path, capsys):
     assert explain('gates', images, '--blocks', 'blocks.6.0', '--out', tmp_path / 'gates', '--json') == 0
     assert list(json.loads(capsys.readouterr().out)) == paths
     assert len(list((tmp_path / 'gates').glob('*.png'))) == 2
-    assert explain('gates', BEET, '--blocks', 'blocks.6.0', '--out', BEET) == 1
+    assert explain('gates', COFFEE, '--blocks', 'blocks.6.0', '--out', COFFEE) == 1
     assert 'cannot be used: it is a file. Name a folder to write to' in capsys.readouterr().err
     (tmp_path / 'empty').mkdir()
     for kind in ('cam', 'gates'):

@@ -5,7 +5,7 @@ import keyword
 import shlex
 import subprocess
 import sys
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,11 @@ from PIL import Image
 
 import timm_spa
 import timm_spa_cli
-from timm_spa.predict import class_names, load_model
+from timm_spa.predict import class_names, load_model, sample_image
 from timm_spa.profile import LIST, describe
 from timm_spa_cli._options import SHIPPED_MODEL
-from timm_spa_cli.predict import show_predictions
 
-IMAGES = resources.files('timm_spa') / 'images'
-PHOTOGRAPHS = sorted(path.name for path in IMAGES.iterdir() if path.name.endswith('.jpg'))
+COFFEE = str(sample_image('coffee'))
 
 
 def test_list_has_the_counts_of_the_authors_code(capsys):
@@ -75,37 +73,16 @@ def test_list_without_a_match(capsys):
     assert "the filter 'resnet50' matches no model of this package" in capsys.readouterr().err
 
 
-def test_demo(capsys, tmp_path):
-    named = tmp_path / 'mine.jpg'
-    named.write_bytes((IMAGES / 'Red-Beet.jpg').read_bytes())
-    assert timm_spa_cli.main(['demo', str(named), '--top-k', '1']) == 0
-    first, _, _, *rows = capsys.readouterr().out.splitlines()
-    assert first == f'{SHIPPED_MODEL}: {timm.get_pretrained_cfg(SHIPPED_MODEL).description}'
-    cells = [row.split() for row in rows[:rows.index('')]]
-    assert [row[0] for row in cells] == [*PHOTOGRAPHS, 'mine.jpg']
-    for name, verdict, _, label in cells[:-1]:
-        assert verdict == ('right' if label == name.removesuffix('.jpg') else 'wrong')
-    assert cells[-1][1:] == cells[PHOTOGRAPHS.index('Red-Beet.jpg')][2:], 'images of the user have no verdict'
-    assert 'attention is neutral' in rows[-1]
-
-
-def test_a_wrong_prediction_is_marked(capsys):
-    path = str(IMAGES / 'Red-Beet.jpg')
-    show_predictions(load_model(SHIPPED_MODEL), [path], {path: 'Anjou'}, 1)
-    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ['Red-Beet.jpg', 'wrong']
-
-
-def test_the_shipped_photographs_are_of_every_tenth_class():
-    labels = timm.get_pretrained_cfg(SHIPPED_MODEL).label_names
-    assert [f'{label}.jpg' for label in labels[:80:10]] == PHOTOGRAPHS
-
-
 def test_predict_by_the_shipped_model(capsys):
-    arguments = ['predict', str(IMAGES / 'Red-Beet.jpg')]
+    model = timm.create_model(SHIPPED_MODEL, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        expected = model(transform(Image.open(COFFEE))[None]).argmax().item()
+    arguments = ['predict', COFFEE]
     assert timm_spa_cli.main([*arguments, '--json']) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith(f'{SHIPPED_MODEL}: ')
-    assert json.loads(captured.out)[0]['classes'][0]['label'] == 'Red-Beet'
+    assert json.loads(captured.out)[0]['classes'][0]['label'] == model.pretrained_cfg['label_names'][expected]
     with pytest.raises(SystemExit, match='2'):
         timm_spa_cli.main([*arguments, '--num-classes', '5'])
     assert '--num-classes needs --checkpoint' in capsys.readouterr().err
@@ -141,7 +118,7 @@ def test_predict_reports_broken_images_and_continues(tmp_path, capsys):
     ('spa_mobilenetv2_075', 'No pretrained weights exist'),
 ])
 def test_a_model_that_cannot_be_loaded(model, message, capsys):
-    assert timm_spa_cli.main(['predict', str(IMAGES / 'Red-Beet.jpg'), '--model', model]) == 1
+    assert timm_spa_cli.main(['predict', COFFEE, '--model', model]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -204,7 +181,7 @@ def test_examples_are_commands(monkeypatch, capsys):
 
 
 def test_an_error_is_printed_as_json(capsys):
-    assert timm_spa_cli.main(['predict', str(IMAGES / 'Red-Beet.jpg'), '--model', 'spa_resnet5', '--json']) == 1
+    assert timm_spa_cli.main(['predict', COFFEE, '--model', 'spa_resnet5', '--json']) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)['error'] in captured.err
 
@@ -270,7 +247,7 @@ def test_names_cannot_control_a_terminal(tmp_path, capsys):
     torch.save(model.state_dict(), tmp_path / 'w.pth')
     (tmp_path / 'classes.txt').write_text('\x1b[31mred\x1b[0m\u202e\u3000ü\n')
     arguments = ['--model', 'spa_mobilenetv2_cifar', '--num-classes', '1', '--checkpoint']
-    assert timm_spa_cli.main(['predict', str(IMAGES / PHOTOGRAPHS[0]), *arguments, str(tmp_path / 'w.pth')]) == 0
+    assert timm_spa_cli.main(['predict', COFFEE, *arguments, str(tmp_path / 'w.pth')]) == 0
     out = capsys.readouterr().out
     assert r'\x1b[31mred\x1b[0m\u202e' in out
     assert '\u3000ü' in out

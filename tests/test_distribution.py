@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_sample_images import IMAGE_SUFFIXES
 
 import timm_spa
 
@@ -64,6 +65,7 @@ def test_the_wheel_has_the_packages_and_what_they_read(wheel):
         files = (ROOT / 'train_scripts' / folder).iterdir()
         expected |= {f'timm_spa/{folder}/{path.name}' for path in files if path.is_file()}
     assert names == expected
+    assert not [name for name in names if Path(name).suffix.lower() in {*IMAGE_SUFFIXES, '.png'}]
 
 
 def test_sizes(wheel, source):
@@ -99,6 +101,6 @@ def test_the_demo_where_it_was_installed(wheel, tmp_path):
     command = tmp_path / 'env' / 'bin' / 'timm-spa'
     done = subprocess.run([command, 'demo'], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert 'Red-Beet' in done.stdout
+    assert 'espresso' in done.stdout
     version = subprocess.run([command, '--version'], capture_output=True, text=True, env=environment).stdout
     assert version == f'timm_spa {timm_spa.__version__}\n'

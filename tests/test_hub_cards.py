@@ -2,7 +2,6 @@
 import json
 import re
 import shutil
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import yaml
 
 from timm_spa.checkpoints.run_files import RunError
 from timm_spa.hub.card import card_of_folder
+from timm_spa.predict import sample_image
 from timm_spa.profile import count_cost
 
 ROOT = Path(__file__).parent.parent
@@ -126,7 +126,7 @@ def test_snippets_of_a_card_run(folder, tmp_path, monkeypatch):
 def run_snippets(text, repository, monkeypatch):
     """Runs the Python code of a card for timm, with a folder instead of the repository."""
     monkeypatch.chdir(repository)
-    shutil.copy(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg', repository / 'image.jpg')
+    shutil.copy(sample_image('chelsea'), repository / 'image.jpg')
     *snippets, for_transformers = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
     assert len(snippets) == 3, 'classes, feature maps, embedding'
     assert for_transformers.startswith('import timm_spa\nfrom transformers'), 'see hosts/test_cards.py'

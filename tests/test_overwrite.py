@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -24,8 +23,9 @@ from timm_spa.detection.repository import write_detector_repository
 from timm_spa.hub import publish as publish_module
 from timm_spa.hub.publish import PublishError, write_repository
 from timm_spa.hub.verify import verify
+from timm_spa.predict import sample_image
 
-IMAGES = Path(timm_spa_cli.__file__).parent.parent / 'timm_spa' / 'images'
+COFFEE = sample_image('coffee')
 
 
 def main(*arguments):
@@ -261,9 +261,9 @@ def test_recipes_and_bench(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize(('arguments', 'names'), [
     (['scales'], ['scales.csv', 'scales.png', 'scales.svg']),
-    (['gates', IMAGES / 'Red-Beet.jpg', '--blocks', 'blocks.6.0'],
-     ['Red-Beet-gates.csv', 'Red-Beet-gates.png', 'Red-Beet-gates.svg']),
-    (['cam', IMAGES / 'Red-Beet.jpg'], ['cam.csv', 'cam.png', 'cam.svg']),
+    (['gates', COFFEE, '--blocks', 'blocks.6.0'],
+     ['coffee-gates.csv', 'coffee-gates.png', 'coffee-gates.svg']),
+    (['cam', COFFEE], ['cam.csv', 'cam.png', 'cam.svg']),
     (['curves', CARDS], ['curves.csv', 'curves.png', 'curves.svg']),
 ], ids=lambda value: str(value[0]))
 def test_explain(arguments, names, tmp_path, capsys):
@@ -285,9 +285,8 @@ def test_detect(tmp_path, capsys):
     """Files of the user are refused before the computation, and results of an earlier call are replaced."""
     model = retinanet('spa_mobilenetv2_050', 1, pretrained_backbone=False, min_size=64, max_size=64)
     save_detector(model, tmp_path / 'detector', [dict(id=1, name='cat')])
-    image = IMAGES / 'Red-Beet.jpg'
-    command = ['detect', 'predict', image, '--checkpoint', tmp_path / 'detector', '--device', 'cpu']
-    for name in ('Red-Beet-boxes.png', 'detector.json'):
+    command = ['detect', 'predict', COFFEE, '--checkpoint', tmp_path / 'detector', '--device', 'cpu']
+    for name in ('coffee-boxes.png', 'detector.json'):
         folder = tmp_path / name
         path, = existing(folder, name)
         assert main(*command, '--out', folder) == 1
@@ -296,7 +295,7 @@ def test_detect(tmp_path, capsys):
         for options in (['--overwrite'], [], ['--score', 0.01]):
             assert main(*command, '--out', folder, *options) == 0
     path, = existing(tmp_path, 'results.json')
-    arguments = ['--images', IMAGES, '--annotations', tmp_path / 'none.json', '--out', path, '--device', 'cpu']
+    arguments = ['--images', COFFEE.parent, '--annotations', tmp_path / 'none.json', '--out', path, '--device', 'cpu']
     assert main('detect', 'eval', tmp_path / 'detector', *arguments) == 1
     assert 'results.json exists already' in capsys.readouterr().err
 

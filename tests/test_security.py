@@ -9,8 +9,8 @@ from coco_files import write_rectangles
 from published import CARDS
 
 import timm_spa_cli
-from timm_spa._shipped import shipped_photographs
 from timm_spa.detection import retinanet, save_detector
+from timm_spa.predict import sample_image
 
 MODEL = 'spa_mobilenetv2_050'
 WITHOUT_WEIGHTS = {'list', 'demo', 'recipes', 'with'}  # verbs that read only the shipped weights, or none
@@ -88,7 +88,7 @@ def repository(folder, plant, name):
     shutil.copytree(CARDS, folder, dirs_exist_ok=True)
     (folder / 'card.yaml').write_text(
         'license: apache-2.0\ndataset: {name: Things}\n'
-        f'widget: [{{src: "https://example.org/a.jpg", picture: "{shipped_photographs()[0]}"}}]\n')
+        f'widget: [{{src: "https://example.org/a.jpg", picture: "{PHOTOGRAPH}"}}]\n')
     plant(folder / name)
     return folder
 
@@ -141,7 +141,7 @@ def bench(plant, folder):
     return ['bench', f'{MODEL} checkpoint_path={plant(folder / "best.pth")}', '--rounds', '2', '--img-size', '32']
 
 
-PHOTOGRAPH = str(shipped_photographs()[0])
+PHOTOGRAPH = str(sample_image('chelsea'))
 CASES = {
     'convert': convert,
     'convert-by-another-name': convert_by_another_name,

@@ -4,7 +4,6 @@ import re
 import socket
 import subprocess
 import sys
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ import torch
 import yaml
 from PIL import Image
 
-import timm_spa  # noqa: F401
+import timm_spa
+from timm_spa.predict import sample_images
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [name for name in timm.list_pretrained('spa_*') if timm.get_pretrained_cfg(name).file]
@@ -45,7 +45,7 @@ def test_attention_has_learned(name):
     """Gates depend on what they see, those of a warm start are 1/2 everywhere."""
     model = timm.create_model(name, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    pictures = [path for path in (resources.files('timm_spa') / 'images').iterdir() if path.name.endswith('.jpg')]
+    pictures = sample_images()
     spread = {}
 
     def keep(n):

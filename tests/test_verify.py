@@ -348,7 +348,7 @@ def test_a_published_repository_is_valid(hub, tmp_path, trained, monkeypatch):
     publish(tmp_path / 'weights.pth', f'{NAME}.test', 'org/name', num_classes=3)
     report = verify('org/name')
     assert report.problems == []
-    assert 'classifying a photograph' in report.checked[-1]
+    assert 'classifying an image' in report.checked[-1]
 
 
 @pytest.mark.parametrize('name', ['model.safetensors', 'README.md'])

@@ -1,11 +1,11 @@
-"""Files of the package: demo photographs, recipes and launch configurations of accelerate."""
+"""Files of the package: recipes and launch configurations of accelerate."""
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict
 
 from ._errors import UsageError
 from ._names import did_you_mean
 
-__all__ = ['find_recipe', 'shipped_files', 'shipped_photographs']
+__all__ = ['find_recipe', 'shipped_files']
 
 
 def shipped_files() -> Dict[str, Path]:
@@ -15,11 +15,6 @@ def shipped_files() -> Dict[str, Path]:
     files = {path.stem: path for path in sorted((root / 'recipes').glob('*.yaml'))}
     files.update({f'accelerate/{path.stem}': path for path in sorted((root / 'accelerate').glob('*.*'))})
     return files
-
-
-def shipped_photographs() -> List[Path]:
-    """Returns the demo photographs, sorted by file name. The file names are the class names."""
-    return sorted((Path(__file__).parent / 'images').glob('*.jpg'))
 
 
 def find_recipe(name: str) -> Path:

@@ -2,7 +2,7 @@
 import argparse
 import os
 import sys
-from typing import Any, List, Mapping, Sequence, Tuple
+from typing import Any, List, Sequence, Tuple
 
 from timm_spa_cli._options import (
     SHIPPED_MODEL,
@@ -38,32 +38,24 @@ def run(args: argparse.Namespace) -> int:
         import timm
 
         print(f'{SHIPPED_MODEL}: {timm.get_pretrained_cfg(SHIPPED_MODEL).description}\n', file=sys.stderr)
-    return show_predictions(model, args.images, {}, args.top_k, args.json)
+    return show_predictions(model, args.images, args.top_k, args.json)
 
 
-def show_predictions(
-        model: Any,
-        paths: Sequence[str],
-        expected: Mapping[str, str],
-        top_k: int,
-        as_json: bool = False,
-) -> int:
-    """Prints predictions, with a verdict for images in `expected`; returns 1 if an image cannot be read, else 0."""
+def show_predictions(model: Any, paths: Sequence[str], top_k: int, as_json: bool = False) -> int:
+    """Prints predictions; returns 1 if an image cannot be read, else 0."""
     from timm_spa.predict import predict
 
     predictions = list(predict(model, paths, top_k))
     if as_json:
         print_json([vars(p) for p in predictions])
-    rows: List[Tuple[str, ...]] = [('image', '', 'probability', 'class')]
+    rows: List[Tuple[str, ...]] = [('image', 'probability', 'class')]
     names = [os.path.basename(p.path) for p in predictions]
     for p, name in zip(predictions, names, strict=True):
-        label = expected.get(p.path)
-        shown = name if names.count(name) == 1 or p.path in expected else p.path
-        for rank, c in enumerate(p.classes):
-            verdict = '' if rank or not label else ('right' if c['label'] == label else 'wrong')
-            rows.append((shown if rank == 0 else '', verdict, f'{c["probability"]:.1%}', c['name']))
+        shown = name if names.count(name) == 1 else p.path
+        rows += [
+            (shown if rank == 0 else '', f'{c["probability"]:.1%}', c['name']) for rank, c in enumerate(p.classes)]
     if len(rows) > 1 and not as_json:
-        print_table(rows, right_aligned=(2,))
+        print_table(rows, right_aligned=(1,))
     failed = [p for p in predictions if p.error]
     for p in failed:
         print(f'timm-spa: {p.path} could not be read: {p.error}', file=sys.stderr)

@@ -1,7 +1,6 @@
 """Every Python block of every card runs as it stands: beside the files of its repository, and from a Hub."""
 import re
 import shutil
-from importlib import resources
 
 import pytest
 import timm
@@ -11,13 +10,14 @@ from published import SHIPPED
 from test_hub_cards import CARDS, weights_of
 
 from timm_spa.hub.publish import publish
+from timm_spa.predict import sample_image
 
 pytestmark = pytest.mark.slow
 
 
 def run_blocks(card, folder, monkeypatch):
     """Runs the blocks of a card in a folder, and returns the names of each."""
-    shutil.copy(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg', folder / 'image.jpg')
+    shutil.copy(sample_image('chelsea'), folder / 'image.jpg')
     monkeypatch.chdir(folder)
     values = []
     for block in re.findall(r'^```python\n(.*?)^```', card, re.M | re.S):

@@ -1,5 +1,4 @@
 """transformers: classifiers from a published folder, a pipeline, the Trainer, a backbone and a detector."""
-from importlib import resources
 
 import pytest
 import safetensors.torch
@@ -10,6 +9,7 @@ from nets import KINDS, NAMES, check_backward, gates, images, make
 from PIL import Image
 
 from timm_spa.hub.publish import write_repository
+from timm_spa.predict import sample_image
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize('kind', KINDS)]
 IMPORT_FIRST = '`import timm_spa` first, or transformers blames the version of timm'
@@ -52,7 +52,7 @@ def test_classification(kind, repository, bare):
 def test_pipeline(kind, repository, bare):
     from transformers import pipeline
 
-    photograph = Image.open(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
+    photograph = Image.open(sample_image('chelsea'))
     answers = pipeline('image-classification', model=str(repository))(photograph)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(bare), is_training=False)
     with torch.no_grad():

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .._errors import TimmSpaError
-from .._shipped import shipped_photographs
-from ..predict import ImageError, class_names, image_reader, image_seen, likeliest_classes, load_model
+from ..predict import ImageError, class_names, image_reader, image_seen, likeliest_classes, load_model, sample_images
 from .attention import NEUTRAL, ExplainError, ScaleWeights, gate_maps, scale_weights
 from .class_activation import cam
 
@@ -191,7 +190,7 @@ def build(models: Sequence[str] = SHIPPED) -> Any:
                 second = gr.Dropdown(
                     [NOTHING, *models], value=NOTHING, label='side by side with', elem_id='second')
                 gr.Examples(
-                    [[str(path)] for path in shipped_photographs()], [image],
+                    [[str(path)] for path in sample_images()], [image],
                     label='test photographs of the Grocery Store dataset')
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 cells: Dict[Tuple[int, str], Any] = {}

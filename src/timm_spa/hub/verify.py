@@ -3,8 +3,8 @@ import dataclasses
 import glob
 import json
 import re
+import tempfile
 import zipfile
-from importlib import resources
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import HfApi, snapshot_download
+from PIL import Image
 from timm.utils import AverageMeter, accuracy
 from tqdm import tqdm
 
@@ -268,7 +269,7 @@ def _check_weights(folder: Path, create: Callable[..., Any], report: Report) -> 
 
 
 def _check_use(folder: Path, model: Any, report: Report) -> None:
-    """Runs the model, then loads the folder as a user does and classifies a photograph."""
+    """Runs the model, then loads the folder as a user does and classifies an image file."""
     size = model.pretrained_cfg['input_size']
     with torch.inference_mode():
         logits = model(torch.zeros(2, *size))
@@ -277,11 +278,13 @@ def _check_use(folder: Path, model: Any, report: Report) -> None:
             f'a forward pass of two images of {tuple(size)} returned {tuple(logits.shape)} with '
             f'{int((~logits.isfinite()).sum())} values that are not finite')
     report.checked.append(f'one forward pass of {tuple(size)}: {model.num_classes} finite values per image')
-    photograph = resources.files(__package__.partition('.')[0]) / 'images' / 'Red-Beet.jpg'
-    (prediction,) = predict(load_model(f'local-dir:{folder}'), [str(photograph)])
+    with tempfile.TemporaryDirectory() as temporary:
+        image = Path(temporary, 'image.png')
+        Image.linear_gradient('L').convert('RGB').save(image)
+        (prediction,) = predict(load_model(f'local-dir:{folder}'), image)
     if prediction.error:
-        report.problems.append(f'a photograph could not be classified: {prediction.error}')
-    report.checked.append('loading by timm.create_model, and classifying a photograph')
+        report.problems.append(f'an image could not be classified: {prediction.error}')
+    report.checked.append('loading by timm.create_model, and classifying an image')
 
 
 def _measure(model: Any, images: Path, split: str, batch_size: int, device: str, report: Report) -> None:
