@@ -10,6 +10,7 @@ from timm.models import model_entrypoint
 
 from ..checkpoints.config_file import class_labels
 from ..checkpoints.reading import read_header
+from ..models import GATES
 from ..profile import ModelCost, count_cost
 from ..training.run_record import Run
 from .markdown import link, numbers, paragraphs, plain, wrapped
@@ -31,6 +32,10 @@ def start_weights(run: Run) -> Optional[str]:
 def description(config: Mapping[str, Any], scores: Mapping[int, float], dataset: Mapping[str, str]) -> str:
     """Describes the model and its accuracy."""
     text = (model_entrypoint(config['architecture']).__doc__ or '').strip()
+    args = config.get('model_args') or {}
+    if config['architecture'] == 'gated' and args.get('gate', 'spa') in GATES:
+        base = plain(str(args.get('base', 'resnet50.a1_in1k')))
+        text = f'{base} of timm with {GATES[args.get("gate", "spa")].description}.'
     if not scores:
         return text
     split = f', split "{plain(dataset["split"])}"' if 'split' in dataset else ''

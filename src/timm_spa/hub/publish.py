@@ -1,6 +1,5 @@
 """Publishing of trained weights as a repository of the Hub."""
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -10,12 +9,11 @@ from typing import Any, Dict, List, Optional, Sequence, Union
 
 import timm
 from timm.models import get_pretrained_cfg
-from timm.models._hub import save_config_for_hf
 
 from .. import __version__
 from ..checkpoints.config_file import class_labels, config_problems
 from ..checkpoints.files import WriteError, finish_interrupted, replacing
-from ..checkpoints.own_files import MARK, has_mark
+from ..checkpoints.own_files import has_mark
 from ..checkpoints.reading import CheckpointError, check_shapes, read_weights, value_problems, write_tensors
 from ..checkpoints.run_arguments import as_json, preprocessing, trained_with
 from ..models._builder import WEIGHTS_FILENAME
@@ -23,6 +21,7 @@ from ..training.run_record import Run, card_facts
 from .card import check_repository_name, make_card
 from .card_sections import figure_file
 from .private import refuse_secrets, without_private_paths
+from .save import write_config
 from .upload import CARD, Published, PublishError, upload
 
 __all__ = [
@@ -104,7 +103,7 @@ def write_repository(
         if weights.epoch is not None:
             metadata['epoch'] = str(weights.epoch)
         write_tensors(partial / WEIGHTS_FILENAME, weights.state_dict, metadata)
-        config = _write_config(partial / 'config.json', model)
+        config = write_config(partial / 'config.json', model)
         problems = config_problems(config)
         if problems:
             raise PublishError(
@@ -243,30 +242,6 @@ def _create_model(model_name: str, run: Run, num_classes: Optional[int], model_a
             f'{run.folder / "classes.txt"} names {len(run.classes)} classes, and the model has {model.num_classes}. '
             'Write one name per line, or remove the file.')
     return model
-
-
-def _write_config(path: Path, model: Any) -> Dict[str, Any]:
-    names, descriptions = (model.pretrained_cfg.get(key) for key in ('label_names', 'label_descriptions'))
-    if len(names or ()) != model.num_classes:
-        names = descriptions = None
-    # timm reads labels at either level. transformers shows `label_names` of the top level without descriptions, and
-    # reads `id2label` only where `label_names` is missing
-    labels: Dict[str, Any] = dict(label_names=names) if names and not descriptions else {}
-    if descriptions:
-        labels['id2label'] = {i: descriptions.get(name, name) for i, name in enumerate(names)}
-    # without `dtype`, transformers would train in the float16 of the file, where AdamW gives NaN after one step
-    save_config_for_hf(model, path, model_config=dict(dtype='float32', **labels))
-    config = json.loads(path.read_text(encoding='utf-8'))
-    config.get('model_args', {}).pop('num_classes', None)  # a duplicate of the top level; transformers fails on two
-    config['pretrained_cfg']['hf_hub_filename'] = WEIGHTS_FILENAME  # without it timm may look for a pickle
-    for key in ('label_names', 'label_descriptions'):
-        config['pretrained_cfg'].pop(key, None)
-    if descriptions:
-        config['pretrained_cfg'].update(label_names=names, label_descriptions=descriptions)
-    config.update(MARK)
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    path.write_text(f'{text}\n', encoding='utf-8')
-    return json.loads(text)
 
 
 def _plain(value: Any) -> Any:

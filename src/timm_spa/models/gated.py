@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 
 from .._names import check_model_name
 from ..checkpoints.warm_start import gate_weights, gated_modules, neutral_factors
+from ._attached import record_attention
 from ._block_types import BLOCK_TYPES, default_places, named_places
 from ._builder import Weights, attached_cfg, load_weights, read_weights, warm_cfg
 from ._entrypoints import list_models
@@ -67,6 +68,9 @@ def add_attention(
     in which the gated feature map is linear are doubled. Feature extractors (`features_only=True`) are supported,
     except those made by torch.fx, which have no blocks. Gates of a network without batch norm use group norm.
 
+    A whole model of timm keeps a record of its gates: `timm_spa.save_pretrained` and timm's `save_for_hf` write it to
+    config.json, from which `timm.create_model('local-dir:...')` rebuilds the model.
+
     Args:
         model: CNN of timm with its weights. It is changed in place.
         gate: Name of the gate: 'spa', 'se', 'se_bias', 'cbam', 'gc', 'ge_conv', 'ge' (with `neutral=False`), or 'none'.
@@ -85,9 +89,25 @@ def add_attention(
 
     The model is unchanged if anything fails.
     """
+    names = _attach_gates(model, gate, where, pyramid_sizes, rd_ratio, neutral)
+    if names:
+        places = {} if where is None else dict(where=names)  # exact names: a pattern may be no text
+        record_attention(model, gate=gate, pyramid_sizes=tuple(pyramid_sizes), rd_ratio=rd_ratio, **places)
+    return model
+
+
+def _attach_gates(
+        model: nn.Module,
+        gate: str = 'spa',
+        where: Union[None, str, re.Pattern, Sequence[Union[str, re.Pattern]]] = None,
+        pyramid_sizes: Sequence[int] = (1, 4, 7),
+        rd_ratio: float = 1. / 16,
+        neutral: bool = True,
+) -> List[str]:
+    """Adds gates as `add_attention` does, without the record. Returns the names of the gated modules."""
     _check_gate(gate, neutral)
     if gate == 'none':
-        return model
+        return []
     modules = dict(model.named_modules())
     kinds = {kind.__name__ for module in modules.values() for kind in type(module).__mro__}
     for wrapper in kinds.intersection(WRAPPERS):
@@ -95,7 +115,9 @@ def add_attention(
             f'{wrapper} does not see parameters that are added later. Add attention before wrapping the model.')
     names = list(default_places(model)) if where is None else named_places(modules, where)
     if next(gated_modules(model), None) is not None:
-        raise ValueError(f'{type(model).__name__} has gates already. Add attention to the plain model.')
+        raise ValueError(
+            f'{type(model).__name__} has gates already. Add attention to the plain model, in one call: where takes the '
+            'names of several modules.')
     if not names:
         files = [module.rpartition('.')[2].lstrip('_') for module in BLOCK_TYPES]
         raise ValueError(
@@ -127,7 +149,7 @@ def add_attention(
                     tensors[key].mul_(factor)
                     undo.callback(tensors[key].copy_, before)
         undo.pop_all()  # nothing failed
-    return model
+    return names
 
 
 def _restore(module: nn.Module, attributes: Dict[str, Any], children: Dict[str, Optional[nn.Module]]) -> None:
@@ -265,13 +287,14 @@ def create_gated(
     kwargs = {**pretrained_arguments(name), **kwargs}
     features_only = kwargs.get('features_only', False)
     create = partial(timm.create_model, name, pretrained_cfg=cfg.to_dict(), cache_dir=cache_dir)
-    attach_to = partial(add_attention, gate=gate, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio)
+    attach_to = partial(_attach_gates, gate=gate, pyramid_sizes=pyramid_sizes, rd_ratio=rd_ratio)
     keeps_function = bool(neutral) and not pretrained  # loading sees to it otherwise
 
     # a feature extractor gets its gates and weights from the whole network
     whole_kwargs = {key: value for key, value in kwargs.items() if not (features_only and key in EXTRACTOR_ARGUMENTS)}
     with torch.device('meta') if features_only and not pretrained else contextlib.nullcontext():
-        whole: Any = attach_to(create(**whole_kwargs), where=where, neutral=keeps_function)
+        whole: Any = create(**whole_kwargs)
+        attach_to(whole, where=where, neutral=keeps_function)
     model: Any = whole
     if features_only:
         model = create(**kwargs)
