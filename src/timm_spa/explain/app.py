@@ -191,7 +191,7 @@ def build(models: Sequence[str] = SHIPPED) -> Any:
                     [NOTHING, *models], value=NOTHING, label='side by side with', elem_id='second')
                 gr.Examples(
                     [[str(path)] for path in sample_images()], [image],
-                    label='test photographs of the Grocery Store dataset')
+                    label='photographs of scikit-image')
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 cells: Dict[Tuple[int, str], Any] = {}
                 columns: List[Any] = []
