@@ -196,6 +196,67 @@ def test_int8(tmp_path, image_folder, capsys):
     assert names_in(tmp_path) == ['images', 'lite.onnx', 'lite.onnx.json']
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_openvino_int8(tmp_path, image_folder, capsys):
+    """The feature maps of every convolution are quantized, and the report tells the default precision apart."""
+    openvino = pytest.importorskip('openvino')
+    pytest.importorskip('nncf')
+    path = tmp_path / 'lite.xml'
+    arguments = [
+        'export', SHIPPED_MODEL, str(path), '--to', 'openvino', '--int8', '--images', str(image_folder), '--dynamic',
+        'batch']
+    assert timm_spa_cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert "Calibrated on 6 images of 'train'." in out
+    assert 'Statistics collection' not in out + err
+    assert f', int8, {(path.stat().st_size + path.with_suffix(".bin").stat().st_size) / 1e6:.1f} MB.' in out
+    assert path.with_suffix('.bin').stat().st_size < 0.4 * 14.6e6
+    assert names_in(tmp_path) == ['images', 'lite.bin', 'lite.xml', 'lite.xml.json']
+    nodes = openvino.Core().read_model(path).get_ops()
+    types = collections.Counter(node.get_type_name() for node in nodes)
+    assert types['FakeQuantize'] > types['Convolution'] + types['GroupConvolution'] > 50
+    model = load_model(SHIPPED_MODEL)
+    correct = {'before': 0, 'after': 0}
+    run = FORMATS['openvino'].run(path)
+    for x, target in labelled_batches(model, image_folder, 'test', 1)[0]:
+        correct['before'] += int(model(x).argmax() == target)
+        correct['after'] += int(run(x).argmax() == target)
+    assert f'top-1 {100 * correct["before"] / 2:.2f} %' in out
+    assert f'Top-1 {100 * correct["after"] / 2:.2f} % on 2' in out
+    lower = openvino.Core().get_property('CPU', 'INFERENCE_PRECISION_HINT') != openvino.Type.f32
+    assert ('on this processor by default: largest difference' in out) == lower
+    about = json.loads((tmp_path / 'lite.xml.json').read_text())
+    assert (about['dtype'], about['runtime_options']) == ('int8', {'INFERENCE_PRECISION_HINT': 'f32'})
+
+
+@torch.no_grad()
+def test_the_default_precision_of_a_runtime_is_reported(small, tmp_path, image_folder, monkeypatch):
+    """It is compared with PyTorch and measured, but no limit applies; the limit holds for the precision of the file."""
+    small.reset_classifier(2)
+    wrong = lambda path: ('bfloat16', lambda x: one_value(small(x), 0.5).roll(1, 1))
+    for run_at_default, expected in ((wrong, 'bfloat16'), (lambda path: ('float32', small), None)):
+        fake = dataclasses.replace(
+            FORMATS['torch-export'], write=lambda model, path, *_: path.write_bytes(b'a file'), run=lambda path: small,
+            run_at_default=run_at_default)
+        monkeypatch.setitem(FORMATS, 'torch-export', fake)
+        report = export(small, tmp_path / 'a.pt2', 'torch-export', images=image_folder, img_size=64, overwrite=True)
+        assert report.default_dtype == expected
+        assert report.difference < 1e-6
+        if expected:
+            assert report.default_difference > 1e-2
+            assert report.default_accuracy == 100 - report.accuracy  # of two classes, the other one
+        else:
+            assert report.default_difference is report.default_accuracy is None
+
+
+def test_int8_needs_nncf(small, tmp_path, image_folder, monkeypatch):
+    pytest.importorskip('openvino')
+    monkeypatch.setitem(sys.modules, 'nncf', None)
+    with pytest.raises(ExportError, match=r'int8 for openvino needs nncf: pip install "timm_spa\[int8\]"'):
+        export(small, tmp_path / 'model.xml', 'openvino', int8=True, images=image_folder)
+
+
 def test_int8_calibrated_on_the_measured_images(tmp_path, image_folder):
     model = make_model('resnet18', num_classes=2, stem_width=16, channels=(8, 16, 24, 32))
     shutil.rmtree(image_folder / 'train')
@@ -211,7 +272,7 @@ def test_int8_calibrated_on_the_measured_images(tmp_path, image_folder):
     ('model.pt', dict(), r'must end in \.onnx'),
     ('model.onnx', dict(dynamic='width'), 'dynamic must be'),
     ('model.pt2', dict(to='aoti', half=True), 'aoti does not support float16. Use onnx or openvino or coreml'),
-    ('model.xml', dict(to='openvino', int8=True, images='.'), 'openvino does not support int8. Use onnx'),
+    ('model.tflite', dict(to='litert', int8=True, images='.'), 'litert does not support int8. Use onnx or openvino'),
     ('model.tflite', dict(to='litert', dynamic='batch'), 'litert does not support dynamic=.batch.*Use onnx or'),
     ('model.mlpackage', dict(to='coreml', images='.'), 'coreml cannot be measured here. Omit --images'),
     ('model.onnx', dict(int8=True), 'needs --images'),

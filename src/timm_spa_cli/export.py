@@ -31,7 +31,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument('--built', action='store_true', help='write the form for training instead of the fused form')
     parser.add_argument(
         '--half', action='store_true', help='float16, with float32 input and output; onnx, openvino, coreml')
-    parser.add_argument('--int8', action='store_true', help='quantize, calibrated on --images; onnx')
+    parser.add_argument('--int8', action='store_true', help='quantize, calibrated on --images; onnx, openvino')
     parser.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy of the file on')
     add_split_option(parser)
     parser.add_argument(
@@ -74,6 +74,12 @@ def run(args: argparse.Namespace) -> int:
             f'Before quantization (float32): {report.size_before / 1e6:.1f} MB, top-1 {report.accuracy_before:.2f} %.')
     if report.accuracy is not None:
         print(f'Top-1 {report.accuracy:.2f} % on {report.pictures} images of {measured_folder(args)}.')
+    if report.default_dtype:
+        accuracy = '' if report.default_accuracy is None else f', top-1 {report.default_accuracy:.2f} %'
+        print(
+            f'{args.to} computes in {report.default_dtype} on this processor by default: largest difference '
+            f'{report.default_difference:.2g}{accuracy}. The figures above need the options of the runtime in '
+            f'{report.path.name}.json.')
     for note in report.notes:
         print(note)
     return 0

@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -17,6 +18,7 @@ from ..checkpoints.files import replacing
 from ..predict import class_names, data_config, default_split, labelled_batches
 from ..predict.classes import check_classifier
 from .aoti import FORMAT as AOTI
+from .calibration import CalibrationImages
 from .check import compare, top1
 from .coreml import FORMAT as COREML
 from .executorch import FORMAT as EXECUTORCH
@@ -24,7 +26,7 @@ from .format import AXES, INPUT, OUTPUT, ExportError, as_export_error
 from .litert import FORMAT as LITERT
 from .ncnn import FORMAT as NCNN
 from .onnx import FORMAT as ONNX
-from .onnx import add_metadata, quantize
+from .onnx import add_metadata
 from .openvino import FORMAT as OPENVINO
 from .static_padding import with_static_padding
 from .torch_export import FORMAT as TORCH_EXPORT
@@ -50,8 +52,12 @@ class ExportReport:
         shapes: Shapes (N, C, H, W) of the compared inputs.
         accuracy: Top-1 accuracy of the file in percent, if images were given.
         pictures: Number of images that the accuracy was measured on.
-        accuracy_before: Top-1 accuracy of the float32 ONNX file before quantization.
+        accuracy_before: Top-1 accuracy of the float32 file before quantization.
         size_before: Size in bytes of the file before quantization.
+        default_dtype: Type in which the runtime computes on this processor by default, if it is not the one that
+            `difference` and `accuracy` hold for. OpenVINO computes in bfloat16 where the processor can.
+        default_difference: Largest difference at `default_dtype`. No limit applies.
+        default_accuracy: Top-1 accuracy at `default_dtype` in percent, if images were given.
         notes: Remarks for the user, one per line.
     """
     path: Path
@@ -63,6 +69,9 @@ class ExportReport:
     pictures: int = 0
     accuracy_before: Optional[float] = None
     size_before: Optional[int] = None
+    default_dtype: Optional[str] = None
+    default_difference: Optional[float] = None
+    default_accuracy: Optional[float] = None
     notes: List[str] = dataclasses.field(default_factory=list)
 
 
@@ -93,11 +102,12 @@ def export(
         path: File to write, with the suffix .onnx, .pt2 for torch.export and AOTInductor, .xml for OpenVINO, .tflite
             for LiteRT, .param for ncnn, .pte for ExecuTorch, or .mlpackage for Core ML.
         to: Format: 'onnx', 'torch-export', 'aoti', 'openvino', 'litert', 'ncnn', 'executorch' or 'coreml'.
-        dynamic: Dynamic axes: None for a fixed shape, 'batch', or 'size' for batch, height and width. The last four
-            formats need a fixed shape.
+        dynamic: Dynamic axes: None for a fixed shape, 'batch', or 'size' for batch, height and width. LiteRT, ncnn and
+            Core ML need a fixed shape. ExecuTorch takes up to 4 images of up to twice the height and width.
         fuse: Export the fused form (timm's `reparameterize_model`) instead of the form for training.
         half: Compute in float16, with float32 input and output. With OpenVINO, only the weights are stored in float16.
-        int8: Static quantization by ONNX Runtime to 8 bits, of weights (per channel) and feature maps. Needs `images`.
+        int8: Static quantization to 8 bits, of weights (per channel) and feature maps, by ONNX Runtime or by NNCF for
+            OpenVINO. Needs `images`.
         images: Image folder. The top-1 accuracy of the file is measured on it.
         split: Subfolder to measure the accuracy on; None for `timm_spa.predict.default_split`. Quantization is
             calibrated on the subfolder 'train' if it exists.
@@ -127,7 +137,7 @@ def export(
         if target.exists() and not overwrite:
             raise ExportError(f'{target} cannot be written: the file exists already. Replace it with --overwrite.')
     check_classifier(model, ExportError)
-    _import_packages(to)
+    _import_packages(to, int8)
     copied: Any = copy.deepcopy(model).cpu().float().eval()
     config = data_config(copied)
     channels = getattr(copied, 'in_chans', config['input_size'][0])
@@ -187,12 +197,16 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _import_packages(to: str) -> None:
-    for package in FORMATS[to].packages:
+def _import_packages(to: str, int8: bool) -> None:
+    os.environ.setdefault('NNCF_CI', '1')  # read when NNCF is imported: it would send usage data otherwise
+    required = [(package, FORMATS[to].extra) for package in FORMATS[to].packages]
+    required += [(package, 'int8') for package in FORMATS[to].int8_packages if int8]
+    for package, extra in required:
         try:
             importlib.import_module(package)
         except ImportError as e:
-            raise ExportError(f'{to} needs {package}: pip install "timm_spa[{FORMATS[to].extra}]".') from e
+            purpose = f'int8 for {to}' if extra == 'int8' else to
+            raise ExportError(f'{purpose} needs {package}: pip install "timm_spa[{extra}]".') from e
 
 
 def _describe(
@@ -210,9 +224,10 @@ def _describe(
         model='.'.join(filter(None, [cfg.get('architecture') or type(model).__name__, cfg.get('tag')])),
         format=to, form='fused' if fused else 'built', dtype=dtype,
         inputs={INPUT: [AXES[dynamic].get(i, length) for i, length in enumerate(shape)]},
+        largest_input=FORMATS[to].largest_shape(shape, AXES[dynamic]) if dynamic else None,
         input_layout='NCHW', color_order={1: 'L', 3: 'RGB'}.get(shape[1]), pixel_range=[0, 1], output=OUTPUT,
         **{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
-        label_names=[entry['label'] or entry['name'] for entry in classes],
+        runtime_options=FORMATS[to].options, label_names=[entry['label'] or entry['name'] for entry in classes],
         class_names=[entry['name'] for entry in classes],
         versions=dict(timm_spa=__version__, timm=timm.__version__, torch=torch.__version__))
 
@@ -244,16 +259,51 @@ def _write_and_check(
             form = with_static_padding(form, example)
         FORMATS[to].write(form, path, example, AXES[dynamic], dtype == 'float16')
     if dtype == 'int8':
-        before = dict(accuracy_before=top1(start(path), batches, fixed), size_before=path.stat().st_size)
-        before['notes'] = [quantize(model, path, images, split, fixed)]
+        before = dict(accuracy_before=top1(start(path), batches, fixed), size_before=_size(path, to))
+        calibration = CalibrationImages(model, images, split, fixed)
+        quantized = path.with_name(f'{path.stem}-int8{path.suffix}')
+        quantize: Any = FORMATS[to].quantize
+        with as_export_error(f'The file of {name} for {to} cannot be quantized'):
+            quantize(path, quantized, calibration)
+        for suffix in (path.suffix, *FORMATS[to].companions):
+            quantized.with_suffix(suffix).replace(path.with_suffix(suffix))
+        before['notes'] = [calibration.note]
     if to == 'onnx':
         add_metadata(path, description)
-    files = [path.with_suffix(suffix) for suffix in (path.suffix, *FORMATS[to].companions)]
-    size = sum(file.stat().st_size for root in files for file in (root, *root.rglob('*')) if file.is_file())
+    size = _size(path, to)
     if start is None:
         return ExportReport(path, size, dtype, None, [])
     with as_export_error(f'The exported file of {name} cannot be run'):
         run = start(path)
     difference, shapes = compare(model, run, name, dtype, dynamic, batch_size)
     accuracy = top1(run, batches, fixed) if batches is not None else None
-    return ExportReport(path, size, dtype, difference, shapes, accuracy, count, **before)
+    at_default = _measure_at_default(model, path, name, to, dynamic, batch_size, batches)
+    return ExportReport(path, size, dtype, difference, shapes, accuracy, count, **before, **at_default)
+
+
+def _size(path: Path, to: str) -> int:
+    """Returns the size in bytes of a file, or of a folder, with its companions."""
+    files = [path.with_suffix(suffix) for suffix in (path.suffix, *FORMATS[to].companions)]
+    return sum(file.stat().st_size for root in files for file in (root, *root.rglob('*')) if file.is_file())
+
+
+def _measure_at_default(
+        model: Any,
+        path: Path,
+        name: str,
+        to: str,
+        dynamic: Optional[str],
+        batch_size: int,
+        batches: Any,
+) -> Dict[str, Any]:
+    """Returns the fields of a report about the default precision of the runtime, if it is not float32."""
+    open_file = FORMATS[to].run_at_default
+    if open_file is None:
+        return {}
+    with as_export_error(f'The exported file of {name} cannot be run'):
+        dtype, run = open_file(path)
+    if dtype == 'float32':
+        return {}
+    difference, _ = compare(model, run, name, None, dynamic, batch_size)
+    accuracy = top1(run, batches, None if dynamic else batch_size) if batches is not None else None
+    return dict(default_dtype=dtype, default_difference=difference, default_accuracy=accuracy)

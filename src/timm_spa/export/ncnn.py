@@ -34,13 +34,16 @@ def _write(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, 
             raise RuntimeError(f'pnnx failed with exit code {done.returncode}: {done.stderr[-500:]}')
 
 
+# by default, ncnn rounds feature maps to 16 bits where the processor can
+OPTIONS = dict.fromkeys(('use_fp16_packed', 'use_fp16_storage', 'use_fp16_arithmetic', 'use_bf16_storage'), False)
+
+
 def _run(path: Path) -> Runner:
     import ncnn
 
     network = ncnn.Net()
-    # by default, ncnn rounds feature maps to 16 bits where the processor can
-    network.opt.use_fp16_packed = network.opt.use_fp16_storage = network.opt.use_fp16_arithmetic = False
-    network.opt.use_bf16_storage = False
+    for name, value in OPTIONS.items():
+        setattr(network.opt, name, value)
     if network.load_param(str(path)) or network.load_model(str(path.with_suffix('.bin'))):
         raise RuntimeError('ncnn cannot load the file, e.g. because it has unknown layers')
 
@@ -55,4 +58,5 @@ def _run(path: Path) -> Runner:
     return run
 
 
-FORMAT = Format('.param', 'ncnn', ('pnnx', 'ncnn'), _write, _run, companions=('.bin',), dynamic=(None,))
+FORMAT = Format(
+    '.param', 'ncnn', ('pnnx', 'ncnn'), _write, _run, companions=('.bin',), dynamic=(None,), options=OPTIONS)

@@ -10,12 +10,10 @@ import torch
 import torch.nn as nn
 
 from ..layers.pyramid_formulas import fixed_sizes
-from ..predict import labelled_batches
-from .format import INPUT, OUTPUT, Format, Runner, as_export_error, padded
+from .calibration import CalibrationImages
+from .format import INPUT, OUTPUT, Format, Runner
 
-__all__ = ['FORMAT', 'add_metadata', 'quantize', 'trace']
-
-CALIBRATION_IMAGES = 128
+__all__ = ['FORMAT', 'add_metadata', 'trace']
 
 
 def trace(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, str]) -> None:
@@ -80,43 +78,31 @@ def _run(path: Path) -> Runner:
     return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
 
 
-FORMAT = Format('.onnx', 'export', ('onnx', 'onnxruntime'), _write, _run, ('float32', 'float16', 'int8'))
-
-
-def quantize(model: Any, path: Path, images: Any, split: str, batch_size: Optional[int]) -> str:
-    """Quantizes an ONNX file in place, and returns a note about the calibration."""
+def _quantize(path: Path, quantized: Path, images: CalibrationImages) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
-    train = 'train' if split != 'train' and Path(images, 'train').is_dir() else split
-    dataset: Any = labelled_batches(model, images, train, 1)[0].dataset
-    count = min(CALIBRATION_IMAGES, len(dataset))
-    remaining = iter(range(count))
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.remaining = iter(images)
 
-    class Images(CalibrationDataReader):
         def get_next(self) -> Optional[Dict[str, Any]]:
-            i = next(remaining, None)
-            if i is None:
-                return None
-            # the dataset is sorted by class: equal steps reach all classes
-            pixels = torch.as_tensor(dataset[i * len(dataset) // count][0]).unsqueeze(0)
-            return {INPUT: padded(pixels, batch_size).numpy()}
+            pixels = next(self.remaining, None)
+            return None if pixels is None else {INPUT: pixels.numpy()}
 
-    quantized = path.with_name('quantized.onnx')
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.ERROR)  # ONNX Runtime recommends a preprocessing that fused models do not need
     try:
-        with as_export_error('ONNX Runtime cannot quantize the file'):
-            # MatMul stays in float32: the pyramid's averages are products with constant matrices. The classifier is a
-            # Gemm.
-            quantize_static(
-                path, quantized, Images(), per_channel=True, activation_type=QuantType.QUInt8,
-                op_types_to_quantize=['Conv', 'Gemm', 'Add', 'Mul', 'Relu', 'Clip', 'MaxPool', 'GlobalAveragePool'])
+        # MatMul stays in float32: the pyramid's averages are products with constant matrices. The classifier is a Gemm.
+        quantize_static(
+            path, quantized, Reader(), per_channel=True, activation_type=QuantType.QUInt8,
+            op_types_to_quantize=['Conv', 'Gemm', 'Add', 'Mul', 'Relu', 'Clip', 'MaxPool', 'GlobalAveragePool'])
     finally:
         logger.setLevel(level)
-    quantized.replace(path)
-    same = ', the split that accuracy is measured on' if train == split else ''
-    return f'Calibrated on {count} images of {train!r}{same}.'
+
+
+FORMAT = Format(
+    '.onnx', 'export', ('onnx', 'onnxruntime'), _write, _run, ('float32', 'float16', 'int8'), quantize=_quantize)
 
 
 def add_metadata(path: Path, description: Dict[str, Any]) -> None:
