@@ -8,7 +8,7 @@ HOSTS := .venv-hosts
 # one thread per process, because the tests run in two processes
 SERIAL := OMP_NUM_THREADS=1
 
-.PHONY: demo test test-slow hosts more-hosts more-hosts-images more-hosts-mm quality timm-suite \
+.PHONY: demo test test-slow export-targets hosts more-hosts more-hosts-images more-hosts-mm quality timm-suite \
 	timm-patch test-lowest test-newest sbom tables docs clean
 
 demo: $(READY_FOR_DEMO)
@@ -37,6 +37,18 @@ $(MORE_HOSTS):
 	$(PYTHON) -m venv --clear $(ENVIRONMENT)
 	$(ENVIRONMENT)/bin/python -m pip install --quiet --quiet --editable . pytest $(PACKAGES)
 	$(SERIAL) $(ENVIRONMENT)/bin/python -m pytest tests/hosts/by_name -m slow
+	rm -rf $(ENVIRONMENT)
+
+# slow tests of exported files for ONNX Runtime, OpenVINO and LiteRT, in an environment of 7 GB that is removed afterwards.
+# The other formats need environments of their own: TARGETS=executorch,ncnn or TARGETS=coreml
+TARGETS := int8,litert
+export-targets: ENVIRONMENT = build/export-targets
+export-targets:
+	$(PYTHON) -m venv --clear $(ENVIRONMENT)
+	$(ENVIRONMENT)/bin/python -m pip install --quiet --quiet pytest pytest-timeout pytest-xdist \
+		--editable ".[export,$(TARGETS)]"
+	$(SERIAL) $(ENVIRONMENT)/bin/python -m pytest -n 2 -m slow tests/test_export_targets.py \
+		$(if $(findstring int8,$(TARGETS)),tests/test_export.py tests/test_export_graphs.py -k "not every_model")
 	rm -rf $(ENVIRONMENT)
 
 quality: $(READY)
