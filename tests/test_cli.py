@@ -17,7 +17,7 @@ from PIL import Image
 import timm_spa
 import timm_spa_cli
 from timm_spa.predict import class_names, load_model, sample_image
-from timm_spa.profile import LIST, describe
+from timm_spa.profile import LIST, describe, describe_gate, listed_gates
 from timm_spa_cli._options import SHIPPED_MODEL
 
 COFFEE = str(sample_image('coffee'))
@@ -39,16 +39,42 @@ def test_list_has_the_counts_of_the_authors_code(capsys):
 
 
 def test_list_names_every_model():
-    assert [*json.loads(LIST.read_text())] == timm_spa.list_models()
+    assert [*json.loads(LIST.read_text())['models']] == timm_spa.list_models()
 
 
 @pytest.mark.parametrize('name', slow_unless(timm_spa.list_models()[::8].__contains__, timm_spa.list_models()))
 def test_list_describes_a_model(name):
     """The list is built by `python -m timm_spa.profile`. Another release of timm may have other tags."""
-    listed, current = json.loads(LIST.read_text())[name], describe(name)
+    listed, current = json.loads(LIST.read_text())['models'][name], describe(name)
     if timm.__version__ != '1.0.31':
         current['tags'] = listed['tags']
     assert listed == current
+
+
+@pytest.mark.parametrize('gate', slow_unless(['none', 'spa', 'coord', 'eca'].__contains__, listed_gates()))
+def test_list_describes_a_gate(gate):
+    """Built by the same tool."""
+    assert json.loads(LIST.read_text())['gates'][gate] == describe_gate(gate)
+
+
+def test_list_of_gates(capsys):
+    """Differences to the network without gates. Those of efficient channel attention can be counted by hand."""
+    assert timm_spa_cli.main(['list', '--gates']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:1 + len(listed_gates())]}
+    assert list(rows) == listed_gates()
+    assert rows['none'] == ['+0', '+0.0', '+0.0']
+    kernels = {256: 5, 512: 5, 1024: 5, 2048: 7}  # (log2(channels) + 1) / 2, the next odd number
+    assert int(rows['eca'][0]) == sum(count * kernels[256 * 2 ** i] for i, count in enumerate((3, 4, 6, 3)))
+    spa = timm.create_model('spa_resnet50', device='meta')
+    plain = timm.create_model('resnet50', device='meta')
+    added = sum(p.numel() for p in spa.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert rows['spa'][0] == f'{added:+,}'
+    assert timm_spa_cli.main(['list', '--gates', '*coord']) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ['coord', 'scoord']
+    assert timm_spa_cli.main(['list', '--gates', 'resnet50']) == 1
+    assert "the filter 'resnet50' matches no gate of this package" in capsys.readouterr().err
 
 
 def test_list_is_narrow_and_does_not_wait_for_torch():

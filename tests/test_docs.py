@@ -17,6 +17,8 @@ import yaml
 from timm.models import _registry
 
 import timm_spa
+from timm_spa.models import GATES
+from timm_spa.profile import LIST
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / 'docs' / 'finetune.ipynb'
@@ -130,12 +132,19 @@ def test_dead_links_are_detected(tmp_path):
         'b.html#other', 'c.html', 'd.png', '#here', 'https://example.org/x.js']
 
 
-def test_gates_on_the_page_of_add_attention():
-    """Every gate that the page lists can be added."""
+def test_table_of_gates():
+    """Every gate of add_attention has a row, with the cost of models.json and the neutral start of the package."""
+    costs = json.loads(LIST.read_text())['gates']
+    starts = {None: 'none: `neutral=False` only', 0: 'adds 0', 1: 'gate 1/2, doubled', 2: 'two gates of 1/2, times 4'}
     text = (ROOT / 'docs' / 'add_attention.md').read_text(encoding='utf-8')
-    offered = re.search(r'`gate` is one of (.*?) \(', text, re.S)[1]
-    for gate in re.findall('`(.+?)`', offered):
-        timm_spa.add_attention(timm.create_model('resnet10t'), gate)
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('| `')]
+    assert sorted(name.strip('`') for name, *_ in rows) == sorted(costs)
+    for name, _, _, _, start, *cells in rows:
+        gate = name.strip('`')
+        assert start == ('' if gate == 'none' else starts[GATES[gate].doublings]), gate
+        added = {key: value - costs['none'][key] for key, value in costs[gate].items()}
+        assert cells == [
+            f'{added["parameters"]:,}', f'{added["macs"] / 1e6:,.1f}', f'{added["kept"] / 2 ** 20:.1f}'], gate
 
 
 @pytest.mark.parametrize('path', [

@@ -1,4 +1,5 @@
 """timm's attention layers as gates: the same function at the start, gradients for every parameter, and timm's tools."""
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -7,7 +8,9 @@ from test_add_attention import random_net, relative
 
 import timm_spa
 from timm_spa.checkpoints.warm_start import gated_modules
+from timm_spa.export import export
 from timm_spa.models import GATES, create_gate
+from timm_spa.models._entrypoints import split_gate
 
 TIMM_GATES = ['ese', 'eca', 'ecam', 'ceca', 'gca', 'lcbam', 'coord', 'scoord', 'ela', 'strip']
 # small networks of different families, with gates on 16 to 1024 channels; one has group norm, one has layer norm
@@ -15,8 +18,8 @@ BASES = [
     'resnet18', 'regnety_002', 'resnet26t', 'gernet_s', 'convnext_atto', 'ghostnet_100', 'repvgg_a0', 'densenet121',
     'mobilenetv3_small_050', 'tf_efficientnet_lite0', 'mobilenetv2_050', 'ese_vovnet19b_dw', 'starnet_s1', 'vgg11_bn',
     'mobilenetv4_conv_small', 'cs3darknet_s', 'rexnet_100', 'resnet50_gn']
-# a softmax ignores the first shift; batch norm after a pointwise convolution subtracts the second
-WITHOUT_EFFECT = ('layer.conv_attn.bias', 'layer.mlp_add.fc2.bias')
+# a softmax ignores the first shift; batch norm after a pointwise convolution removes what the others add to all images
+WITHOUT_EFFECT = ('layer.conv_attn.bias', 'layer.mlp_add.norm.bias', 'layer.mlp_add.fc2.bias')
 
 
 def new_parameters(model):
@@ -101,3 +104,62 @@ def test_by_name(gate, tmp_path):
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         assert torch.equal(model.eval()(x), plain(x))
+
+
+def test_names_of_timms_models_are_not_split():
+    """The gate `ese` is not the prefix of a model of this package, but of timm's `ese_vovnet19b_dw`."""
+    assert split_gate('ese_vovnet19b_dw')[:2] == ('ese_vovnet19b_dw', 'none')
+    assert split_gate('eca_resnet33ts')[:2] == ('eca_resnet33ts', 'none')
+    assert split_gate('se_b_preresnet18_cifar')[:2] == ('preresnet18_cifar', 'se_b')
+    for name in timm_spa.list_models():
+        gate = max((gate for gate in GATES if name.startswith(f'{gate}_')), key=len, default='none')
+        assert split_gate(name)[1] == gate
+
+
+def randomized(module):
+    """A module in eval mode whose parameters and statistics are random."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.uniform_(-0.5, 0.5)
+        for b in module.buffers():
+            if b.is_floating_point():
+                b.uniform_(0.5, 1.5)
+    return module.eval()
+
+
+@pytest.fixture
+def chain():
+    """All layers one after the other."""
+    torch.manual_seed(0)
+    return randomized(torch.nn.Sequential(*(create_gate(gate, 12, 12) for gate in TIMM_GATES)))
+
+
+@pytest.mark.parametrize('size', [pytest.param((8, 8), marks=pytest.mark.slow), (7, 5), (1, 1)])
+def test_other_forms(chain, size, tmp_path):
+    """Script, trace by fx, compiled graph, exported graph and ONNX agree at a fixed size; so does channels_last."""
+    x = torch.randn(2, 12, *size)
+    with torch.no_grad():
+        expected = chain(x)
+        torch._dynamo.reset()
+        for other in (
+                torch.jit.script(chain), torch.fx.symbolic_trace(chain),
+                torch.compile(chain, backend='aot_eager', fullgraph=True), torch.export.export(chain, (x,)).module()):
+            torch.testing.assert_close(other(x), expected)
+        torch.testing.assert_close(chain(x.to(memory_format=torch.channels_last)), expected)
+        torch.onnx.export(chain, (x,), str(tmp_path / 'chain.onnx'), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / 'chain.onnx'))
+    y = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(y), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('gate', TIMM_GATES)
+def test_exported_network(gate, tmp_path):
+    """`export` itself compares the file with PyTorch; `reparameterize_model` leaves the gates alone."""
+    model = timm_spa.add_attention(random_net('repvgg_a0', num_classes=10), gate)
+    for _, module in gated_modules(model):
+        randomized(module.attn)
+    assert export(model, tmp_path / 'model.onnx', img_size=(64, 96)).path.exists()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        assert relative(timm.utils.reparameterize_model(model)(x), model(x)) < 1e-4

@@ -263,7 +263,7 @@ def table(page: str, header: str) -> str:
 
 def pull_request() -> str:
     """Returns the text of the pull request, its figures taken from this project's pages."""
-    costs = json.loads((ROOT / 'src' / 'timm_spa' / 'models.json').read_text(encoding='utf-8'))
+    costs = json.loads((ROOT / 'src' / 'timm_spa' / 'models.json').read_text(encoding='utf-8'))['models']
     size = '\n'.join(
         f"| `{name}` | {costs[name]['parameters']:,} | {costs[name]['macs'] / 1e9:.2f} |" for name in NAMES)
     return (HERE / 'pull_request.md').read_text(encoding='utf-8').format(

@@ -23,6 +23,7 @@ from ._errors import TimmSpaError
 from ._names import check_model_name
 from .environment import environment
 from .layers.fused_branch import CONVS, NORMS, FusedBranch, merge_norms
+from .profile import bytes_kept_for_backward
 
 __all__ = [
     'BenchmarkError', 'Settings', 'Workload', 'answer', 'bytes_kept_for_backward', 'parse_model', 'reparameterized']
@@ -122,31 +123,6 @@ def reparameterized(net: nn.Module, images: torch.Tensor) -> nn.Module:
         if not torch.allclose(net(images), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item()):
             raise RuntimeError('merging the norm layers changed the outputs of the model.')
     return net
-
-
-def bytes_kept_for_backward(net: nn.Module, forward: Callable[[], Any]) -> int:
-    """Counts the bytes that a forward pass keeps for the backward pass.
-
-    Tensors that share memory count once. Parameters do not count, as they are kept in any case. The figure is the same
-    on every machine, as long as torch chooses the same formulas.
-
-    Args:
-        net: Network whose parameters are left out.
-        forward: Runs the forward pass with gradients enabled.
-    """
-    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    kept: Dict[int, torch.UntypedStorage] = {}  # holds the memory, so that no address is reused
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        output = forward()
-    del output
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 class Workload:

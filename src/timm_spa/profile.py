@@ -1,10 +1,10 @@
-"""Parameters, multiply-adds and activations of models.
+"""Parameters, multiply-adds, activations and memory of models.
 
-`python -m timm_spa.profile` counts all models and writes models.json, which `timm-spa list` reads.
+`python -m timm_spa.profile` counts all models and gates and writes models.json, which `timm-spa list` reads.
 """
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import timm
 import torch
@@ -12,10 +12,12 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .checkpoints.files import replacing
-from .models import list_models
+from .models import GATES, list_models
+from .models._gate_table import reads_block_input
 
-__all__ = ['ModelCost', 'count_cost', 'describe']
+__all__ = ['ModelCost', 'bytes_kept_for_backward', 'count_cost', 'describe', 'describe_gate', 'listed_gates']
 
+GATED_MODEL = 'resnet50'
 LIST = Path(__file__).parent / 'models.json'
 
 
@@ -52,6 +54,33 @@ def count_cost(model_name: str, input_size: Optional[Sequence[int]] = None, **kw
     return ModelCost(parameters, counter.get_total_flops() // 2, sum(activations))
 
 
+def bytes_kept_for_backward(net: nn.Module, forward: Callable[[], Any]) -> int:
+    """Counts the bytes that a forward pass keeps for the backward pass.
+
+    Tensors that share memory count once. Parameters do not count, as they are kept in any case. The figure is the same
+    on every machine, also on the meta device, as long as torch chooses the same formulas.
+
+    Args:
+        net: Network whose parameters are left out.
+        forward: Runs the forward pass with gradients enabled.
+    """
+    # by identity, as storages on the meta device have no address; the list holds them, so that no id is reused
+    parameters = [p.untyped_storage() for p in net.parameters()]
+    left_out = {id(storage) for storage in parameters}
+    kept: Dict[int, torch.UntypedStorage] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if id(storage) not in left_out:
+            kept[id(storage)] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = forward()
+    del output
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def describe(model_name: str) -> Dict[str, Any]:
     """Returns the row of a model in models.json."""
     cost, cfg = count_cost(model_name), timm.get_pretrained_cfg(model_name, allow_unregistered=False)
@@ -60,11 +89,32 @@ def describe(model_name: str) -> Dict[str, Any]:
         tags=len(timm.list_pretrained(f'{model_name}.*')))
 
 
+def listed_gates() -> List[str]:
+    """Returns the names of the gates in models.json, those that `add_attention` takes."""
+    return [gate for gate in GATES if not reads_block_input(gate)]
+
+
+def describe_gate(gate: str) -> Dict[str, Any]:
+    """Returns the row of a gate in models.json: the cost of GATED_MODEL with it, and what a training step keeps."""
+    kwargs: Any = dict(base=GATED_MODEL, gate=gate)
+    cost = count_cost('gated', **kwargs)
+    with torch.device('meta'):
+        model: Any = timm.create_model('gated', **kwargs).train()
+        images = torch.empty(2, *model.pretrained_cfg['input_size'])  # batch norm needs two images
+    kept = bytes_kept_for_backward(model, lambda: model(images).sum())
+    return dict(parameters=cost.parameters, macs=cost.macs, kept=kept // len(images))
+
+
 def main() -> None:
     """Writes models.json."""
-    rows = [f'  {json.dumps(name)}: {json.dumps(describe(name))}' for name in list_models()]
+    sections = {
+        'models': {name: describe(name) for name in list_models()},
+        'gates': {name: describe_gate(name) for name in listed_gates()}}
+    text = ',\n'.join(f'"{section}": {{\n' + ',\n'.join(
+        f'  {json.dumps(name)}: {json.dumps(row)}' for name, row in rows.items()) + '\n}'
+        for section, rows in sections.items())
     with replacing(LIST) as partial:
-        partial.write_text('{\n' + ',\n'.join(rows) + '\n}\n', encoding='utf-8')
+        partial.write_text('{' + text + '}\n', encoding='utf-8')
 
 
 if __name__ == '__main__':

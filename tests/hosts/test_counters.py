@@ -27,7 +27,7 @@ def net(kind, name):
 def listed(kind, name):
     """Parameters and multiply-adds: from the list, for other nets from what counts them for it."""
     if kind == 'spa':
-        about = json.loads((resources.files('timm_spa') / 'models.json').read_text())[name]
+        about = json.loads((resources.files('timm_spa') / 'models.json').read_text())['models'][name]
         return about['parameters'], about['macs']
     return count_cost(name, **NAMES[kind][1])[:2]
 

@@ -3,7 +3,8 @@
 A gate is sigmoid(conv(...)). If the weights of this convolution are zero, the gate is 1/2 everywhere. The gated feature
 map is linear in a few parameters of the block: scale and shift of a norm layer (also if a ReLU follows, which commutes
 with doubling), or the weights of a convolution. Doubling these parameters makes the gated model equal to the plain
-model. Doubling and halving are exact in binary floating point.
+model. Doubling and halving are exact in binary floating point. Gates of two factors need two doublings, gates that add
+to the feature map need none.
 """
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
@@ -49,11 +50,15 @@ def neutral_factors(model: nn.Module, gates: Mapping[str, Any]) -> Dict[str, flo
     """
     factors: Dict[str, float] = {}
     for name, module in gated_modules(model):
-        gate, prefix = gates[module.attn.gate_name], getattr(module, 'gated_prefix', name)
+        # a gate outside of the table has its neutral setting itself
+        gate, prefix = gates.get(module.attn.gate_name, module.attn), getattr(module, 'gated_prefix', name)
         if gate.doublings is None:
             raise ValueError(
                 f'{name}.attn cannot be neutral: the gate {module.attn.gate_name!r} has no neutral weights. Train from '
                 'scratch with neutral=False.')
+        factors.update({f'{name}.attn.{key}': 0. for key in gate.zeros})
+        if not gate.doublings:
+            continue
         act = getattr(module, getattr(module, 'gated_activation', ''), None)
         if act is not None and not isinstance(act, _COMMUTE_WITH_DOUBLING):
             raise ValueError(
@@ -61,7 +66,6 @@ def neutral_factors(model: nn.Module, gates: Mapping[str, Any]) -> Dict[str, flo
                 'Use ReLU, LeakyReLU or PReLU as act_layer, or train from scratch.')
         factors.update({f'{prefix}.{key}': 2. ** gate.doublings for key in module.gated_parameters})
         factors.update({f'{prefix}.{key}': .5 ** gate.doublings for key in getattr(module, 'inverse_parameters', ())})
-        factors.update({f'{name}.attn.{key}': 0. for key in gate.zeros})
     return factors
 
 

@@ -14,7 +14,8 @@ __all__ = ['Family', 'list_models', 'split_gate']
 
 def split_gate(name: str) -> Tuple[str, str, str]:
     """Splits a model's name, e.g. 'se_b_preresnet18_cifar', into base, gate ('se_b') and a description of the gate."""
-    gate = max((gate for gate in GATES if name.startswith(f'{gate}_')), key=len, default='none')
+    prefixes = (gate for gate, row in GATES.items() if row.is_prefix and name.startswith(f'{gate}_'))
+    gate = max(prefixes, key=len, default='none')
     return name.removeprefix(f'{gate}_'), gate, GATES[gate].description
 
 

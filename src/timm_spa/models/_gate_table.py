@@ -1,13 +1,23 @@
 """The table of the gates that models have, from which prefixes of their names, labels and choices are derived."""
 import math
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch.nn as nn
 from timm.layers import GroupNorm1, LayerType, create_attn, get_norm_layer
 
-from ..layers import GatherExcite, GatherExciteConv, NoGate, SelfGate, SpatialPyramidAttention, SqueezeExcite
+from ..layers import (
+    GatherExcite,
+    GatherExciteConv,
+    NoGate,
+    SelfGate,
+    SpatialPyramidAttention,
+    SqueezeExcite,
+    create_own_gate,
+)
 
-__all__ = ['GATES', 'Gate', 'create_gate', 'reads_block_input']
+__all__ = ['GATES', 'Gate', 'GateLike', 'create_gate', 'reads_block_input']
+
+GateLike = Union[str, Callable[[int], nn.Module]]  # a name of the table, or a function of the number of channels
 
 
 class Gate(NamedTuple):
@@ -22,6 +32,7 @@ class Gate(NamedTuple):
         zeros: Parameters of the layer. If they are zero, the gate has one value everywhere.
         doublings: Number of times that this value has to be doubled to be 1; None if the gate cannot be neutral.
         min_width: Smallest reduced width.
+        is_prefix: Whether names of models start with the name of the gate and an underscore.
     """
     label: str
     description: str
@@ -30,6 +41,7 @@ class Gate(NamedTuple):
     zeros: Tuple[str, ...] = ('fc2.weight',)
     doublings: Optional[int] = 1
     min_width: int = 1
+    is_prefix: bool = False
 
 
 def _no_attention(**kwargs: Any) -> nn.Module:
@@ -67,24 +79,26 @@ def _timm(name: str, *passed: str, **fixed: Any) -> Callable[..., nn.Module]:
     return create
 
 
-# The prefix of a model's name is the name of its gate and an underscore. Plain models have none.
 GATES: Dict[str, Gate] = {
     'none': Gate('none', 'no attention', _no_attention, zeros=(), doublings=0),
-    'se': Gate('SE', 'squeeze-and-excitation', _se),
-    'se_b': Gate('SE+', "SE+, squeeze-and-excitation of the block's input", _se, variant='b'),
-    'se_c': Gate('SE++', "SE++, squeeze-and-excitation of the block's input, channels matched", _se, variant='c'),
-    'ge': Gate('GE', 'parameter-free gather-excite of global extent', _ge, zeros=(), doublings=None),
+    'se': Gate('SE', 'squeeze-and-excitation', _se, is_prefix=True),
+    'se_b': Gate('SE+', "SE+, squeeze-and-excitation of the block's input", _se, variant='b', is_prefix=True),
+    'se_c': Gate(
+        'SE++', "SE++, squeeze-and-excitation of the block's input, channels matched", _se, variant='c',
+        is_prefix=True),
+    'ge': Gate('GE', 'parameter-free gather-excite of global extent', _ge, zeros=(), doublings=None, is_prefix=True),
     'cbam': Gate(
         'CBAM', 'the convolutional block attention module', _timm('cbam', 'rd_channels', mlp_bias=True),
         zeros=('layer.channel.fc2.weight', 'layer.channel.fc2.bias', 'layer.spatial.conv.bn.weight',
                'layer.spatial.conv.bn.bias'),
-        doublings=2),
+        doublings=2, is_prefix=True),
     'gc': Gate(  # its layer norm over the reduced width makes one value a constant, and two values plus and minus one
         'GC', 'global context', _timm('gc', 'rd_channels'),
-        zeros=('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias'), min_width=4),
-    'spa': Gate('SPA-A', 'SPA-A (the gate reads the map that it gates)', _spa),
-    'spa_b': Gate('SPA-B', "SPA-B (the gate reads the block's input)", _spa, variant='b'),
-    'spa_c': Gate('SPA-C', "SPA-C (the gate reads the block's input, channels matched)", _spa, variant='c'),
+        zeros=('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias'), min_width=4, is_prefix=True),
+    'spa': Gate('SPA-A', 'SPA-A (the gate reads the map that it gates)', _spa, is_prefix=True),
+    'spa_b': Gate('SPA-B', "SPA-B (the gate reads the block's input)", _spa, variant='b', is_prefix=True),
+    'spa_c': Gate(
+        'SPA-C', "SPA-C (the gate reads the block's input, channels matched)", _spa, variant='c', is_prefix=True),
     # the comparison of table III at ImageNet's image size
     'se_bias': Gate(
         'SE', 'squeeze-and-excitation with biases', _timm('se', 'rd_channels'),
@@ -121,7 +135,7 @@ GATES: Dict[str, Gate] = {
 
 
 def create_gate(
-        gate: str,
+        gate: GateLike,
         channels: int,
         in_channels: int,
         pyramid_sizes: Sequence[int] = (1, 4, 7),
@@ -134,7 +148,8 @@ def create_gate(
     """Creates the gate of one block.
 
     Args:
-        gate: Name of the gate, a key of `GATES`.
+        gate: Name of the gate, a key of `GATES`; or a class or function that makes any layer that maps (N, C, H, W)
+            to the same shape from `channels`, see `OwnGate`. The arguments from `in_channels` on are not for these.
         channels: Channels of the map to gate.
         in_channels: Channels of the block's input.
         pyramid_sizes: Side lengths of SPA's averages, in cells.
@@ -145,11 +160,15 @@ def create_gate(
             widths are seldom whole multiples of timm's 32.
 
     Returns:
-        A module that takes the map to gate and the block's input, and returns the gated map. Its `gate_name` is `gate`.
+        A module that takes the map to gate and the block's input, and returns the gated map. Its `gate_name` is `gate`,
+        or 'own'.
 
     Raises:
         ValueError: The gate is unknown, the ratio is not a positive number, or the gate would be constant.
+        UsageError: The gate is a class or function that makes no layer of this kind.
     """
+    if not isinstance(gate, str):
+        return create_own_gate(gate, channels, device, dtype)
     if gate not in GATES:
         raise ValueError(f'gate must be one of {", ".join(map(repr, GATES))}, got {gate!r}.')
     if not isinstance(rd_ratio, (int, float)) or not 0 < rd_ratio < math.inf:

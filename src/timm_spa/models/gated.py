@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 
 from .._names import check_model_name
 from ..checkpoints.warm_start import gate_weights, gated_modules, neutral_factors
+from ..layers.own_gate import OwnGate, check_gate_function, check_not_shared
 from ._attached import record_attention
 from ._block_types import BLOCK_TYPES, default_places, named_places
 from ._builder import Weights, attached_cfg, load_weights, read_weights, warm_cfg
@@ -45,7 +46,7 @@ from ._gate_slots import (
     linear_parameters,
     scaled_parameters,
 )
-from ._gate_table import GATES, create_gate, reads_block_input
+from ._gate_table import GATES, GateLike, create_gate, reads_block_input
 from ._timm_bases import plain_filter, pretrained_arguments
 
 __all__ = ['GateSlot', 'GatedConv2d', 'GatedConv2dSame', 'GatedGhostModule', 'add_attention', 'create_gated', 'gated']
@@ -56,7 +57,7 @@ WRAPPERS = ('DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule')
 
 def add_attention(
         model: nn.Module,
-        gate: str = 'spa',
+        gate: GateLike = 'spa',
         where: Union[None, str, re.Pattern, Sequence[Union[str, re.Pattern]]] = None,
         pyramid_sizes: Sequence[int] = (1, 4, 7),
         rd_ratio: float = 1. / 16,
@@ -65,19 +66,23 @@ def add_attention(
     """Adds a gate at the end of every residual branch of a CNN. Its outputs are unchanged until it is trained.
 
     Every gate starts neutral: the weights of its last layer are zero, so the gate is 1/2 everywhere, and the parameters
-    in which the gated feature map is linear are doubled. Feature extractors (`features_only=True`) are supported,
-    except those made by torch.fx, which have no blocks. Gates of a network without batch norm use group norm.
+    in which the gated feature map is linear are doubled. A layer of your own is used as `x + scale * (layer(x) - x)`,
+    with one learned scale per channel that starts at zero. Feature extractors (`features_only=True`) are supported,
+    except those made by torch.fx, which have no blocks. SPA, coordinate attention and gather-excite use group norm in a
+    network without batch norm.
 
     A whole model of timm keeps a record of its gates: `timm_spa.save_pretrained` and timm's `save_for_hf` write it to
     config.json, from which `timm.create_model('local-dir:...')` rebuilds the model.
 
     Args:
         model: CNN of timm with its weights. It is changed in place.
-        gate: Name of the gate: 'spa', 'se', 'se_bias', 'cbam', 'gc', 'ge_conv', 'ge' (with `neutral=False`), or 'none'.
+        gate: Name of the gate: 'spa', 'se', 'se_bias', 'ese', 'eca', 'ecam', 'ceca', 'cbam', 'lcbam', 'gc', 'gca',
+            'coord', 'scoord', 'ela', 'strip', 'ge_conv', 'ge' (with `neutral=False`), or 'none'. Or a class or function
+            that makes any layer that maps (N, C, H, W) to the same shape from the number of channels.
         where: Names of blocks, norm layers or convolutions: exact names, wildcards or regular expressions. None for
             every block of a known type.
         pyramid_sizes: Side lengths of SPA's averages, in cells.
-        rd_ratio: Reduced width of the gates over their channels.
+        rd_ratio: Reduced width of the gates over their channels, at least 1, 4 or 8, depending on the gate.
         neutral: Keep the outputs. If False, the gates stay as initialized, to train from scratch.
 
     Returns:
@@ -86,6 +91,7 @@ def add_attention(
     Raises:
         ValueError: The gate is unknown, reads the block's input, can't learn or can't be neutral; the model has no
             block of a known type, has gates, or is wrapped for distributed training; or a module can't be gated.
+        UsageError: A gate of your own cannot be created, or changes the shape of the feature map.
 
     The model is unchanged if anything fails.
     """
@@ -123,7 +129,8 @@ def _attach_gates(
         raise ValueError(
             f'{type(model).__name__} does not contain a block of a known type. Choose norm layers or convolutions with '
             f'where=[...], or a network with the blocks of one of these files of timm: {", ".join(files)}.')
-    _check_places(model, modules, names, neutral)
+    doublings = GATES[gate].doublings if isinstance(gate, str) else OwnGate.doublings
+    _check_places(model, modules, names, neutral and doublings != 0)
     # no batch norm in a network without it; group norm of one group needs no statistics and fits every width
     norm_layer = nn.BatchNorm2d if any(isinstance(m, BATCH_NORMS) for m in modules.values()) else GroupNorm1
     gates = {}
@@ -134,6 +141,7 @@ def _attach_gates(
         gates[name] = create_gate(
             gate, channels, channels, pyramid_sizes, rd_ratio, norm_layer=norm_layer, device=tensor.device,
             dtype=tensor.dtype).train(module.training)
+    check_not_shared(gate, gates.values())
     with contextlib.ExitStack() as undo:
         for name, attn in gates.items():
             for changed in (modules[name], modules[name.rpartition('.')[0]]):
@@ -160,20 +168,28 @@ def _restore(module: nn.Module, attributes: Dict[str, Any], children: Dict[str, 
     module._modules.update(children)
 
 
-def _check_gate(gate: str, neutral: bool) -> None:
+def _check_gate(gate: GateLike, neutral: bool) -> None:
+    if not isinstance(gate, str):
+        check_gate_function(gate)
+        return
     if gate in GATES and reads_block_input(gate):
         raise ValueError(
             f"The gate {gate!r} reads the block's input, which timm's blocks do not pass on. Use one of its models: "
             f'{", ".join(list_models(f"{gate}_*"))}.')
     if gate not in GATES:
         valid = ', '.join(repr(name) for name in GATES if not reads_block_input(name))
-        raise ValueError(f'gate must be one of {valid}, got {gate!r}.')
+        raise ValueError(
+            f'gate must be one of {valid}, or a class or function that makes a module from a number of channels, got '
+            f'{gate!r}.')
     if neutral and GATES[gate].doublings is None:
         raise ValueError(f'The gate {gate!r} cannot be neutral: it has no weights. Use neutral=False.')
 
 
-def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[str], neutral: bool) -> None:
-    """Raises a ValueError that names the first module that cannot be gated."""
+def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[str], scaled: bool) -> None:
+    """Raises a ValueError that names the first module that cannot be gated.
+
+    With `scaled`, the parameters in which a gated feature map is linear are going to be scaled.
+    """
     uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     tensors = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for name in names:
@@ -199,7 +215,7 @@ def _check_places(model: nn.Module, modules: Dict[str, nn.Module], names: List[s
                     f'The gate would be lost. Choose {remedy}.')
         if uses[id(module)] > 1 or any(tensors[id(p)] > 1 for p in module.parameters(recurse=False)):
             raise ValueError(f'{name} is used several times in the model, or shares its weights, and cannot be gated.')
-        if neutral and not linear_parameters(module):
+        if scaled and not linear_parameters(module):
             raise ValueError(
                 f'{name} is a {kind} without affine parameters: its gate cannot be neutral. Use neutral=False.')
 
@@ -245,7 +261,7 @@ def create_gated(
         cache_dir: Any = None,
         *,
         base: str,
-        gate: str = 'spa',
+        gate: GateLike = 'spa',
         where: Union[None, str, Sequence[str]] = None,
         pyramid_sizes: Sequence[int] = (1, 4, 7),
         rd_ratio: float = 1. / 16,
