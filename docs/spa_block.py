@@ -1,44 +1,57 @@
-"""Draws docs/spa_block.png: what Spatial Pyramid Attention does to one channel of a map.
+"""Draws docs/spa_block.png: what Spatial Pyramid Attention does to one channel of a feature map.
 
     python docs/spa_block.py
 
-The map is the brightness of a shipped photograph; the gate is that of a layer whose convolutions keep the channel.
+The feature map is the brightness of a photograph of scikit-image (coffee, by Rachel Michetti, CC0). The gate is that of
+a layer whose convolutions keep the channel.
 """
-from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.patches import FancyArrowPatch
+from PIL import Image, ImageOps
+
+from timm_spa.predict import sample_image
 
 SIZES = (7, 4, 1)
+WIDTH, HEIGHT = 9.2, 3.3  # inches
 
 
 def main() -> None:
     """Draws the figure."""
-    picture = Image.open(resources.files('timm_spa') / 'images' / 'Green-Bell-Pepper.jpg').convert('L').resize((56, 56))
-    x = torch.tensor(list(picture.tobytes()), dtype=torch.float32).view(1, 1, 56, 56) / 255
+    photograph = ImageOps.fit(Image.open(sample_image('coffee')).convert('L'), (56, 56), centering=(0.35, 0.5))
+    x = torch.from_numpy(np.asarray(photograph) / np.float32(255))[None, None]
     levels = [F.adaptive_avg_pool2d(x, size) for size in SIZES]
     pyramid = sum(F.interpolate(level, size=7) for level in levels)
     gate = torch.sigmoid(6 * (pyramid - pyramid.mean()))
+    # left, bottom and side in inches
     panels = [
-        (x, 'map X', 0.), (levels[0], 'averages: 7x7', 1.6), (levels[1], '4x4', 1.6), (levels[2], '1x1', 1.6),
-        (pyramid, 'weighted sum (1)', 3.2), (gate, 'gate (2), 0 to 1', 5.2),
-        (x * F.interpolate(gate, size=56), 'product', 7.)]
-    figure = Figure(figsize=(8.4, 3.6))
-    rows = {1: 2.4, 2: 1.2, 3: 0.}
-    for i, (values, title, left) in enumerate(panels):
-        bottom, side = rows.get(i, 1.05), 1. if i in rows else 1.3
-        axis = figure.add_axes((left / 8.4 + 0.01, bottom / 3.6 + 0.01, side / 8.4, side / 3.6))
-        axis.imshow(values[0, 0], cmap='PuOr' if i == 5 else 'gray', vmin=0, vmax=pyramid.max() if i == 4 else 1)
+        (x, 'feature map', (0.1, 0.95, 1.4)),
+        (levels[0], 'averages: 7x7', (2.1, 2.25, 0.8)), (levels[1], '4x4', (2.1, 1.18, 0.8)),
+        (levels[2], '1x1', (2.1, 0.11, 0.8)),
+        (pyramid / len(SIZES), 'weighted sum', (3.55, 1.05, 1.2)), (gate, 'gate, 0 to 1', (5.75, 1.05, 1.2)),
+        (x * F.interpolate(gate, size=56), 'rescaled map', (7.7, 0.95, 1.4))]
+    figure = Figure(figsize=(WIDTH, HEIGHT))
+    for values, title, (left, bottom, side) in panels:
+        axis = figure.add_axes((left / WIDTH, bottom / HEIGHT, side / WIDTH, side / HEIGHT))
+        axis.imshow(values[0, 0], cmap='PuOr' if values is gate else 'gray', vmin=0, vmax=1)
         axis.set(xticks=(), yticks=())
-        axis.set_title(title, fontsize=8, pad=3)
+        axis.set_title(title, fontsize=10, pad=4)
+    for start, end in (
+            ((1.55, 1.65), (2.05, 2.6)), ((1.55, 1.65), (2.05, 1.6)), ((1.55, 1.65), (2.05, 0.55)),
+            ((2.95, 2.6), (3.5, 1.7)), ((2.95, 1.6), (3.5, 1.65)), ((2.95, 0.55), (3.5, 1.6)),
+            ((4.8, 1.65), (5.7, 1.65)), ((7., 1.65), (7.65, 1.65))):
+        start, end = ((left / WIDTH, bottom / HEIGHT) for left, bottom in (start, end))
+        figure.add_artist(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=9, color='black', linewidth=0.8))
     for text, left, bottom in (
-            ('→', 1.5, 1.7), ('→', 2.95, 1.7), ('→', 4.92, 1.7), ('→', 6.83, 1.7),
-            ('two 1x1 convolutions\nand a sigmoid', 4.92, 0.75), ('each cell enlarged,\ntimes X', 6.83, 0.75)):
-        figure.text(left / 8.4, bottom / 3.6, text, fontsize=8, ha='center', va='center')
-    figure.savefig(Path(__file__).with_name('spa_block.png'), dpi=120)
+            ('two 1x1\nconvolutions,\nsigmoid', 5.23, 2.15), ('times the\nfeature\nmap', 7.31, 2.15)):
+        figure.text(left / WIDTH, bottom / HEIGHT, text, fontsize=9, ha='center', va='center')
+    path = Path(__file__).with_name('spa_block.png')
+    figure.savefig(path, dpi=110)
+    Image.open(path).convert('RGB').quantize(128).save(path, optimize=True)
 
 
 if __name__ == '__main__':

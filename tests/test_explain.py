@@ -3,7 +3,6 @@ import copy
 import csv
 import json
 import re
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,11 @@ from timm.utils import reparameterize_model
 import timm_spa
 import timm_spa_cli
 from timm_spa.checkpoints.run_files import RunError
-from timm_spa.explain import ExplainError, ablate, figures, gate_maps, neutral_gates, scale_weights
+from timm_spa.explain import ExplainError, ScaleWeights, ablate, figures, gate_maps, neutral_gates, scale_weights
 from timm_spa.explain.curves import read_curves
-from timm_spa.predict import load_model
+from timm_spa.predict import load_model, sample_image
 
-IMAGE = str(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
+IMAGE = str(sample_image('coffee'))
 MODELS = ('spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet18', 'spa_mobilenetv2_cifar', 'spa_densenet_cifar', 'gated')
 
 
@@ -173,13 +172,13 @@ def test_gates_by_command(tmp_path, capsys):
     captured = capsys.readouterr()
     assert 'broken.jpg could not be read' in captured.err
     files = sorted(path.name for path in (tmp_path / 'a').iterdir())
-    assert files == ['Red-Beet-gates.csv', 'Red-Beet-gates.png', 'Red-Beet-gates.svg']
+    assert files == ['coffee-gates.csv', 'coffee-gates.png', 'coffee-gates.svg']
     for name in files:
         assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes(), 'the same bytes'
-    with Image.open(tmp_path / 'a' / 'Red-Beet-gates.png') as image:
+    with Image.open(tmp_path / 'a' / 'coffee-gates.png') as image:
         assert image.width == 420, 'two columns'
         assert len(image.convert('RGB').getcolors(1 << 24)) > 50
-    with open(tmp_path / 'a' / 'Red-Beet-gates.csv', newline='') as f:
+    with open(tmp_path / 'a' / 'coffee-gates.csv', newline='') as f:
         rows = list(csv.DictReader(f))
     assert explain('gates', IMAGE, *blocks, '--json') == 0
     (printed,) = json.loads(capsys.readouterr().out).values()
@@ -283,6 +282,28 @@ def test_mean_and_band_of_the_curves():
     assert len(first.collections) == 1, 'no band around a single run'
 
 
+def test_gates_of_a_figure_have_one_range_of_colours():
+    """A deviation of 0.0005 from 1/2 looks neutral, next to large deviations and alone."""
+    flat, varied = torch.full((3, 7, 7), 0.5), torch.full((3, 7, 7), 0.5)
+    flat[0, 0, 0] += 0.0005
+    varied[1, 2, 2] -= 0.2
+    for gates, reach in ((dict(a=flat, b=varied), 0.2), (dict(a=flat), 0.01)):
+        figure = figures.draw_gates(Image.new('RGB', (64, 64)), gates)
+        limits = {axis.images[1].get_clim() for axis in figure.axes if axis.images}
+        assert len(limits) == 1
+        assert limits.pop() == pytest.approx((0.5 - reach, 0.5 + reach))
+        legend = ' '.join(figure.get_suptitle().split())
+        assert f'violet: above 1/2, up to {0.5 + reach:.2f}; orange: below 1/2, down to {0.5 - reach:.2f}' in legend
+
+
+def test_scales_are_drawn_from_their_start():
+    """The height of a bar is the distance of the weight from 1."""
+    weights = {'layer1': ScaleWeights((7, 4, 1), (1.02, 0.5, -0.1)), 'layer2': ScaleWeights((7, 4, 1), (1., 1., 1.))}
+    axis, = figures.draw_scales({'model': weights}).axes
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([0.02, 0, -0.5, 0, -1.1, 0])
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ['7x7', '4x4', '1x1']
+
+
 def test_scales_of_checkpoints(tmp_path, capsys):
     files = []
     for seed in (0, 1):
@@ -310,11 +331,11 @@ def test_the_results_page_matches_the_csv_file():
 
 def test_ablate_by_command(tmp_path, capsys):
     labels = timm.get_pretrained_cfg('spa_tf_efficientnet_lite0.grocery81').label_names
-    for i, label in enumerate(('Red-Beet', 'Oatly-Oat-Milk')):
+    for i, label in enumerate(('Beef-Tomato', 'Oatly-Oat-Milk')):
         (tmp_path / 'test' / label).mkdir(parents=True)
-        source = resources.files('timm_spa') / 'images' / ('Red-Beet.jpg', 'Green-Bell-Pepper.jpg')[i]
-        (tmp_path / 'test' / label / 'a.jpg').write_bytes(source.read_bytes())
-    assert {'Red-Beet', 'Oatly-Oat-Milk'} <= set(labels)
+        source = sample_image(('coffee', 'chelsea')[i])
+        (tmp_path / 'test' / label / 'a.png').write_bytes(source.read_bytes())
+    assert {'Beef-Tomato', 'Oatly-Oat-Milk'} <= set(labels)
     assert explain('ablate', '--images', tmp_path, '--json', '--out', tmp_path / 'out') == 0
     captured = capsys.readouterr()
     assert captured.err.endswith(f'Wrote {tmp_path / "out"}: ablate.csv.\n'), 'JSON alone is on stdout'

@@ -20,6 +20,7 @@ __all__ = ['curves_of', 'draw_cams', 'draw_curves', 'draw_gates', 'draw_scales',
 
 COLUMNS = 4
 PANEL = 1.75  # inches: four panels fit the width of a page
+SMALLEST_REACH = 0.01  # of the colours of gates: smaller deviations from 1/2 look neutral
 LEGEND_WIDTH, LEGEND_LINE = 60, 0.11  # characters and inches, below a panel of curves
 # palette of Okabe and Ito
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')
@@ -98,7 +99,7 @@ def draw_cams(rows: Mapping[str, Sequence[Tuple[Image.Image, torch.Tensor, str]]
         for axis in axes.flat:
             axis.set(xticks=(), yticks=())
             axis.spines[:].set_visible(False)
-        figure.suptitle('bright: raises the score of the class', fontsize=7)
+        figure.suptitle('brighter: more evidence for the class', fontsize=7)
     return figure
 
 
@@ -117,36 +118,43 @@ def draw_gates(
         columns: Number of blocks per row.
 
     Returns:
-        Figure of matplotlib. Cells above 1/2 are violet, cells below 1/2 are orange. Each panel has its own range
-        around 1/2, which is shown in its title.
+        Figure of matplotlib. Cells above 1/2 are violet, cells below 1/2 are orange. All panels have the same range
+        around 1/2, so that colours can be compared.
     """
+    varying = {name: int(gate.flatten(1).std(1).argmax()) for name, gate in gates.items()}
+    shown = {
+        name: {'mean': gate.mean(0), f'channel {varying[name]}': gate[varying[name]]} for name, gate in gates.items()}
+    reach = max((cells - NEUTRAL).abs().max().item() for panels in shown.values() for cells in panels.values())
+    reach = max(reach, SMALLEST_REACH)
     with _style(dark):
         rows = -(-len(gates) // columns)
         figure, axes = _panels(2 * rows, min(columns, len(gates)), PANEL, PANEL + 0.3)
         for axis in axes.flat:
             axis.axis('off')
         image = _small(image.convert('L'))
-        for i, (name, gate) in enumerate(gates.items()):
-            varying = int(gate.flatten(1).std(1).argmax())
-            for line, (title, cells) in enumerate((('mean', gate.mean(0)), (f'channel {varying}', gate[varying]))):
+        for i, (name, panels) in enumerate(shown.items()):
+            for line, (title, cells) in enumerate(panels.items()):
                 axis = axes[2 * (i // columns) + line][i % columns]
-                reach = max((cells - NEUTRAL).abs().max().item(), 1e-6)
                 _overlay(axis, image, cells, 'PuOr', (NEUTRAL - reach, NEUTRAL + reach), 'nearest')
-                axis.set_title(f'{name}\n{title}, 0.5 ± {reach:.3f}', fontsize=7)
-        legend = 'violet: above 1/2, orange: below; an untrained gate is 1/2 everywhere'
+                axis.set_title(f'{name}\n{title}', fontsize=7)
+        legend = (
+            f'violet: above 1/2, up to {NEUTRAL + reach:.2f}; orange: below 1/2, down to {NEUTRAL - reach:.2f}; white: '
+            '1/2, as before training')
         figure.suptitle('\n'.join(textwrap.wrap(legend, 26 * axes.shape[1])), fontsize=7)
     return figure
 
 
 def draw_scales(weights: Mapping[str, Mapping[str, ScaleWeights]], dark: bool = False) -> Any:
-    """Draws the absolute pyramid weights by block, like the paper's figure 6.
+    """Draws how far the pyramid weights have moved from 1, their value at the start of a training, by block.
+
+    The paper's figure 6 shows their absolute values.
 
     Args:
         weights: Pyramid weights by model name and block name, see `timm_spa.explain.scale_weights`.
         dark: Draw on a dark background.
 
     Returns:
-        Figure of matplotlib, one row of bars per model. The line marks the value at the start of a training.
+        Figure of matplotlib, one row of bars per model. Bars above the line are weights above 1.
     """
     with _style(dark):
         blocks = max(map(len, weights.values()))
@@ -156,12 +164,12 @@ def draw_scales(weights: Mapping[str, Mapping[str, ScaleWeights]], dark: bool = 
             for level, size in enumerate(sizes):
                 offset = (level - (len(sizes) - 1) / 2) * 0.8 / len(sizes)
                 axis.bar(
-                    [i + offset for i in range(len(by_block))], [abs(w.weights[level]) for w in by_block.values()],
+                    [i + offset for i in range(len(by_block))], [w.weights[level] - 1 for w in by_block.values()],
                     width=0.8 / len(sizes), label=f'{size}x{size}', color=COLOURS[level % len(COLOURS)])
-            axis.axhline(1, color='grey', linewidth=0.6)
+            axis.axhline(0, color='grey', linewidth=0.6)
             axis.set_xticks(range(len(by_block)), by_block, rotation=90, fontsize=6)
             axis.set_title(name, fontsize=8)
-            axis.set_ylabel('|weight|')
+            axis.set_ylabel('weight - 1')
             axis.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False, fontsize=7)
     return figure
 
