@@ -8,6 +8,7 @@ import pytest
 
 import timm_spa_cli
 from timm_spa import benchmark
+from timm_spa.explain import app
 from timm_spa.predict import default_split
 from timm_spa_cli import export
 
@@ -93,8 +94,9 @@ def test_old_names_of_options(arguments, new, tmp_path, monkeypatch, capsys):
     assert not re.search(rf'{old}\b', shown)
 
 
-def test_a_port_in_use(capsys):
-    pytest.importorskip('gradio')
+def test_an_address_that_cannot_be_used(monkeypatch, capsys):
+    """A message of our own, before Gradio is started: its message names options that we do not have."""
+    monkeypatch.setattr(app, 'build', lambda models: pytest.fail('the page was built'))
     with socket.socket() as server:
         server.bind(('127.0.0.1', 0))
         server.listen()
@@ -103,5 +105,11 @@ def test_a_port_in_use(capsys):
     assert capsys.readouterr().err == (
         f'timm-spa: The page cannot be served at 127.0.0.1, port {port}: another program uses this port. Choose '
         'another --port, or leave it out for the first free one.\n')
-    assert timm_spa_cli.main(['app', '--host', '192.0.2.1']) == 1, 'a network for documentation'
-    assert 'served at 192.0.2.1: Cannot assign requested address. Choose another --host' in capsys.readouterr().err
+
+    def unknown(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+
+    monkeypatch.setattr(socket, 'getaddrinfo', unknown)
+    assert timm_spa_cli.main(['app', '--host', 'nowhere']) == 1
+    assert capsys.readouterr().err == (
+        'timm-spa: The page cannot be served at nowhere: Name or service not known. Choose another --host or --port.\n')
