@@ -154,6 +154,15 @@ def test_repository_files_are_valid_yaml(path):
     assert yaml.safe_load(path.read_text(encoding='utf-8'))
 
 
+def test_the_workflow_runs_targets_of_the_makefile():
+    jobs = yaml.safe_load((ROOT / '.github' / 'workflows' / 'ci.yml').read_text(encoding='utf-8'))['jobs']
+    matrix = jobs['test']['strategy']['matrix']
+    targets = {*matrix['target'], *(case['target'] for case in matrix['include'])}
+    assert targets == {'test', 'test-lowest', 'test-newest'}
+    known = re.findall(r'^([\w-]+(?: [\w-]+)*):', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.M)
+    assert targets | {'docs', 'tables'} <= {target for line in known for target in line.split()}
+
+
 @pytest.mark.parametrize('file', [file for file, _ in TABLES.values()])
 def test_generated_tables(file):
     """The tables of models and of command-line options are those that `make tables` writes."""

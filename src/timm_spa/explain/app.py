@@ -95,8 +95,8 @@ def look(model: torch.nn.Module, image: Union[str, Path]) -> Results:
     limits = (NEUTRAL - reach, NEUTRAL + reach)
     gates = [(_overlay(seen, cells, 'PuOr', limits), title) for title, cells in panels]
     gates_text = (
-        f'Values from {limits[0]:.3f} (orange) to {limits[1]:.3f} (violet), in all panels. 1/2, an untrained gate, is '
-        'white. For each block: the mean over the channels, and the channel that varies most.')
+        f'Values from {limits[0]:.3f} (orange) to {limits[1]:.3f} (violet), in all panels. 1/2, the value of a neutral '
+        'gate, has no colour. For each block: the mean over the channels, and the channel that varies most.')
     return Results(classes, activation, text, gates, gates_text, _table(weights))
 
 
