@@ -1,8 +1,10 @@
 """Page of `timm-spa app` and of the Hub's Space, which explains the predictions for an image. Needs Gradio."""
+import base64
 import collections
 import errno
 import functools
 import html
+import io
 import os
 import re
 import socket
@@ -89,7 +91,7 @@ def look(model: torch.nn.Module, image: Union[str, Path]) -> Results:
     panels = []
     for name, (gate,) in gate_maps(model, x, shown).items():
         varying = int(gate.flatten(1).std(1).argmax())
-        panels.append((f'{name}, mean of {len(gate)} channels', gate.mean(0)))
+        panels.append((f'{name}, mean', gate.mean(0)))
         panels.append((f'{name}, channel {varying}', gate[varying]))
     reach = max(max((cells - NEUTRAL).abs().max().item() for _, cells in panels), 1e-6)
     limits = (NEUTRAL - reach, NEUTRAL + reach)
@@ -128,6 +130,19 @@ def _overlay(
     return Image.blend(grey.convert('RGB'), drawn, 0.6)
 
 
+def _captioned(panels: Sequence[Tuple[Image.Image, str]]) -> Any:
+    """Returns images with captions as HTML. As many as fit stand in a row, two at least."""
+    figures = []
+    for image, caption in panels:
+        file = io.BytesIO()
+        image.save(file, 'jpeg', quality=90)
+        figures.append(
+            '<figure style="flex: 0 1 190px; min-width: 130px; margin: 0">'
+            f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="" '
+            f'style="width: 100%"><figcaption>{html.escape(caption)}</figcaption></figure>')
+    return f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{"".join(figures)}</div>'
+
+
 def _table(weights: Mapping[str, ScaleWeights]) -> str:
     """Returns the pyramid weights by block as an HTML table; the colour is the distance from 1."""
     sizes = next(iter(weights.values())).sizes
@@ -135,9 +150,9 @@ def _table(weights: Mapping[str, ScaleWeights]) -> str:
     rows = [''.join(f'<th>{text}</th>' for text in ('block', *(f'{size}x{size}' for size in sizes)))]
     for block, scales in weights.items():
         cells = ''.join(
-            f'<td style="background: rgba({"94, 60, 153" if abs(w) > 1 else "230, 97, 1"}, '
+            f'<td style="padding: 3px 12px; background: rgba({"94, 60, 153" if abs(w) > 1 else "230, 97, 1"}, '
             f'{0.6 * abs(abs(w) - 1) / reach:.2f})">{w:.3f}</td>' for w in scales.weights)
-        rows.append(f'<td>{html.escape(block)}</td>{cells}')
+        rows.append(f'<td style="padding: 3px 12px">{html.escape(block)}</td>{cells}')
     return (
         '<p>Weight of each average in the gates of a block. Training starts from 1. Violet: above 1, orange: below.</p>'
         f'<table>{"".join(f"<tr>{row}</tr>" for row in rows)}</table>')
@@ -172,7 +187,8 @@ def build(models: Sequence[str] = SHIPPED) -> Any:
                 cells += [None] * (len(Results._fields) + len(TABS))
                 continue
             try:
-                cells += [*look(loaded(name), image['path']), *[f'### {_as_text(name)}'] * len(TABS)]
+                results = look(loaded(name), image['path'])
+                cells += [*results._replace(gates=_captioned(results.gates)), *[f'### {_as_text(name)}'] * len(TABS)]
             except ImageError as e:
                 file = image.get('orig_name') or Path(image['path']).name
                 raise gr.Error(f'{file} cannot be read as an image. Choose another file.', print_exception=False) from e
@@ -188,7 +204,7 @@ def build(models: Sequence[str] = SHIPPED) -> Any:
                     type='filepath', sources=['upload', 'clipboard'], label='image', height=260, elem_id='input_image')
                 first = gr.Dropdown(list(models), value=models[0], label='model', elem_id='first')
                 second = gr.Dropdown(
-                    [NOTHING, *models], value=NOTHING, label='side by side with', elem_id='second')
+                    [NOTHING, *models], value=NOTHING, label='compare with', elem_id='second')
                 gr.Examples(
                     [[str(path)] for path in sample_images()], [image],
                     label='photographs of scikit-image')
@@ -228,10 +244,7 @@ def _panels(gr: Any, tab: str, number: int) -> Dict[Tuple[int, str], Any]:
         return {(number, 'classes'): classes, (number, 'activation'): activation, (number, 'activation_text'): text}
     if tab == TABS[1]:
         text = gr.Markdown()
-        gallery = gr.Gallery(
-            show_label=False, interactive=False, columns=4, object_fit='contain', height='auto', format='png',
-            elem_id=f'gates{number}')
-        return {(number, 'gates_text'): text, (number, 'gates'): gallery}
+        return {(number, 'gates_text'): text, (number, 'gates'): gr.HTML(elem_id=f'gates{number}')}
     return {(number, 'pyramid'): gr.HTML(elem_id=f'pyramid{number}')}
 
 
