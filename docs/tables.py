@@ -57,7 +57,7 @@ def _order(name: str, counted: Dict[str, Dict[str, Any]]) -> Tuple[int, str, int
 
 def table_of_models() -> str:
     """Returns one collapsible table per family, with a row for each model of models.json."""
-    counted: Dict[str, Dict[str, Any]] = json.loads(MODELS.read_text(encoding='utf-8'))
+    counted: Dict[str, Dict[str, Any]] = json.loads(MODELS.read_text(encoding='utf-8'))['models']
     families: Dict[str, List[str]] = {title: [] for title, _ in FAMILIES}
     for name in counted:
         base = _split_gate(name)[0]
