@@ -104,9 +104,10 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --quiet --editable ".[train,test]"
 	touch $@ $(READY_FOR_DEMO)
 
+# pip does not compile the modules: most of them are not imported by the demo
 $(READY_FOR_DEMO): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --editable ".[demo]"
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile --editable ".[demo]"
 	touch $@
 
 $(HOSTS)/.ready: pyproject.toml
