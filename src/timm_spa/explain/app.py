@@ -131,16 +131,19 @@ def _overlay(
 
 
 def _captioned(panels: Sequence[Tuple[Image.Image, str]]) -> Any:
-    """Returns images with captions as HTML. As many as fit stand in a row, two at least."""
+    """Returns images with captions as HTML: pairs, as many in a row as fit."""
     figures = []
     for image, caption in panels:
         file = io.BytesIO()
         image.save(file, 'jpeg', quality=90)
         figures.append(
-            '<figure style="flex: 0 1 190px; min-width: 130px; margin: 0">'
+            '<figure style="flex: 1; max-width: 200px; margin: 0">'
             f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}" alt="" '
             f'style="width: 100%"><figcaption>{html.escape(caption)}</figcaption></figure>')
-    return f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{"".join(figures)}</div>'
+    pairs = [
+        f'<div style="display: flex; gap: 12px">{"".join(figures[i:i + 2])}</div>' for i in range(0, len(figures), 2)]
+    style = 'display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 12px'
+    return f'<div style="{style}">{"".join(pairs)}</div>'
 
 
 def _table(weights: Mapping[str, ScaleWeights]) -> str:
