@@ -260,6 +260,7 @@ def _write_and_check(
         FORMATS[to].write(form, path, example, AXES[dynamic], dtype == 'float16')
     if dtype == 'int8':
         before = dict(accuracy_before=top1(start(path), batches, fixed), size_before=_size(path, to))
+        assert images is not None  # checked with the other arguments
         calibration = CalibrationImages(model, images, split, fixed)
         quantized = path.with_name(f'{path.stem}-int8{path.suffix}')
         quantize: Any = FORMATS[to].quantize
