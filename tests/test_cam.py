@@ -267,7 +267,9 @@ def test_a_folder_of_images(tmp_path, capsys):
             (images / str(i) / 'x.jpg').write_bytes(f.read())
     paths = [str(images / str(i) / 'x.jpg') for i in (0, 1)]
     assert explain('cam', images, '--out', tmp_path / 'out') == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == paths, 'file names are the same'
+    *lines, written = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split()[0] for line in lines] == paths, 'file names are the same'
+    assert written == f'Wrote {tmp_path / "out"}: cam.csv, cam.png, cam.svg.'
     assert (tmp_path / 'out' / 'cam.png').exists()
     assert explain('gates', images, '--blocks', 'blocks.6.0', '--out', tmp_path / 'gates', '--json') == 0
     assert list(json.loads(capsys.readouterr().out)) == paths
