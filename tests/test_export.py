@@ -549,6 +549,19 @@ def test_a_fixed_size_gives_a_small_graph(name, dynamic, most, tmp_path):
     assert len(graph.node) <= most
 
 
+@torch.no_grad()
+def test_equal_constants_are_stored_once(small, tmp_path):
+    """Gates of one stage have equal matrices as long as their pyramid weights are equal."""
+    model = timm_spa.add_attention(small, where=['layer1.0', 'layer1.1'], neutral=False)
+    path = tmp_path / 'model.onnx'
+    assert export(model, path, img_size=64).difference < EXACT
+    graph = onnx.load(path).graph
+    products = [node for node in graph.node if node.op_type == 'MatMul']
+    assert len(products) == 2
+    assert products[0].input[1] == products[1].input[1] in {tensor.name for tensor in graph.initializer}
+    assert 'Identity' not in {node.op_type for node in graph.node}
+
+
 @pytest.mark.parametrize('size', [56, 57, 58])
 @torch.no_grad()
 def test_static_padding(size):

@@ -41,6 +41,9 @@ def _fold_constants(path: Path) -> None:
         return  # a branch or loop, whose nodes may read any constant
     nodes: List[Any] = []
     constants: Dict[str, Any] = {}
+    # of equal constants, torch's exporter keeps one, and adds an Identity for each other one
+    names = {tensor.name: tensor.name for tensor in loaded.graph.initializer}
+    outputs_of_file = {output.name for output in loaded.graph.output}
     for node in loaded.graph.node:
         if not node.input and node.op_type == 'Constant' or node.input and all(map(constants.__contains__, node.input)):
             outputs = [onnx.ValueInfoProto(name=name) for name in node.output]
@@ -48,7 +51,12 @@ def _fold_constants(path: Path) -> None:
             values = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=loaded.opset_import)).run(None, {})
             for name, value in zip(node.output, values, strict=True):
                 constants[name] = onnx.numpy_helper.from_array(value, name)
+        elif node.op_type == 'Identity' and node.input[0] in names and node.output[0] not in outputs_of_file:
+            names[node.output[0]] = names[node.input[0]]
         else:
+            inputs = [names.get(name, name) for name in node.input]
+            del node.input[:]
+            node.input.extend(inputs)
             nodes.append(node)
     used = {name for node in nodes for name in node.input}
     del loaded.graph.node[:]
