@@ -104,7 +104,7 @@ def add_attention(
 
 def _attach_gates(
         model: nn.Module,
-        gate: str = 'spa',
+        gate: GateLike = 'spa',
         where: Union[None, str, re.Pattern, Sequence[Union[str, re.Pattern]]] = None,
         pyramid_sizes: Sequence[int] = (1, 4, 7),
         rd_ratio: float = 1. / 16,
