@@ -112,10 +112,14 @@ def test_a_file_of_another_model_with_the_same_tensors(tmp_path):
     one = timm.create_model('spa_preresnet18_cifar', num_classes=5, pyramid_sizes=(1, 2, 8))
     metadata = dict(model='spa_preresnet18_cifar', model_args='{"pyramid_sizes": [1, 2, 8]}')
     path = saved(one, tmp_path / 'in.safetensors', **metadata)
-    for name, kwargs in (('spa_preresnet18_cifar', {}), ('spa_b_preresnet18_cifar', dict(pyramid_sizes=(1, 2, 8)))):
+    for name, kwargs in (
+            ('spa_preresnet18_cifar', dict(pyramid_sizes=(1, 2, 4))),
+            ('spa_b_preresnet18_cifar', dict(pyramid_sizes=(1, 2, 8)))):
         with pytest.raises(CheckpointError, match=rf'weights of spa_preresnet18_cifar pyramid_sizes=.*, not of {name}'):
             convert(path, tmp_path / 'o.safetensors', name, **kwargs)
     convert(path, tmp_path / 'o.safetensors', 'spa_preresnet18_cifar', pyramid_sizes=(1, 2, 8))
+    convert(path, tmp_path / 'same.safetensors', 'spa_preresnet18_cifar')
+    assert (tmp_path / 'same.safetensors').read_bytes() == (tmp_path / 'o.safetensors').read_bytes()
 
 
 @pytest.mark.parametrize(('source', 'target'), [

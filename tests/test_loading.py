@@ -108,7 +108,8 @@ def test_a_checkpoint_as_the_model_to_export(network, tmp_path, monkeypatch):
 
 def test_a_checkpoint_without_a_recorded_model(network, tmp_path, capsys):
     torch.save(network.state_dict(), tmp_path / 'bare.pth')
-    with pytest.raises(RunError, match=r'The model of .*bare.pth is unknown: .* Choose it with --model'):
+    expected = 'choose it with --model spa_mobilenetv2_cifar'
+    with pytest.raises(RunError, match=f'The model of .*bare.pth is unknown: .* {expected}'):
         load_model(None, tmp_path / 'bare.pth')
     assert timm_spa_cli.main(['predict', 'x.jpg', '--checkpoint', str(tmp_path / 'bare.pth')]) == 1
     assert '--model' in capsys.readouterr().err

@@ -97,10 +97,12 @@ def test_every_verb_makes_the_model_that_was_trained(kind, in_args_yaml, tmp_pat
     alone.mkdir()
     shutil.copy(out / 'model.safetensors', alone)
     for source in (run / 'best.pth', alone / 'model.safetensors'):
-        if kwargs:
-            with pytest.raises(CheckpointError, match=f'contains weights of {name} .*not of {name}'):
-                convert(source, tmp_path / 'c.safetensors', name, overwrite=True)
+        with pytest.raises(CheckpointError, match=f'contains weights of {name}.*not of {name}'):
+            convert(source, tmp_path / 'c.safetensors', name, overwrite=True, **dict(kwargs, drop_rate=0.5))
         convert(source, tmp_path / 'c.safetensors', name, overwrite=True, **kwargs)
+        content = (tmp_path / 'c.safetensors').read_bytes()
+        convert(source, tmp_path / 'c.safetensors', overwrite=True)
+        assert (tmp_path / 'c.safetensors').read_bytes() == content, 'the source says what it is'
     (tmp_path / 'classes.txt').write_text('ant\nbee\ncat\n')
     if not {'mean', 'img_size'} & args.keys():  # a file of weights does not say how to prepare a picture
         assert expected == shares(load_model(name, tmp_path / 'c.safetensors', 3), photograph).expected

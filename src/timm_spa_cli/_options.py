@@ -2,7 +2,7 @@
 import argparse
 import os
 import sys
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 REMOVAL = 'version 0.3'  # of the options that are deprecated now, see CHANGELOG.md
 SHIPPED_MODEL = 'spa_tf_efficientnet_lite0.grocery81'
@@ -65,6 +65,31 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, several: bool = Fals
     parser.add_argument(
         '--num-classes', type=positive, metavar='N',
         help='number of classes of the checkpoint, if it is not recorded with the checkpoint')
+    add_model_kwargs_option(parser)
+
+
+def add_model_kwargs_option(
+        parser: argparse.ArgumentParser,
+        about: str = 'arguments of the model, if they are not recorded with the checkpoint',
+) -> None:
+    """Adds --model-kwargs, as timm's scripts have it."""
+    parser.add_argument(
+        '--model-kwargs', nargs='*', default=[], metavar='KEY=VALUE', help=f'{about}, e.g. base=resnet18 gate=spa')
+
+
+def model_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
+    """Returns the values of --model-kwargs, parsed as in timm's scripts."""
+    from timm.utils import ParseKwargs
+
+    from timm_spa._errors import UsageError
+
+    parsed = argparse.Namespace()
+    try:
+        ParseKwargs([], 'kwargs')(None, parsed, args.model_kwargs)
+    except ValueError as e:
+        given = ' '.join(args.model_kwargs)
+        raise UsageError(f'--model-kwargs takes KEY=VALUE, got {given}. Put it behind positional arguments.') from e
+    return parsed.kwargs
 
 
 def add_device_option(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +102,9 @@ def load_named(args: argparse.Namespace, name: Optional[str], device: str = 'cpu
     if name is None and args.checkpoint is None:
         if args.num_classes is not None:
             args.error('--num-classes needs --checkpoint: the published weights have their own number of classes')
+        if args.model_kwargs:
+            args.error('--model-kwargs needs --checkpoint or a model')
         name = SHIPPED_MODEL
     from timm_spa.predict import load_model
 
-    return load_model(name, args.checkpoint, args.num_classes, device, fuse)
+    return load_model(name, args.checkpoint, args.num_classes, device, fuse, model_kwargs(args))

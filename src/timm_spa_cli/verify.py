@@ -3,7 +3,8 @@ import argparse
 from pathlib import Path
 from typing import List, Tuple
 
-from timm_spa_cli._options import add_device_option, add_split_option, positive
+from timm_spa_cli._options import (
+    add_device_option, add_model_kwargs_option, add_split_option, model_kwargs, positive)
 from timm_spa_cli._table import printable
 
 HELP = 'check a repository of the Hub, or its folder before publishing'
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--images', metavar='DIR', help='image folder to measure the accuracy on')
     add_split_option(parser)
     parser.add_argument('--batch-size', type=positive, default=64, help='images per batch (default: %(default)s)')
+    add_model_kwargs_option(parser, 'arguments that config.json should have for the model')
     add_device_option(parser)
 
 
@@ -34,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
 
     on_device(torch.nn.Identity(), args.device)  # fails before a download, and is not a problem of the repository
     report = verify(
-        args.source, args.revision, args.images, args.split, args.batch_size, args.device, check_detector)
+        args.source, args.revision, args.images, args.split, args.batch_size, args.device, check_detector,
+        model_kwargs(args))
     for kind, lines in (('checked', report.checked), ('problem', report.problems)):
         for line in lines:  # names of files may contain control characters
             print(printable(f'{kind}: {line}').replace('\n', '\\n'))

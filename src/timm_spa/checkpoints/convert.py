@@ -1,7 +1,7 @@
 """Conversion of weight files to safetensors files for a model."""
 import dataclasses
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -11,8 +11,8 @@ from .._errors import UsageError
 from .._names import check_model_name
 from .files import replacing
 from .fit import Mismatch, compare_tensors, first_few
-from .reading import CheckpointError, check_weights, read_weights, write_tensors
-from .run_arguments import as_json, trained_with, untagged
+from .reading import CheckpointError, check_weights, no_hint, read_weights, write_tensors
+from .run_arguments import as_json, config_of_folder, of_config, recorded_model, trained_with, untagged
 from .warm_start import gate_weights, gated_modules, has_gates, warm_start
 
 __all__ = ['DTYPES', 'KINDS', 'Conversion', 'convert']
@@ -47,13 +47,14 @@ class Conversion:
 def convert(
         source: Union[str, Path],
         output: Union[str, Path],
-        model_name: str,
+        model_name: Optional[str],
         gates: Mapping[str, Any],
         source_names: Sequence[Any],
         dtype: str = 'float32',
         kind: Optional[str] = None,
         overwrite: bool = False,
         with_classifier: bool = True,
+        hint: Callable[[Mapping[str, torch.Tensor]], str] = no_hint,
         **kwargs: Any,
 ) -> Conversion:
     """Converts a weight file to a safetensors file. See `timm_spa.hub.convert.convert` for the other arguments.
@@ -61,10 +62,11 @@ def convert(
     Args:
         gates: The table of gates, `timm_spa.models.GATES`.
         source_names: Other naming schemes of plain models, `timm_spa.models.SOURCE_NAMES`.
+        hint: Returns a sentence about the model that tensors are of, for messages.
 
     Raises:
         CheckpointError: The source cannot be read or does not fit, a value is invalid, or `output` exists.
-        RunError: args.yaml next to the source contradicts it.
+        RunError: args.yaml next to the source contradicts it, or its model is unknown and not given.
         UsageError: An argument is invalid.
     """
     output = Path(output)
@@ -74,14 +76,22 @@ def convert(
         raise UsageError(f'dtype must be one of {", ".join(DTYPES)}, got {dtype!r}.')
     if kind not in (None, *KINDS):
         raise UsageError(f'kind must be one of {", ".join(KINDS)}, got {kind!r}.')
-    check_model_name(model_name, UsageError)
+    if model_name is not None:
+        check_model_name(model_name, UsageError)
     if output.exists() and not overwrite:
         raise CheckpointError(f'{output} exists already. Add --overwrite to replace it.')
     weights = read_weights(source)
+    if model_name is None:
+        model_name = recorded_model(weights, Path(source), hint)
     num_classes = _count_classes(weights.state_dict, source) if with_classifier else 0
     args, named = trained_with(weights, Path(source))
     trained = weights.arch or args.get('model')
-    if 'in_chans' in named:
+    config = config_of_folder(Path(source))
+    if not trained and not args and config.get('architecture') == untagged(model_name):
+        trained, named = model_name, of_config(config)
+    if untagged(trained) == untagged(model_name):
+        kwargs = {**named, **kwargs}
+    elif 'in_chans' in named:
         kwargs.setdefault('in_chans', named['in_chans'])
     try:
         model = timm.create_model(model_name.partition('.')[0], num_classes=num_classes, **kwargs).eval()
@@ -93,7 +103,7 @@ def convert(
         raise CheckpointError(
             f'{source} contains weights of {recorded}, not of {requested}. Convert it for that model.')
     state_dict = weights.state_dict if with_classifier else _without_classifier(weights.state_dict, model)
-    converted, kind, description = _converted(state_dict, model, source, kind, gates, source_names)
+    converted, kind, description = _converted(state_dict, model, source, kind, gates, source_names, hint)
     check_weights(converted, model, source)
     stored, error, error_in = _stored(converted, DTYPES[dtype], dtype)
     metadata = dict(
@@ -115,6 +125,7 @@ def _converted(
         kind: Optional[str],
         gates: Mapping[str, Any],
         source_names: Sequence[Any],
+        hint: Callable[[Mapping[str, torch.Tensor]], str],
 ) -> Tuple[Dict[str, torch.Tensor], str, str]:
     """Returns the weights for the model, the kind of the source, and its description."""
     closest: Optional[Tuple[str, Mismatch]] = None
@@ -133,7 +144,7 @@ def _converted(
     assert closest is not None  # every model has a candidate of each kind
     raise CheckpointError(
         f'{source} does not fit {model.pretrained_cfg["architecture"]}. Compared with {closest[0]}, it has tensors '
-        f'{closest[1]}. Choose the model and the arguments that it was trained with.')
+        f'{closest[1]}. {hint(weights) or "Choose the model and the arguments that it was trained with."}')
 
 
 def _candidates(

@@ -7,7 +7,7 @@ import os
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, List, Mapping, Optional, Union
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Union
 
 import safetensors
 import safetensors.torch
@@ -20,8 +20,8 @@ from .._errors import TimmSpaError
 from .fit import compare_tensors, first_few
 
 __all__ = [
-    'CheckpointError', 'Header', 'Weights', 'check_shapes', 'check_weights', 'read_checkpoint', 'read_header',
-    'read_weights', 'stored_epoch', 'value_problems', 'write_tensors']
+    'CheckpointError', 'Header', 'Weights', 'check_shapes', 'check_weights', 'no_hint', 'read_checkpoint',
+    'read_header', 'read_weights', 'stored_epoch', 'value_problems', 'write_tensors']
 
 # entries of a training checkpoint that hold weights, in the order of preference
 _STATE_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
@@ -222,19 +222,30 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
             f.write(text.ljust(size))
 
 
-def check_weights(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:
+def no_hint(state_dict: Mapping[str, torch.Tensor]) -> str:
+    """Returns an empty text: nothing is known about the model of tensors."""
+    return ''
+
+
+def check_weights(
+        state_dict: Mapping[str, torch.Tensor],
+        model: nn.Module,
+        source: Union[str, Path],
+        hint: Callable[[Mapping[str, torch.Tensor]], str] = no_hint,
+) -> None:
     """Checks every tensor and loads the weights into a model, strictly.
 
     Args:
         state_dict: Tensors by name.
         model: Model that is given the weights.
         source: File or repository of the weights, for the message.
+        hint: Returns a sentence about the model that the tensors are of.
 
     Raises:
         CheckpointError: A tensor is missing, unexpected, of another shape or kind, or not finite; a variance
             is negative; or the number of classes differs.
     """
-    check_shapes(state_dict, model, source)
+    check_shapes(state_dict, model, source, hint)
     for problem in value_problems(state_dict):
         raise CheckpointError(f'{source} has {problem}.')
     model.load_state_dict(dict(state_dict), strict=True)
@@ -254,7 +265,12 @@ def value_problems(state_dict: Mapping[str, torch.Tensor]) -> List[str]:
     return problems
 
 
-def check_shapes(state_dict: Mapping[str, torch.Tensor], model: nn.Module, source: Union[str, Path]) -> None:
+def check_shapes(
+        state_dict: Mapping[str, torch.Tensor],
+        model: nn.Module,
+        source: Union[str, Path],
+        hint: Callable[[Mapping[str, torch.Tensor]], str] = no_hint,
+) -> None:
     """Checks names, shapes, kinds and number of classes of weights. The model may be on the meta device."""
     cfg: Any = getattr(model, 'pretrained_cfg', None) or {}
     classifier = f'{cfg.get("classifier")}.weight'
@@ -266,7 +282,9 @@ def check_shapes(state_dict: Mapping[str, torch.Tensor], model: nn.Module, sourc
             '--num-classes, or choose another model.')
     misfit = compare_tensors(state_dict, own)
     if misfit:
-        raise CheckpointError(f'{source} does not fit {type(model).__name__}; tensors {misfit}.')
+        raise CheckpointError(
+            f'{source} does not fit {type(model).__name__}; tensors {misfit}. ' + (
+                hint(state_dict) or 'Choose the model and the arguments that it was trained with.'))
 
 
 def _head(path: Path) -> bytes:

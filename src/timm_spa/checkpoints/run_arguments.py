@@ -4,19 +4,19 @@ They are needed because two models with the same tensors can compute different f
 """
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import timm
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from .config_file import NOT_OF_A_MODEL, config_problems
 from .files import ReadError, read_text
-from .reading import Weights
+from .reading import Weights, no_hint
 from .run_files import NUMBER, RunError, checked, read_mapping
 
 __all__ = [
-    'as_json', 'config_of_folder', 'model_arguments', 'preprocessing', 'read_arguments', 'recorded_model',
-    'trained_with', 'untagged']
+    'Recorded', 'as_json', 'config_of_folder', 'configured_preprocessing', 'model_arguments', 'of_config',
+    'preprocessing', 'read_arguments', 'recorded_model', 'recorded_with', 'trained_with', 'untagged']
 
 # the keys of args.yaml that are read, with their types
 ARGUMENTS: Dict[str, Any] = dict(
@@ -24,6 +24,8 @@ ARGUMENTS: Dict[str, Any] = dict(
     mean=[NUMBER], std=[NUMBER], interpolation=str, crop_pct=NUMBER, seed=int, dataset=str, val_split=str)
 # arguments of timm's train.py that prepare images
 PREPROCESSING = ('mean', 'std', 'interpolation', 'crop_pct')
+# fields of config.json that do so
+CONFIGURED = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 def read_arguments(folder: Path) -> Dict[str, Any]:
@@ -57,6 +59,14 @@ def preprocessing(args: Mapping[str, Any], architecture: str) -> Dict[str, Any]:
         if channels == 1 and len(values) > 1:  # as timm has it for the weights of the first convolution
             found[key] = (sum(values) / len(values),)
     return found
+
+
+def configured_preprocessing(config: Mapping[str, Any]) -> Dict[str, Any]:
+    """Returns the fields of the pretrained_cfg in a config.json that describe how images are prepared."""
+    cfg = config.get('pretrained_cfg') or {}
+    return {
+        key: tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key]
+        for key in CONFIGURED if cfg.get(key) is not None}
 
 
 def trained_with(
@@ -109,7 +119,74 @@ def config_of_folder(checkpoint: Path) -> Dict[str, Any]:
     return {} if config_problems(config) else config
 
 
-def recorded_model(weights: Weights, checkpoint: Path) -> str:
+class Recorded(NamedTuple):
+    """What a weight file and the files in its folder say about its model.
+
+    Attributes:
+        name: Name of the model.
+        args: Arguments of the training, from args.yaml or the file; empty if unknown.
+        model_args: Arguments of `timm.create_model`, except the number of classes.
+        config: config.json in the folder, if it describes this model; else empty.
+        num_classes: Number of classes, if recorded.
+    """
+    name: str
+    args: Dict[str, Any]
+    model_args: Dict[str, Any]
+    config: Dict[str, Any]
+    num_classes: Optional[int]
+
+
+def recorded_with(
+        weights: Weights,
+        checkpoint: Path,
+        name: Optional[str] = None,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
+        hint: Callable[[Mapping[str, Any]], str] = no_hint,
+) -> Recorded:
+    """Recovers the model of a weight file, from the file and from args.yaml and config.json in the same folder.
+
+    Args:
+        weights: The weights.
+        checkpoint: The weight file.
+        name: Name of the model; None for the recorded one.
+        model_kwargs: Arguments of the model that are not recorded.
+        hint: Returns a sentence about the model that tensors are of, for the message.
+
+    Returns:
+        Name and arguments.
+
+    Raises:
+        RunError: The model is unknown or another one, or `model_kwargs` contradict the record.
+    """
+    config = config_of_folder(checkpoint)
+    if name is None:
+        name = recorded_model(weights, checkpoint, hint)
+    args, model_args = trained_with(weights, checkpoint, name if ':' not in name else '')
+    if config.get('architecture') != untagged(name):
+        config = {}  # describes other weights
+    is_known = bool(args) or weights.model_args is not None
+    if not is_known and config:
+        is_known, model_args = True, of_config(config)
+    given = dict(model_kwargs or {})
+    if is_known and any(key not in model_args or as_json(model_args[key]) != as_json(given[key]) for key in given):
+        # another model may have the same names and shapes, and compute something else
+        raise RunError(
+            f'{checkpoint} contains weights of {untagged(name)} with the arguments {as_json(model_args)}, but '
+            f'--model-kwargs has {as_json(given)}. Leave out --model-kwargs, or choose another file.')
+    return Recorded(
+        name, args, {**given, **model_args}, config, args.get('num_classes') or config.get('num_classes'))
+
+
+def of_config(config: Mapping[str, Any]) -> Dict[str, Any]:
+    """Returns the arguments of the model in a config.json, except the number of classes."""
+    return {key: value for key, value in (config.get('model_args') or {}).items() if key != 'num_classes'}
+
+
+def recorded_model(
+        weights: Weights,
+        checkpoint: Path,
+        hint: Callable[[Mapping[str, Any]], str] = no_hint,
+) -> str:
     """Returns the architecture named by a weight file, or by args.yaml or config.json in the same folder.
 
     Raises:
@@ -130,7 +207,7 @@ def recorded_model(weights: Weights, checkpoint: Path) -> str:
         unknown = f' ({_listed(recorded)}, unknown to timm)' if recorded else ''
         raise RunError(
             f'The model of {checkpoint} is unknown: neither the file nor args.yaml or config.json in the same folder '
-            f'names it{unknown}. Choose it with --model.')
+            f'names it{unknown}. {hint(weights.state_dict) or "Choose it with --model."}')
     return next(iter(known.values()))
 
 

@@ -21,8 +21,10 @@ from ..checkpoints.files import ReadError, interrupted, read_text
 from ..checkpoints.fit import compare_tensors
 from ..checkpoints.hub_files import endpoint, without_password
 from ..checkpoints.reading import CheckpointError, read_header, read_weights, value_problems
+from ..checkpoints.run_arguments import as_json
 from ..checkpoints.run_files import load_yaml
 from ..models._builder import WEIGHTS_FILENAME
+from ..models._likely_model import likely_model
 from ..predict import ImageError, default_split, for_inference, labelled_batches, load_model, predict
 
 __all__ = ['Report', 'verify']
@@ -54,6 +56,7 @@ def verify(
         batch_size: int = 64,
         device: str = 'cpu',
         check_detector: Optional[Callable[[Path], Tuple[List[str], List[str]]]] = None,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> Report:
     """Verifies a repository. Problems are lines of the report, never errors.
 
@@ -66,6 +69,7 @@ def verify(
         device: Device to measure on.
         check_detector: Returns the checks and the problems of a folder with a detector, e.g.
             `timm_spa.detection.repository.check_detector`. Without it, a detector is a problem of the report.
+        model_kwargs: Arguments of the model that config.json should have. Each difference is a problem of the report.
 
     Returns:
         The report.
@@ -87,7 +91,7 @@ def verify(
         if 'detector' in config:
             _check_detector(folder, check_detector, report)
             return report
-        create = _check_config(config, report) if config else None
+        create = _check_config(config, model_kwargs or {}, report) if config else None
         model = create and _check_weights(folder, create, report)
         if model is not None:
             _check_use(folder, model, report)
@@ -201,13 +205,22 @@ def _check_detector(
     report.problems += problems
 
 
-def _check_config(config: Mapping[str, Any], report: Report) -> Optional[Callable[..., Any]]:
+def _check_config(
+        config: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any],
+        report: Report,
+) -> Optional[Callable[..., Any]]:
     """Returns a function that creates the model of config.json in eval mode, None if the model cannot be created."""
     architecture, count, cfg = config['architecture'], config['num_classes'], config['pretrained_cfg']
     model_args = dict(config.get('model_args') or {})
     if 'num_classes' in model_args:
         report.problems.append('config.json has a duplicate num_classes in model_args, which transformers refuses')
         del model_args['num_classes']
+    for key, value in model_kwargs.items():
+        if key not in model_args or as_json(model_args[key]) != as_json(value):
+            report.problems.append(
+                f'config.json should have {key}={as_json(value)} in model_args, got {as_json(model_args.get(key))}')
+    model_args.update(model_kwargs)
     if cfg.get('hf_hub_filename') != WEIGHTS_FILENAME:
         report.problems.append(
             f'config.json does not set hf_hub_filename to {WEIGHTS_FILENAME}, so that timm may look for a pickle')
@@ -258,6 +271,8 @@ def _check_weights(folder: Path, create: Callable[..., Any], report: Report) -> 
     mismatch = compare_tensors(state_dict, model.state_dict())
     if mismatch:
         report.problems.append(f'{WEIGHTS_FILENAME} does not fit {architecture}; tensors {mismatch}')
+        hint = likely_model(state_dict, architecture).rstrip('.')
+        report.problems += [f'{WEIGHTS_FILENAME}: {hint}'] if hint else []
     invalid = value_problems(state_dict)
     report.problems += [f'{WEIGHTS_FILENAME} has {problem}' for problem in invalid]
     report.checked.append(f'{len(state_dict)} tensors: names, shapes, data types, finite values')

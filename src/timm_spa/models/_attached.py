@@ -53,7 +53,7 @@ def count_classes(model: Any) -> None:
         classifier = model.get_submodule(name) if isinstance(name, str) else None
     except AttributeError:
         return
-    count = {nn.Linear: 'out_features', nn.Conv2d: 'out_channels'}.get(type(classifier))  # type: ignore[arg-type]
+    count = {nn.Linear: 'out_features', nn.Conv2d: 'out_channels'}.get(type(classifier))
     if type(classifier) is nn.Identity:
         model.num_classes = 0
     elif count is not None:

@@ -319,9 +319,12 @@ def _fitted(
 
     misfit = compare_tensors(compared(fitted), compared(own))
     if misfit:
+        from ._likely_model import likely_model  # needs the registered models
+
+        hint = likely_model(state_dict, variant, str(getattr(model, '_model_args', {}).get('base', '')))
         raise weights.error(
-            f'{weights.label} does not fit {variant}; tensors {misfit}. Create the model that they are of, with the '
-            'arguments that it was trained with.')
+            f'{weights.label} does not fit {variant}; tensors {misfit}. ' + (
+                hint or 'Create the model that they are of, with the arguments that it was trained with.'))
     if is_plain:
         _logger.warning(
             'The checkpoint holds no attention: it is the plain model. ' + (

@@ -2,7 +2,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import timm
 import torch
@@ -13,11 +13,12 @@ from timm.utils import reparameterize_model
 
 from .._errors import TimmSpaError
 from .._names import check_model_name
-from ..checkpoints.config_file import class_labels
+from ..checkpoints.config_file import NOT_OF_A_MODEL, class_labels
 from ..checkpoints.hub_files import HubFileMissing, locate_file, locate_weights
 from ..checkpoints.reading import Weights, check_weights, read_weights
-from ..checkpoints.run_arguments import config_of_folder, preprocessing, recorded_model, trained_with, untagged
+from ..checkpoints.run_arguments import configured_preprocessing, preprocessing, recorded_with, untagged
 from ..models._builder import WEIGHTS_FILENAME
+from ..models._likely_model import likely_model
 from ..training.log import read_classes
 
 __all__ = ['ModelError', 'for_inference', 'load_model', 'numbered', 'on_device']
@@ -25,7 +26,6 @@ __all__ = ['ModelError', 'for_inference', 'load_model', 'numbered', 'on_device']
 _logger = logging.getLogger(__name__)
 
 WEIGHTS_SUFFIXES = ('.bin', '.pt', '.pth', '.safetensors', '.tar')
-PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')  # keys in config.json
 
 
 class ModelError(TimmSpaError, RuntimeError):
@@ -38,6 +38,7 @@ def load_model(
         num_classes: Optional[int] = None,
         device: str = 'cpu',
         fuse: bool = True,
+        model_kwargs: Optional[Mapping[str, Any]] = None,
 ) -> nn.Module:
     """Creates a model for prediction, with its published weights or the weights of a file.
 
@@ -53,30 +54,39 @@ def load_model(
         num_classes: Number of classes of the checkpoint, if it is not recorded with the checkpoint.
         device: Device to run on.
         fuse: Return the form for fast inference, see `for_inference`, instead of the form for training.
+        model_kwargs: Arguments of the model, if they are not recorded with the checkpoint.
 
     Returns:
         The model, in eval mode.
 
     Raises:
-        ModelError: The model is unknown, its weights cannot be loaded, or the device cannot be used.
+        ModelError: The model is unknown, its weights cannot be loaded, an argument is invalid, or the device cannot be
+            used.
         HubWeightsError: The Hub cannot be reached, and the weights are not in the cache.
         CheckpointError: The file cannot be read, or does not fit the model.
         RunError: The checkpoint belongs to another model, or its model is not recorded.
     """
     if num_classes is not None and num_classes < 1:
         raise ModelError(f'The number of classes must be at least 1, got {num_classes}.')
+    kwargs = dict(model_kwargs or {})
+    refused = [key for key in NOT_OF_A_MODEL if key in kwargs]
+    if refused:
+        raise ModelError(
+            f'The model arguments {", ".join(refused)} cannot be set: they choose weights or a form of the model, not '
+            'its layers. Leave them out.')
+    num_classes = kwargs.pop('num_classes', None) if num_classes is None else num_classes
     if name is not None and checkpoint is None and os.path.isfile(name) and not timm.is_model(untagged(name)):
         name, checkpoint = None, name
     if checkpoint is None:
         if name is None:
             raise ModelError('No model to load. Give the name of a model, or a checkpoint that names its model.')
-        model = _published(name, num_classes)
+        model = _published(name, num_classes, kwargs)
     else:
-        model = _of_checkpoint(name, Path(checkpoint), num_classes)
+        model = _of_checkpoint(name, Path(checkpoint), num_classes, kwargs)
     return for_inference(model, device) if fuse else on_device(model, device)
 
 
-def _published(name: str, num_classes: Optional[int]) -> Any:
+def _published(name: str, num_classes: Optional[int], model_kwargs: Dict[str, Any]) -> Any:
     """Creates a model with its published weights."""
     if os.path.isdir(name) and not timm.is_model(untagged(name)):
         raise ModelError(
@@ -88,8 +98,9 @@ def _published(name: str, num_classes: Optional[int]) -> Any:
     located = name
     kwargs: Dict[str, Any] = {}
     try:
-        located, kwargs = _located(name)
-        model: Any = timm.create_model(located, pretrained=True, **kwargs)
+        if 'base' not in model_kwargs:  # of `gated`, which finds the weights of its base
+            located, kwargs = _located(name)
+        model: Any = timm.create_model(located, pretrained=True, **kwargs, **model_kwargs)
     except TimmSpaError:
         raise
     except Exception as e:  # timm, torch and the Hub each raise their own
@@ -145,43 +156,36 @@ def _weights_on_hub(repo_id: str, filename: Optional[str], revision: str) -> Opt
         raise
 
 
-def _of_checkpoint(name: Optional[str], checkpoint: Path, num_classes: Optional[int]) -> Any:
+def _of_checkpoint(
+        name: Optional[str],
+        checkpoint: Path,
+        num_classes: Optional[int],
+        model_kwargs: Mapping[str, Any],
+) -> Any:
     """Creates the model of a weights file, with the arguments of its training."""
     if name is not None:
         check_model_name(name, ModelError)
     weights = read_weights(checkpoint)
-    config = config_of_folder(checkpoint)
-    if name is None:
-        name = recorded_model(weights, checkpoint)
-    is_name = ':' not in name
-    args, model_args = trained_with(weights, checkpoint, name if is_name else '')
-    if config.get('architecture') != untagged(name):
-        config = {}  # describes other weights
-    overlay = preprocessing(args, untagged(name)) if is_name else {}
+    names = (name or '', str(model_kwargs.get('base') or ''))
+
+    def hint(tensors: Mapping[str, torch.Tensor]) -> str:
+        return likely_model(tensors, *names)
+
+    name, args, model_args, config, count = recorded_with(weights, checkpoint, name, model_kwargs, hint)
+    overlay = preprocessing(args, untagged(name)) if ':' not in name else {}
     if not args:
-        overlay.update(_preprocessing_of(config))
-        if weights.model_args is None:
-            model_args = config.get('model_args') or {}
-    counts = (num_classes, args.get('num_classes'), config.get('num_classes'))
-    kwargs: Dict[str, Any] = dict(
-        model_args, num_classes=next(filter(None, counts), None), pretrained_cfg_overlay=overlay)
+        overlay.update(configured_preprocessing(config))
+    kwargs: Dict[str, Any] = dict(model_args, num_classes=num_classes or count, pretrained_cfg_overlay=overlay)
     try:
         model: Any = timm.create_model(name, **kwargs)
     except TimmSpaError:
         raise
     except Exception as e:  # timm, torch and the Hub each raise their own
         raise ModelError(f'{name} could not be created for the checkpoint {checkpoint}: {e}') from e
-    check_weights(weights.state_dict, model, checkpoint)
+    check_weights(weights.state_dict, model, checkpoint, hint)
     # the tag and the class names in the configuration belong to the published weights
     model.pretrained_cfg = dict(model.pretrained_cfg, tag=None, **_labels(model, weights, checkpoint, config))
     return model
-
-
-def _preprocessing_of(config: Dict[str, Any]) -> Dict[str, Any]:
-    cfg = config.get('pretrained_cfg') or {}
-    return {
-        key: tuple(cfg[key]) if isinstance(cfg[key], list) else cfg[key]
-        for key in PREPROCESSING if cfg.get(key) is not None}
 
 
 def _labels(model: Any, weights: Weights, checkpoint: Path, config: Dict[str, Any]) -> Dict[str, Any]:
