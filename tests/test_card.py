@@ -175,18 +175,19 @@ def changed(config, **kwargs):
 
 
 @pytest.mark.parametrize(('run', 'options', 'message'), [
-    (Run(summary=summary(20.0)), dict(epoch=0), 'The dataset of the accuracy .* has no name'),
+    (Run(summary=summary(20.0)), dict(epoch=0), r'lacks 1 fact .*dataset.name \(.*top-1 is 20.0 %'),
     (Run(summary=summary(20.0), facts=dict(epoch=1)), dict(epoch=0), 'Conflicting epochs of the weights: 0 and 1'),
     (Run(summary=summary(20.0)), dict(epoch=7), 'from epoch 7, but summary.csv has no row'),
-    (Run(facts=dict(accuracy=dict(top5=3.0))), {}, "'accuracy' in card.yaml has no 'top1'"),
+    (Run(facts=dict(accuracy=dict(top5=3.0), dataset=DATASET)), {}, 'lacks 1 fact .*: accuracy.top1 '),
     (Run(args=dict(ARGS, model='spa_resnet18')), {}, r'Conflicting architecture: .*spa_resnet18 \(args.yaml\)'),
     (Run(args=ARGS, record=dict(seed=43)), {}, r'Conflicting seed: 42 \(args.yaml\), 43 \(run.json\)'),
     (Run(args=dict(ARGS, num_classes=100)), {},
      r'Conflicting number of classes: 10 \(config.json\), 100 \(args.yaml\)'),
-    (Run(args=dict(ARGS, initial_checkpoint='x.pth')), {}, 'origin of the start weights is unknown: .*base_model'),
+    (Run(args=dict(ARGS, initial_checkpoint='x.pth')), {}, "lacks 1 fact .*: base_model .*initial_checkpoint 'x.pth'"),
     (Run(facts=dict(widget=[dict(src='https://x/y.jpg', picture='y.jpg')])), {},
      'needs the weights to compute predictions'),
-    (Run(), dict(config=changed(config_of(MODEL), license=None)), f'No license given for {MODEL}'),
+    (Run(), dict(config=changed(config_of(MODEL), license=None)),
+     f'lacks 1 fact that the card of {MODEL} needs: license'),
 ])
 def test_missing_or_conflicting_facts(run, options, message):
     with pytest.raises(PublishError, match=message):
@@ -326,7 +327,7 @@ def test_figures(tmp_path):
 @pytest.mark.parametrize(('name', 'text', 'message'), [
     ('card.yaml', 'abuot: x', "unknown key 'abuot'"),
     ('card.yaml', 'about: [x]', "'about' must be a str"),
-    ('card.yaml', 'training:', "'training' must be a str"),
+    ('card.yaml', 'training: 3', "'training' must be a str"),
     ('card.yaml', 'dataset: {nme: x}', 'got nme'),
     ('card.yaml', 'dataset: {name: [x]}', "'dataset: name' must be a text"),
     ('card.yaml', 'accuracy: {top1: best}', "'accuracy: top1' must be a number"),

@@ -87,8 +87,10 @@ def test_publish_and_use(run, tmp_path, hub, owner, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(('change', 'error', 'message'), [
-    (lambda run: (run / 'card.yaml').unlink(), CardError, 'No license given for the detector'),
-    (lambda run: (run / 'card.yaml').write_text('license: mit\n'), CardError, 'No dataset given for AP 10.5'),
+    (lambda run: (run / 'card.yaml').unlink(), CardError,
+     'lacks 2 facts that the card of the detector needs: license .*dataset.name'),
+    (lambda run: (run / 'card.yaml').write_text('license: mit\n'), CardError,
+     'lacks 1 fact .*: dataset.name .*AP is 10.5'),
     (lambda run: (run / 'args.yaml').write_text('model_kwargs: {x: hf_' + 'a' * 30 + '}'), PublishError, 'a token'),
     (lambda run: (run / 'best' / 'config.json').write_text('{}'), DetectionError, 'does not describe a detector'),
 ])

@@ -1,4 +1,5 @@
 """Files and folders are there as a whole or not at all."""
+import contextlib
 import os
 import stat
 import threading
@@ -107,6 +108,7 @@ def test_two_at_a_time(tmp_path):
 
 EARLIER = {'config.json': 'earlier', 'mine.txt': 'mine', 'weights': 'earlier'}
 LATER = {'config.json': 'later', 'mine.txt': 'mine', 'new.csv': 'later', 'weights': 'later'}
+RESULTS = '.results/a.yaml'  # in a subfolder
 
 
 def contents(folder):
@@ -193,6 +195,47 @@ def test_a_process_killed_at_any_step_leaves_no_mixture(folder, step, again, mon
     again(folder)
     now = {p.name: p.read_text() for p in folder.iterdir() if p.is_file()}
     assert now in (EARLIER, LATER) if again is finish_interrupted else now == LATER
+    assert not interrupted(folder)
+
+
+def replace_nested(folder):
+    with replacing(folder) as partial:
+        for name in ('config.json', 'new.csv', RESULTS):
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_text('later')
+
+
+@pytest.mark.parametrize('exists', [False, True])
+@pytest.mark.parametrize('step', range(1, 16))
+def test_files_in_subfolders(folder, step, exists, monkeypatch):
+    """They are replaced with the others; an error at any step, or a killed process, leaves no mixture of them."""
+    earlier = {**EARLIER, **({RESULTS: 'earlier', '.results/mine.yaml': 'mine'} if exists else {})}
+    later = {**earlier, 'config.json': 'later', 'new.csv': 'later', RESULTS: 'later'}
+    for name, text in earlier.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+
+    def files():
+        names = (str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
+        return {name: (folder / name).read_text() for name in names if not name.startswith(_files.STAGING)}
+
+    def stop():
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch, contextlib.suppress(WriteError):
+        stop_at(step, stop, patch)
+        replace_nested(folder)
+    finish_interrupted(folder)
+    assert files() in (earlier, later)
+    assert exists or files() == later or not (folder / '.results').exists()
+    process = os.fork()
+    if process == 0:
+        stop_at(step, lambda: os._exit(9), monkeypatch)
+        replace_nested(folder)
+        os._exit(0)
+    os.waitpid(process, 0)
+    replace_nested(folder)
+    assert files() == later
     assert not interrupted(folder)
 
 

@@ -3,11 +3,12 @@ import argparse
 from functools import partial
 from typing import Any
 
-from timm_spa_cli._options import positive
+from timm_spa_cli._options import add_model_kwargs_option, model_kwargs, positive
 
 HELP = 'publish weights as a repository of the Hub, in one commit'
 EXAMPLES = (
     'timm-spa publish runs/first/model_best.pth.tar --model spa_resnet50.mine --dry-run out',
+    'timm-spa publish mine/model.safetensors --repo ORG/NAME',
     'timm-spa publish runs/detector/best --repo ORG/NAME',
 )
 
@@ -18,10 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'checkpoint', metavar='CHECKPOINT',
         help='training checkpoint or file of weights; for a detector the folder `best` or `last`')
     parser.add_argument(
-        '--model', metavar='NAME.TAG', help='architecture and tag, e.g. spa_resnet50.mine; not for a detector')
+        '--model', metavar='NAME.TAG',
+        help='architecture and tag, e.g. spa_resnet50.mine; not for a detector (default: the architecture that the '
+             'checkpoint or its folder names)')
     parser.add_argument('--repo', metavar='ORG/NAME', help='repository (default: $TIMM_SPA_HUB_ORG/NAME.TAG)')
     parser.add_argument(
-        '--num-classes', type=positive, help='number of classes, if the checkpoint has no args.yaml')
+        '--num-classes', type=positive, help='number of classes, if it is not recorded with the checkpoint')
+    add_model_kwargs_option(parser)
     parser.add_argument('--private', action='store_true', help='fail unless the repository is private')
     parser.add_argument('--pr', action='store_true', help='open a pull request')
     parser.add_argument('--tag', help='tag of the commit, e.g. v1')
@@ -42,17 +46,18 @@ def run(args: argparse.Namespace) -> int:
         args.error('--overwrite goes with --dry-run; --replace-card replaces the card of a repository')
     upload: Any = dict(private=args.private, create_pr=args.pr, tag=args.tag, replace_card=args.replace_card)
     if is_detector(args.checkpoint):
-        if args.model is not None or args.num_classes or args.results:
-            args.error(f'{args.checkpoint} is a detector: leave out --model, --num-classes and --results')
+        if args.model is not None or args.num_classes or args.model_kwargs or args.results:
+            args.error(
+                f'{args.checkpoint} is a detector: leave out --model, --model-kwargs, --num-classes and --results')
         if not args.repo and not args.dry_run:
             args.error('a detector needs --repo ORG/NAME')
         write: Any = partial(
             write_detector_repository, args.dry_run, args.checkpoint, args.repo, args.replace_card, args.overwrite)
         send: Any = partial(publish_detector, args.checkpoint, args.repo, **upload)
     else:
-        if args.model is None:
-            args.error('the following arguments are required: --model')
-        options: Any = dict(num_classes=args.num_classes, results=args.results)
+        if args.model is None and not args.repo and not args.dry_run:
+            args.error('one of the arguments --model, --repo and --dry-run is required')
+        options: Any = dict(num_classes=args.num_classes, results=args.results, model_kwargs=model_kwargs(args))
         write = partial(
             write_repository, args.dry_run, args.checkpoint, args.model, args.repo, replace_card=args.replace_card,
             overwrite=args.overwrite, **options)

@@ -109,7 +109,7 @@ def _move_in(partial: Path, folder: Path, token: str) -> None:
     The earlier files are moved to a folder `.old` first, then the new ones wait in a folder `.new`, whose existence
     shows `finish_interrupted` that the earlier files can be removed.
     """
-    names = sorted(os.listdir(partial))
+    names = _names(partial)
     old, new = (folder / f'{STAGING}{token}{end}' for end in (OLD, NEW))
     with _locked(folder):
         _finish(folder)
@@ -121,10 +121,10 @@ def _move_in(partial: Path, folder: Path, token: str) -> None:
             old.mkdir()
             for name in names:
                 if os.path.lexists(folder / name):
-                    os.rename(folder / name, old / name)
+                    _move(name, folder, old)
             os.rename(partial, new)
             for name in names:
-                os.rename(new / name, folder / name)
+                _move(name, new, folder)
         except BaseException:
             _undo(names, folder, partial, old, new)
             raise
@@ -134,8 +134,11 @@ def _move_in(partial: Path, folder: Path, token: str) -> None:
 def _undo(names: List[str], folder: Path, partial: Path, old: Path, new: Path) -> None:
     try:
         if new.is_dir():
-            for name in set(names) - set(os.listdir(new)):
-                os.rename(folder / name, new / name)
+            for name in set(names) - set(_names(new)):
+                _move(name, folder, new)
+            for parent in {os.path.dirname(name) for name in names} - {''}:
+                with contextlib.suppress(OSError):  # it has other files
+                    os.rmdir(folder / parent)
             os.rename(new, partial)
         if old.is_dir():
             _empty(old, folder)
@@ -145,10 +148,28 @@ def _undo(names: List[str], folder: Path, partial: Path, old: Path, new: Path) -
             'again to restore them.') from e
 
 
+def _names(folder: Path) -> List[str]:
+    """Returns the paths of all files in a folder, relative to it."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_symlink() or not path.is_dir())
+
+
+def _move(name: str, source: Path, folder: Path) -> None:
+    parent = os.path.dirname(name)
+    if parent:
+        os.makedirs(folder / parent, exist_ok=True)
+    os.replace(source / name, folder / name)
+
+
 def _empty(source: Path, folder: Path) -> None:
-    for name in os.listdir(source):
-        os.replace(source / name, folder / name)
-    source.rmdir()
+    for name in _names(source):
+        _move(name, source, folder)
+    _remove_empty(source)
+
+
+def _remove_empty(folder: Path) -> None:
+    for path in sorted(folder.rglob('*'), reverse=True):
+        path.rmdir()
+    folder.rmdir()
 
 
 def _discard(old: Path, new: Path) -> None:
@@ -156,7 +177,7 @@ def _discard(old: Path, new: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if not old.exists():
         with contextlib.suppress(OSError):
-            new.rmdir()
+            _remove_empty(new)
 
 
 def interrupted(folder: Union[str, Path]) -> List[Path]:
@@ -184,8 +205,8 @@ def finish_interrupted(folder: Union[str, Path]) -> None:
 
 def _finish(folder: Path) -> None:
     for new in folder.glob(f'{STAGING}*{NEW}'):
-        for name in os.listdir(new):
-            os.replace(new / name, folder / name)
+        for name in _names(new):
+            _move(name, new, folder)
         _discard(new.with_suffix(OLD), new)
     for old in folder.glob(f'{STAGING}*{OLD}'):
         if not old.with_suffix(NEW).exists():

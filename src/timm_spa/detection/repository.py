@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .._errors import TimmSpaError
 from ..checkpoints.files import finish_interrupted, replacing
-from ..hub.card import CardError, check_repository_name
+from ..hub.card import check_repository_name
+from ..hub.facts import MissingFactsError, refuse_missing, template_written
 from ..hub.markdown import paragraphs, plain, wrapped
 from ..hub.publish import keep_card_yaml, refuse_foreign, refuse_secrets, without_private_paths
 from ..hub.upload import CARD, Published, upload
@@ -95,7 +96,10 @@ def write_detector_repository(
     if row and run.facts:
         run = dataclasses.replace(run, facts=dict(run.facts, epoch=int(row['epoch'])))
     own = refuse_foreign(folder, run, (), overwrite)
-    card = _make_card(model, run, row, repo_id)
+    try:
+        card = _make_card(model, run, row, repo_id)
+    except MissingFactsError as e:
+        raise template_written(e, run.folder, run.facts) from None
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
         for name in (WEIGHTS, CONFIG):
@@ -145,15 +149,12 @@ def _row_of(run: Run, name: str) -> Optional[Mapping[str, float]]:
 
 def _make_card(model: Any, run: Run, row: Optional[Mapping[str, float]], repo_id: Optional[str]) -> ModelCard:
     config, facts = model.detector_config, run.facts
-    if not facts.get('license'):
-        raise CardError(
-            'No license given for the detector. Add "license: apache-2.0", or another identifier of the Hub, to '
-            'card.yaml next to args.yaml of the run.')
     dataset: Dict[str, Any] = facts.get('dataset') or {}
     scores = {METRICS[key]: row[key] for key in METRICS if key in row} if row else {}
+    missing = {} if facts.get('license') else {'license': ''}
     if scores and not dataset.get('name'):
-        raise CardError(
-            f'No dataset given for AP {scores["AP"]}. Add "dataset: {{name: ...}}" to card.yaml.')
+        missing['dataset.name'] = f'AP is {scores["AP"]}'
+    refuse_missing('the detector', missing)
     title = f'{TITLES[config["detector"]]} on {config["backbone"]}'
     names = [plain(str(c['name'])) for c in model.categories]
     data = ModelCardData(

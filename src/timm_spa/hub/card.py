@@ -27,10 +27,12 @@ from .card_sections import (
     start_weights,
 )
 from .comparison import comparison_table, read_results
+from .eval_results import eval_results
+from .facts import refuse_missing
 from .markdown import paragraphs, wrapped
 from .upload import PublishError
 
-__all__ = ['CardError', 'card_of_folder', 'check_repository_name', 'make_card']
+__all__ = ['CardError', 'benchmark_files', 'card_of_folder', 'check_repository_name', 'make_card']
 
 CardError = PublishError  # earlier name
 TEMPLATE = Path(__file__).with_name('card_template.md')
@@ -51,7 +53,8 @@ def make_card(
     """Creates the card of a repository. Lines about unknown facts are left out.
 
     Args:
-        model_name: Name of the weights, architecture and tag, e.g. 'spa_resnet50.tmm_in1k'.
+        model_name: Name of the weights, architecture and tag, e.g. 'spa_resnet50.tmm_in1k'. Without a tag, the title
+            is the name of the repository.
         repo_id: Repository, 'organization/name'. If None, the card shows how to load the registered weights of
             `model_name`, or how to load from the folder if no weights are registered.
         run: Files next to the checkpoint.
@@ -66,7 +69,8 @@ def make_card(
         The card; `card.save(path)` writes it.
 
     Raises:
-        PublishError: A required fact is missing, or facts contradict each other.
+        MissingFactsError: Required facts are missing. The message lists all of them.
+        PublishError: Facts contradict each other.
         CheckpointError: `weights` cannot be read, or are too small for the model.
         RunError: A file of a baseline's run cannot be read, or the run cannot be compared.
         RunError: The metrics of a baseline are not a table.
@@ -75,20 +79,9 @@ def make_card(
     facts = run.facts
     check_repository_name(repo_id)
     _check_agreement(model_name, config, run)
-    row = run.row(_agreed_epoch(run, weights, epoch))
-    if run.args.get('model_ema') and run.args.get('model_ema_force_cpu'):
-        row = None  # timm measured the weights without averaging in this case
-    dataset = _dataset(model_name, run)
-    scores = _scores(run, row, config['num_classes'])
-    if scores and 'name' not in dataset:
-        raise PublishError(
-            f'The dataset of the accuracy {scores} has no name. Add it to card.yaml next to the checkpoint: '
-            '"dataset: {name: ..., id: its id on the Hub, if it has one}".')
+    row, dataset, scores = _measured(model_name, run, config, weights, epoch)
     license_id = facts.get('license') or config['pretrained_cfg'].get('license')
-    if not license_id:
-        raise PublishError(
-            f'No license given for {model_name}, and a card needs one. Add "license: apache-2.0", or another '
-            "identifier of the Hub's list, to card.yaml next to the checkpoint.")
+    refuse_missing(model_name, _missing_facts(run, license_id, dataset, scores))
     try:
         cost, examples = cost_of(config), shapes(config)
     except Exception as e:  # errors of timm and torch for invalid arguments
@@ -113,7 +106,7 @@ def make_card(
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(encoding='utf-8'),
-        title=model_name,
+        title=repo_id.partition('/')[2] if repo_id and '.' not in model_name else model_name,
         about=paragraphs(description(config, scores, dataset), facts.get('about')),
         details=details(config, dataset, weights, cost),
         source=_source(model_name, repo_id),
@@ -131,6 +124,32 @@ def make_card(
         runtimes=facts.get('runtimes', '').strip(),
         limits=limits(config, dataset, facts),
     )
+
+
+def _measured(
+        model_name: str,
+        run: Run,
+        config: Mapping[str, Any],
+        weights: Optional[Union[str, Path]],
+        epoch: Optional[int],
+) -> Tuple[Optional[Dict[str, float]], Dict[str, str], Dict[int, float]]:
+    """Returns the metrics of the epoch of the weights, facts about the dataset, and the accuracy by k."""
+    row = run.row(_agreed_epoch(run, weights, epoch))
+    if run.args.get('model_ema') and run.args.get('model_ema_force_cpu'):
+        row = None  # timm measured the weights without averaging in this case
+    return row, _dataset(model_name, run), _scores(run, row, config['num_classes'])
+
+
+def benchmark_files(
+        model_name: str,
+        run: Run,
+        config: Mapping[str, Any],
+        weights: Union[str, Path],
+        epoch: Optional[int] = None,
+) -> Dict[str, str]:
+    """Returns files with results on a benchmark of the Hub, by path. The arguments are those of `make_card`."""
+    _, dataset, scores = _measured(model_name, run, config, weights, epoch)
+    return eval_results(dataset, scores)
 
 
 def card_of_folder(
@@ -170,6 +189,27 @@ def card_of_folder(
     candidates = (folder / 'model.safetensors', Path(cfg.file) if cfg and cfg.file else None)
     weights = next((path for path in candidates if path and path.is_file()), None)
     return make_card(name, repo_id, Run.read(folder), config=config, weights=weights, results=results)
+
+
+def _missing_facts(
+        run: Run,
+        license_id: Optional[str],
+        dataset: Mapping[str, str],
+        scores: Mapping[int, float],
+) -> Dict[str, str]:
+    """Returns the facts that card.yaml lacks, with the cause why they are needed."""
+    missing = {} if license_id else {'license': ''}
+    measured = run.facts.get('accuracy')
+    if measured and 'top1' not in measured:
+        missing['accuracy.top1'] = ''
+    if (scores or measured) and 'name' not in dataset:
+        missing['dataset.name'] = ', '.join(f'top-{k} is {value} %' for k, value in scores.items())
+    if 'task_id' in dataset and 'id' not in dataset:
+        missing['dataset.id'] = ''
+    option = next((key for key in ('initial_checkpoint', 'pretrained_path') if run.args.get(key)), None)
+    if option and 'base_model' not in run.facts:
+        missing['base_model'] = f'args.yaml has {option} {run.args[option]!r}'
+    return missing
 
 
 def _source(model_name: str, repo_id: Optional[str]) -> str:
@@ -226,8 +266,6 @@ def _scores(run: Run, row: Optional[Mapping[str, float]], num_classes: int) -> D
     ks = (1, 5) if num_classes > 5 else (1,)  # top-5 of five classes is always 100 %
     measured = run.facts.get('accuracy')
     if measured:
-        if 'top1' not in measured:
-            raise PublishError("'accuracy' in card.yaml has no 'top1'. Add it, in percent.")
         scores = {k: measured[f'top{k}'] for k in ks if f'top{k}' in measured}
     else:
         scores = {k: round(row[f'eval_top{k}'], 3) for k in ks if row and f'eval_top{k}' in row}
@@ -255,11 +293,6 @@ def _eval_result(dataset: Mapping[str, str], k: int, value: float) -> EvalResult
 def _base_model(config: Mapping[str, Any], run: Run) -> Optional[str]:
     if 'base_model' in run.facts:
         return run.facts['base_model']
-    for option in ('initial_checkpoint', 'pretrained_path'):
-        if run.args.get(option):
-            raise PublishError(
-                f'The origin of the start weights is unknown: args.yaml has {option} {run.args[option]!r}. Add '
-                '"base_model: organization/name" to card.yaml, or "base_model: \'\'" if they are not on the Hub.')
     start = start_weights(run)
     cfg = timm.get_pretrained_cfg(start) if start else None
     return cfg.hf_hub_id.partition('@')[0] if cfg and cfg.hf_hub_id else None

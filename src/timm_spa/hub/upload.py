@@ -60,7 +60,8 @@ def upload(
     with _clear_errors(repo_id, 'Nothing was uploaded.'):
         api, before, tagged = _open_repository(repo_id, private, tag)
     remote = {file.rfilename for file in before.siblings or ()}
-    files = sorted(file.name for file in folder.iterdir() if file.name not in (CARD, *OWN_FILES))
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob('*') if file.is_file())
+    files = sorted(name for name in names if name not in (CARD, *OWN_FILES))
     if CARD not in remote or replace_card:
         files.append(CARD)
     else:

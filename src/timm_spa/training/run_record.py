@@ -15,7 +15,7 @@ __all__ = ['FACTS', 'Run', 'card_facts']
 # keys of card.yaml with the types of their values
 FACTS: Dict[str, Any] = dict(
     about=str,
-    dataset=dict(name=TEXT, id=TEXT, type=TEXT, split=TEXT, note=TEXT),
+    dataset=dict(name=TEXT, id=TEXT, type=TEXT, split=TEXT, task_id=TEXT, note=TEXT),
     accuracy=dict(top1=NUMBER, top5=NUMBER, command=str, note=str),
     epoch=int,
     base_model=str,
@@ -42,7 +42,8 @@ class Run:
         record: `run.json`, as `train_scripts/sweep.py` writes it: model, seed, command, seconds, hardware, python,
             versions.
         facts: `card.yaml`, written by the owner of the weights. All keys are optional: 'about' (first paragraph),
-            'dataset' ('name', 'id' on the Hub, 'type', 'split' of the accuracy, 'note'), 'accuracy' (of the published
+            'dataset' ('name', 'id' on the Hub, 'type', 'split' of the accuracy, 'note', and for a benchmark of the Hub
+            'task_id' of its eval.yaml), 'accuracy' (of the published
             file: 'top1', 'top5', 'command' that measures it, 'note'), 'epoch' (of the weights, in summary.csv),
             'base_model' (its id on the Hub), 'license' (of the weights), 'commands' (if run.json does not list all),
             'training', 'runtimes' and 'limits' (paragraphs), 'figures' (a list of 'file' and 'text'), 'widget' (a list
@@ -90,9 +91,14 @@ class Run:
 def card_facts(folder: Path) -> Dict[str, Any]:
     """Reads card.yaml of a folder, empty if missing; raises a RunError for an unknown key or a wrong type."""
     path = folder / 'card.yaml'
-    facts = read_mapping(path)
-    for key, value in facts.items():
+    facts: Dict[str, Any] = {}
+    for key, value in read_mapping(path).items():
         if key not in FACTS:
             raise RunError(f'{path} has the unknown key {key!r}. Use one of {", ".join(FACTS)}.')
+        if isinstance(value, dict):
+            value = {part: content for part, content in value.items() if content is not None}
+        if value in (None, {}):  # an empty field of a template
+            continue
         check(value, FACTS[key], key, path)
+        facts[key] = value
     return facts
