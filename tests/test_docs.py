@@ -1,9 +1,11 @@
 """README and docs: code blocks run, links work, and the HTML pages build without warnings."""
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,18 @@ from types import ModuleType
 from unittest import mock
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 import yaml
+from hub_server import File, Repository
+from PIL import Image
 from timm.models import _registry
 
 import timm_spa
+import timm_spa_cli
 from timm_spa.models import GATES
+from timm_spa.predict import sample_image
 from timm_spa.profile import LIST
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +42,9 @@ def code_blocks(page):
         r'^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?', page.read_text(encoding='utf-8'), re.M | re.S)
 
 
-@pytest.mark.parametrize('page', [page for page in PAGES if code_blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    'page', [page for page in PAGES if code_blocks(page) and page.name != 'your_network.md'],
+    ids=lambda page: page.name)
 def test_code(page, monkeypatch, capsys):
     """Runs the code blocks of a page in order, and compares the output. Random weights replace weights from the Hub."""
     create = timm.create_model
@@ -62,6 +71,53 @@ def test_code(page, monkeypatch, capsys):
                 assert out == expected
             elif 'add_attention' in block and 'print' in block:
                 assert re.match(r'tensor\(0\.', out)
+
+
+@pytest.fixture
+def your_network(hub, tmp_path, monkeypatch):
+    """The blocks of the page by language. The Hub has random weights, and the working folder a photograph."""
+    weights = timm.create_model('resnet18').state_dict()
+    for tensor in weights.values():
+        if tensor.ndim == 1:
+            tensor.uniform_(0.5, 1.5)
+    content = safetensors.torch.save(weights)
+    repository = hub.repositories['timm/resnet18.a1_in1k'] = Repository(private=False)
+    repository.commit('main', {
+        'model.safetensors': File(hashlib.sha256(content).hexdigest(), content, large=True)})
+    hub.large_files[hashlib.sha256(content).hexdigest()] = content
+    monkeypatch.chdir(tmp_path)
+    Image.open(sample_image('coffee')).save('beet.jpg')
+    text = (ROOT / 'docs' / 'your_network.md').read_text(encoding='utf-8')
+    return dict(re.findall(r'^```(python|bash|yaml)\n(.*?)^```', text, re.M | re.S))
+
+
+def test_your_network(your_network, tmp_path, capsys):
+    """The page has ten lines of Python and five commands."""
+    python, commands = your_network['python'].split('\n'), your_network['bash'].splitlines()
+    assert (sum(map(bool, python)), len(commands)) == (10, 5)
+    exec(your_network['python'], {})
+    (tmp_path / 'mine' / 'card.yaml').write_text(your_network['yaml'])
+    for command in commands[1:]:
+        program, *arguments = shlex.split(command)
+        assert program == 'timm-spa'
+        assert timm_spa_cli.main(arguments) == 0, capsys.readouterr().err
+        out = capsys.readouterr().out
+        assert arguments[0] != 'predict' or {'beet', 'carrot', 'onion'} < set(out.split())
+    assert 'license: cc-by-4.0' in (tmp_path / 'repository' / 'README.md').read_text()
+
+
+@pytest.mark.slow
+def test_your_network_in_new_processes(your_network, hub, tmp_path):
+    environment = hub.environment(tmp_path / 'home')
+    environment['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), environment['PATH']])
+    subprocess.run([sys.executable, '-c', your_network['python']], env=environment, check=True)
+    (tmp_path / 'mine' / 'card.yaml').write_text(your_network['yaml'])
+    done = subprocess.run(
+        ['bash', '-e', '-c', your_network['bash']], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('3\n')
+    assert done.stdout.count('beet.jpg') == 2
+    assert 'Largest difference from PyTorch' in done.stdout
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)

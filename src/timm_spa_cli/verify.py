@@ -3,8 +3,7 @@ import argparse
 from pathlib import Path
 from typing import List, Tuple
 
-from timm_spa_cli._options import (
-    add_device_option, add_model_kwargs_option, add_split_option, model_kwargs, positive)
+from timm_spa_cli._options import add_device_option, add_model_kwargs_option, add_split_option, model_kwargs, positive
 from timm_spa_cli._table import printable
 
 HELP = 'check a repository of the Hub, or its folder before publishing'
