@@ -4,7 +4,7 @@ import json
 import pytest
 import timm
 import torch
-from test_one_form import make_model, rel
+from test_one_form import make_model
 
 import timm_spa
 import timm_spa_cli
@@ -37,26 +37,6 @@ def test_files_compute_the_same(to, name, tmp_path):
     assert (about['format'], about['inputs']) == (to, {'image': [1, 3, size, size]})
     assert {p.name for p in tmp_path.iterdir()} == {
         path.name, f'{path.name}.json', *(path.with_suffix(suffix).name for suffix in FORMATS[to].companions)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('dynamic', ['batch', 'size'])
-@torch.no_grad()
-def test_executorch_within_its_bounds(dynamic, tmp_path):
-    """`export` compares three batches and sizes. The file takes up to 4 images of up to twice the height and width."""
-    pytest.importorskip('executorch')
-    model = make_model('spa_resnet18')
-    path = tmp_path / 'model.pte'
-    report = export(model, path, 'executorch', dynamic, img_size=64)
-    assert report.difference < 1e-5
-    assert len(set(report.shapes)) == 3
-    largest = (4, 3, 128, 128) if dynamic == 'size' else (4, 3, 64, 64)
-    about = json.loads(path.with_name('model.pte.json').read_text())
-    assert about['largest_input'] == list(largest)
-    run, x = FORMATS['executorch'].run(path), torch.randn(largest)
-    assert rel(run(x), model(x)) < 1e-5
-    with pytest.raises(RuntimeError):
-        run(torch.randn(5, 3, 64, 64))
 
 
 def test_ncnn_refuses_batches(tmp_path):

@@ -15,8 +15,8 @@ def _write(model: nn.Module, path: Path, example: torch.Tensor, axes: Dict[int, 
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    exported = exported_program(model, example, axes, FORMAT.largest_shape(example.shape, axes))
-    program = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()]).to_executorch()
+    program = to_edge_transform_and_lower(
+        exported_program(model, example, axes), partitioner=[XnnpackPartitioner()]).to_executorch()
     path.write_bytes(program.buffer)
 
 
@@ -28,5 +28,4 @@ def _run(path: Path) -> Runner:
     return lambda x: method.execute([x.contiguous()])[0].clone()
 
 
-# the runtime reserves memory for the largest input
-FORMAT = Format('.pte', 'executorch', ('executorch',), _write, _run, largest=(4, 2))
+FORMAT = Format('.pte', 'executorch', ('executorch',), _write, _run, dynamic=(None,))

@@ -1,6 +1,6 @@
 """Export to a program of torch.export."""
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Dict
 
 import torch
 import torch.nn as nn
@@ -10,22 +10,10 @@ from .format import Format
 __all__ = ['FORMAT', 'exported_program']
 
 
-def exported_program(
-        model: nn.Module,
-        example: torch.Tensor,
-        axes: Dict[int, str],
-        largest: Optional[Sequence[int]] = None,
-) -> torch.export.ExportedProgram:
-    """Returns the exported program of a model, without local paths.
-
-    Args:
-        model: Model.
-        example: Example of the input.
-        axes: Dynamic axes.
-        largest: Largest shape of the input; None for no limit.
-    """
-    dims: Any = {i: torch.export.Dim.AUTO(max=largest[i]) if largest else torch.export.Dim.DYNAMIC for i in axes}
-    program = torch.export.export(model, (example,), dynamic_shapes=(dims,) if axes else None)
+def exported_program(model: nn.Module, example: torch.Tensor, axes: Dict[int, str]) -> torch.export.ExportedProgram:
+    """Returns the exported program of a model, without local paths."""
+    dynamic = ({i: torch.export.Dim.DYNAMIC for i in axes},) if axes else None
+    program = torch.export.export(model, (example,), dynamic_shapes=dynamic)
     for node in program.graph.nodes:
         node.meta.pop('stack_trace', None)  # contains local paths
     return program
