@@ -4,7 +4,7 @@ import warnings
 import pytest
 import torch
 from marks import slow_unless
-from test_one_form import gates, make_model, rel
+from test_one_form import make_model, rel
 from timm.utils import reparameterize_model
 
 import timm_spa
@@ -14,8 +14,7 @@ CASES = [
     ('spa_resnet18', 'fused', 224), ('spa_resnet18', 'built', 192), ('spa_b_resnet18', 'fused', 192),
     ('spa_c_resnet18', 'built', 224), ('spa_mobilenetv2_050', 'fused', 192),
     ('spa_tf_efficientnet_lite0', 'fused', 224),
-    ('spa_vgg11_bn', 'built', 224), ('spa_densenet121', 'fused', 192), ('spa_mobilenetv4_conv_small', 'built', 224),
-    ('ge_resnet18', 'built', 192), ('cbam_resnet18', 'fused', 192), ('gc_resnet18', 'fused', 192),
+    ('spa_densenet121', 'fused', 192), ('spa_mobilenetv4_conv_small', 'built', 224),
     ('se_tf_efficientnet_lite0', 'fused', 192), ('ge_tf_efficientnet_lite0', 'fused', 192),
     *((gate, 'attached', 192) for gate in ('spa', 'se', 'ge', 'cbam'))]
 
@@ -27,7 +26,6 @@ def build(name, form):
         model = timm_spa.add_attention(model, gate=name, where=['layer1.0', 'layer3.1', 'layer4.1'], neutral=False)
     else:
         model = make_model(name)
-        assert gates(model) or 'se_' in name or 'vgg' in name
     return reparameterize_model(model) if form == 'fused' else model
 
 
@@ -68,7 +66,9 @@ def test_torch_export_at_a_fixed_size(name, form, size):
 
 
 @pytest.mark.parametrize(('name', 'form'), slow_unless(
-    lambda name: name == 'spa', [(name, form) for name, form, _ in CASES if name != 'spa_vgg11_bn']))
+    lambda name: name == 'spa', [
+        ('spa_resnet18', 'fused'), ('spa_b_resnet18', 'fused'), ('spa_tf_efficientnet_lite0', 'fused'),
+        ('spa', 'attached')]))
 @torch.no_grad()
 def test_free_sizes_and_traces(name, form):
     """The graphs keep symbolic sizes, but have none of the operators that converters refuse."""

@@ -102,8 +102,8 @@ def export(
         path: File to write, with the suffix .onnx, .pt2 for torch.export and AOTInductor, .xml for OpenVINO, .tflite
             for LiteRT, .param for ncnn, .pte for ExecuTorch, or .mlpackage for Core ML.
         to: Format: 'onnx', 'torch-export', 'aoti', 'openvino', 'litert', 'ncnn', 'executorch' or 'coreml'.
-        dynamic: Dynamic axes: None for a fixed shape, 'batch', or 'size' for batch, height and width. LiteRT, ncnn and
-            Core ML need a fixed shape. ExecuTorch takes up to 4 images of up to twice the height and width.
+        dynamic: Dynamic axes: None for a fixed shape, 'batch', or 'size' for batch, height and width. The last four
+            formats need a fixed shape.
         fuse: Export the fused form (timm's `reparameterize_model`) instead of the form for training.
         half: Compute in float16, with float32 input and output. With OpenVINO, only the weights are stored in float16.
         int8: Static quantization to 8 bits, of weights (per channel) and feature maps, by ONNX Runtime or by NNCF for
@@ -224,7 +224,6 @@ def _describe(
         model='.'.join(filter(None, [cfg.get('architecture') or type(model).__name__, cfg.get('tag')])),
         format=to, form='fused' if fused else 'built', dtype=dtype,
         inputs={INPUT: [AXES[dynamic].get(i, length) for i, length in enumerate(shape)]},
-        largest_input=FORMATS[to].largest_shape(shape, AXES[dynamic]) if dynamic else None,
         input_layout='NCHW', color_order={1: 'L', 3: 'RGB'}.get(shape[1]), pixel_range=[0, 1], output=OUTPUT,
         **{key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
         runtime_options=FORMATS[to].options, label_names=[entry['label'] or entry['name'] for entry in classes],

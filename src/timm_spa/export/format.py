@@ -2,7 +2,7 @@
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -35,8 +35,6 @@ class Format:
         dtypes: Supported values of `ExportReport.dtype`.
         companions: Suffixes of further files that belong to the file.
         dynamic: Supported dynamic axes, keys of `AXES`.
-        largest: Largest batch size, and largest height and width as multiples of the example's, of dynamic axes; None
-            if they have no limit.
         options: Options of the runtime that make `run` compute in the type of the file.
         run_at_default: Opens a file without these options. Returns the type in which the runtime then computes, and a
             function that computes the output; None if there are no such options.
@@ -51,18 +49,10 @@ class Format:
     dtypes: Tuple[str, ...] = ('float32',)
     companions: Tuple[str, ...] = ()
     dynamic: Tuple[Optional[str], ...] = (None, 'batch', 'size')
-    largest: Optional[Tuple[int, int]] = None
     options: Dict[str, Any] = dataclasses.field(default_factory=dict)
     run_at_default: Optional[Callable[[Path], Tuple[str, Runner]]] = None
     quantize: Optional[Callable[[Path, Path, Any], None]] = None
     int8_packages: Tuple[str, ...] = ()
-
-    def largest_shape(self, shape: Sequence[int], axes: Iterable[int]) -> Optional[List[int]]:
-        """Returns the largest shape (N, C, H, W) for the shape of an example; None if there is no limit."""
-        if self.largest is None:
-            return None
-        batch, factor = self.largest
-        return [(length if i not in axes else batch if i == 0 else factor * length) for i, length in enumerate(shape)]
 
 
 @contextlib.contextmanager
