@@ -231,6 +231,7 @@ def test_a_process_that_dies_is_named():
     worker.close()
 
 
+@pytest.mark.slow
 def test_an_error_in_the_process_names_the_model():
     worker = benchmark.Worker('resnet18', Settings(batch_size=10 ** 13))
     with pytest.raises(BenchmarkError, match=r'^resnet18: out of memory with --batch-size 10000000000000\.$'):
@@ -247,6 +248,7 @@ def test_variables_are_kept_and_shown(fake, monkeypatch):
     assert any(line.startswith('With ') and 'MALLOC_TRIM_THRESHOLD_=12345' in line for line in benchmark.notes(record))
 
 
+@pytest.mark.slow
 def test_models_of_other_packages(monkeypatch, tmp_path, capsys):
     """--import makes them known, here and in the process that measures them."""
     module = tmp_path / 'other_models.py'

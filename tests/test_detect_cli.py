@@ -466,6 +466,7 @@ def test_invalid_arguments(tmp_path, data, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_lazy_imports():
     code = (
         'import sys, timm_spa; print([n for n in sys.modules if n.startswith("timm_spa.detection") or n in '

@@ -4,6 +4,7 @@ import json
 import pytest
 import timm
 import torch
+from marks import slow_unless
 from safetensors.torch import save_file
 from test_add_attention import random_net, relative
 
@@ -55,7 +56,7 @@ def test_weights_of_the_plain_net_are_a_warm_start(base, tmp_path):
     assert relative(outputs(other), outputs(plain)) > 1e-3
 
 
-@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('base', slow_unless(lambda base: base == 'resnet18', BASES))
 def test_its_own_weights_are_loaded_strictly(base, tmp_path):
     model = trained(base)
     loading = written(model, tmp_path / 'own.safetensors')

@@ -327,7 +327,8 @@ def test_killed_during_a_download(published, shipped, tmp_path):
     assert torch.equal(logits(), shipped)
 
 
-@pytest.mark.parametrize(('method', 'pattern'), [('PUT', CONTENT), ('POST', '/commit/')])
+@pytest.mark.parametrize(('method', 'pattern'), [
+    pytest.param('PUT', CONTENT, marks=pytest.mark.slow), ('POST', '/commit/')])
 def test_killed_while_publishing(published, shipped, weights, tmp_path, monkeypatch, method, pattern):
     before = published.head(REPO)
     large_files = dict(published.large_files)

@@ -2,7 +2,6 @@
 import json
 import re
 import shlex
-from importlib import resources
 
 import pytest
 import timm
@@ -20,9 +19,9 @@ from timm_spa.checkpoints.run_files import RunError
 from timm_spa.hub.convert import convert
 from timm_spa.hub.verify import verify
 from timm_spa.models._likely_model import likely_model
-from timm_spa.predict import ModelError, load_model
+from timm_spa.predict import ModelError, load_model, sample_image
 
-BEET = str(resources.files('timm_spa') / 'images' / 'Red-Beet.jpg')
+COFFEE = str(sample_image('coffee'))
 GATED = dict(base='resnet10t', gate='se')
 
 
@@ -67,12 +66,12 @@ def test_every_command(write, network, tmp_path, capsys):
         assert timm_spa_cli.main([*map(str, command), *options]) == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
-    classes = json.loads(run(['predict', BEET, '--checkpoint', source, '--json']))[0]['classes']
+    classes = json.loads(run(['predict', COFFEE, '--checkpoint', source, '--json']))[0]['classes']
     assert {c['name'] for c in classes} == (
         {'ant', 'bee', 'cat'} if write is saved else {'class 0', 'class 1', 'class 2'})
-    assert str(source) in run(['explain', 'cam', BEET, '--checkpoint', source])
+    assert str(source) in run(['explain', 'cam', COFFEE, '--checkpoint', source])
     run(['export', source, tmp_path / 'model.pt2', '--to', 'torch-export', '--built', '--img-size', 64] if not options
-        else ['export', 'gated', tmp_path / 'model.pt2', '--to', 'torch-export', '--built', '--img-size', 64,
+        else ['export', tmp_path / 'model.pt2', '--to', 'torch-export', '--built', '--img-size', 64,
               '--checkpoint', source])
     (tmp_path / 'card.yaml').write_text('license: mit\n')
     own, options = options, [o.replace('gated', 'gated.mine') for o in options]
@@ -88,7 +87,7 @@ def test_every_command(write, network, tmp_path, capsys):
     (tmp_path / 'args.yaml').unlink(missing_ok=True)
     (tmp_path / 'config.json').unlink(missing_ok=True)
     classes = json.loads(run(
-        ['predict', BEET, '--checkpoint', tmp_path / 'converted.safetensors', '--num-classes', 3, '--json']))
+        ['predict', COFFEE, '--checkpoint', tmp_path / 'converted.safetensors', '--num-classes', 3, '--json']))
     assert len(classes[0]['classes']) == 3
 
 
@@ -110,10 +109,10 @@ def test_arguments_that_contradict_the_record(network, tmp_path):
 
 def test_options_of_the_command_line(network, tmp_path, capsys):
     file, _ = bare(tmp_path, network)
-    assert timm_spa_cli.main(['predict', BEET, '--checkpoint', str(file), '--model-kwargs', 'gate']) == 1
+    assert timm_spa_cli.main(['predict', COFFEE, '--checkpoint', str(file), '--model-kwargs', 'gate']) == 1
     assert 'takes KEY=VALUE, got gate' in capsys.readouterr().err
     with pytest.raises(SystemExit, match='2'):
-        timm_spa_cli.main(['predict', BEET, '--model-kwargs', 'gate=se'])
+        timm_spa_cli.main(['predict', COFFEE, '--model-kwargs', 'gate=se'])
     assert '--model-kwargs needs --checkpoint or a model' in capsys.readouterr().err
     with pytest.raises(SystemExit, match='2'):
         timm_spa_cli.main(['publish', str(file)])

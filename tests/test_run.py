@@ -227,6 +227,7 @@ def test_onnx_export_of_timm(timm_scripts, name, options, tmp_path):
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_timms_scripts_run_with_our_models(timm_scripts, tmp_path, monkeypatch):
     """Two epochs of timm's train.py on a few images, then its validate.py on the checkpoint, also fused."""
     from PIL import Image

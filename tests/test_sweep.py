@@ -232,6 +232,7 @@ def compare(sweep, tmp_path, monkeypatch, capfd):
     return call
 
 
+@pytest.mark.slow
 def test_gates_are_compared_under_equal_training(compare, tmp_path):
     done = compare(
         '--base', 'resnet18', '--gates', 'none', 'spa', 'se', '--lr', 'se=0.02', '--', '--epochs', '2')

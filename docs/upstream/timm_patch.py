@@ -163,7 +163,8 @@ def layer_file() -> str:
     text = (ROOT / 'src' / 'timm_spa' / 'layers' / 'spatial_pyramid_attn.py').read_text(encoding='utf-8')
     for here, there in (
             ('from timm.layers import LayerType, create_act_layer, get_norm_layer\n\n'
-             'from .pyramid_formulas import gate_formula, is_scripting, is_tracing, pyramid_formula\n',
+             'from .pyramid_formulas import gate_formula, pyramid_formula\n'
+             'from .torchscript import is_scripting, is_tracing\n',
              '\nfrom .create_act import create_act_layer\nfrom .create_norm import get_norm_layer\n'
              'from .typing import LayerType\n'),
             ('block_args=dict(attn_layer=timm_spa.SpatialPyramidAttention)', "block_args=dict(attn_layer='spa')"),
@@ -267,9 +268,9 @@ def pull_request() -> str:
     size = '\n'.join(
         f"| `{name}` | {costs[name]['parameters']:,} | {costs[name]['macs'] / 1e9:.2f} |" for name in NAMES)
     return (HERE / 'pull_request.md').read_text(encoding='utf-8').format(
-        accuracy=table('README.md', '| top-1 (%) | plain | SE | SPA-A |'),
+        accuracy=table('README.md', '| top-1 (%) | plain | SE | SPA |'),
         runs=table('train_scripts/results/README.md', '| data | model | attention |'),
-        cpu=table('README.md', '| eager float32, channels_last, 2 CPU threads |'),
+        cpu=table('README.md', '| ResNet-50 at 224 pixels, relative to the plain network |'),
         gpu=table('tests/benchmarks/speed.md', '| | img/s | ratio |'),
         size=size,
     )

@@ -216,6 +216,6 @@ def _listed(models: Mapping[str, str]) -> str:
     return ', '.join(names)
 
 
-def as_json(kwargs: Mapping[str, Any]) -> str:
+def as_json(kwargs: Any) -> str:
     """Returns arguments as text, for comparison and storage."""
     return json.dumps(kwargs, sort_keys=True, default=str)

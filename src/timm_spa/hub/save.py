@@ -67,8 +67,9 @@ def save_pretrained(
     refuse_replacing([folder / WEIGHTS_FILENAME, folder / CONFIG], overwrite or own)
     with replacing(folder) as partial:
         partial.mkdir(parents=True)
-        metadata = dict(
-            format='pt', model=model.pretrained_cfg['architecture'], timm_spa=__version__,
+        cfg: Any = model.pretrained_cfg
+        metadata: Dict[str, str] = dict(
+            format='pt', model=cfg['architecture'], timm_spa=__version__,
             model_args=as_json({key: value for key, value in args.items() if key != 'num_classes'}))
         write_tensors(partial / WEIGHTS_FILENAME, model.state_dict(), metadata)
         config = write_config(partial / CONFIG, model, class_names)
