@@ -34,9 +34,10 @@ NETS = {
 }
 # what a gate is put on: a bare norm layer, one with an activation, one of groups, a convolution, two of these, a block
 KINDS = ['resnet18', 'regnety_002', 'resnet50_gn', 'convnext_atto', 'ghostnet_100', 'repvgg_a0']
-LARGE = (  # have a smaller sibling
+LARGE = (  # similar blocks are in a smaller network
     'wide_resnet50_2', 'darknet53', 'seresnet50', 'resnet50_gn', 'efficientnetv2_rw_t', 'resnet26d', 'resnext26ts',
-    'resnetv2_50', 'regnetz_005', 'fbnetc_100', 'ghostnetv2_100', 'convnextv2_atto', 'xception41', 'vgg11')
+    'resnetv2_50', 'regnetz_005', 'fbnetc_100', 'ghostnetv2_100', 'convnextv2_atto', 'xception41', 'vgg11',
+    'res2net50_26w_4s', 'legacy_seresnet18', 'cspresnet50', 'rexnet_100')
 WHOLE_SIZES = ('tresnet_m', 'dla34', 'hrnet_w18_small')  # take no odd sizes
 
 

@@ -46,7 +46,9 @@ def test_trainable_parameters_match_the_paper(detector, backbone, expected, tole
     assert trainable_millions(model) == pytest.approx(expected, abs=tolerance)
 
 
-@pytest.mark.parametrize('name', slow_unless(lambda name: '101' not in name and '152' not in name, [*RESNETS, 'gated']))
+@pytest.mark.parametrize('name', slow_unless(
+    lambda name: name in ('gated', 'spa_resnet18', 'spa_b_resnet50', 'spa_c_resnet34', 'cbam_resnet50'),
+    [*RESNETS, 'gated']))
 def test_every_resnet_builds(name):
     kwargs = dict(base='resnet18') if name == 'gated' else {}
     for builder in BUILDERS.values():

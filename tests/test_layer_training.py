@@ -6,6 +6,7 @@ import timm
 import torch
 import torch.nn as nn
 from functorch.compile import make_boxed_func
+from marks import slow_unless
 from oracle import spatial_pyramid_attention
 from test_layer import make_inputs, make_layer
 from torch._dynamo.backends.common import aot_autograd
@@ -34,7 +35,7 @@ def bottleneck(name, stage=1):
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('stage', range(4))
-@pytest.mark.parametrize('gate', ['spa', 'spa_b', 'spa_c'])
+@pytest.mark.parametrize('gate', slow_unless(lambda gate: gate == 'spa', ['spa', 'spa_b', 'spa_c']))
 def test_memory_of_a_block(gate, stage, memory_format):
     """At most the gated map, pyramid and gate over the plain block, and squeeze-and-excitation keeps that map too."""
     figures = {}
