@@ -45,7 +45,7 @@ TARGETS := int8,litert
 export-targets: ENVIRONMENT = build/export-targets
 export-targets:
 	$(PYTHON) -m venv --clear $(ENVIRONMENT)
-	$(ENVIRONMENT)/bin/python -m pip install --quiet --quiet pytest pytest-timeout pytest-xdist \
+	$(ENVIRONMENT)/bin/python -m pip install --quiet --quiet pytest pytest-timeout pytest-xdist scikit-image \
 		--editable ".[export,$(TARGETS)]"
 	$(SERIAL) $(ENVIRONMENT)/bin/python -m pytest -n 2 -m slow tests/test_export_targets.py \
 		$(if $(findstring int8,$(TARGETS)),tests/test_export.py tests/test_export_graphs.py -k "not every_model and not aoti")
