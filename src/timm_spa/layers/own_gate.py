@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from .._errors import UsageError
-from .pyramid_formulas import is_tracing
+from .torchscript import is_tracing
 
 __all__ = ['OwnGate', 'check_gate_function', 'check_not_shared', 'create_own_gate']
 
