@@ -71,15 +71,15 @@ def read_runs(folder: Path) -> List[Run]:
 def grouped(runs: List[Run]) -> Networks:
     """Groups runs by network and gate, in the order of the table of gates."""
     rows: Dict[Tuple[str, int, str], List[Run]] = {}
-    shared_lr = statistics.mode(run.args['lr'] for run in runs)
+    shared_lr = statistics.mode(run.args.get('lr') for run in runs)
     for run in sorted(runs, key=lambda run: run.args['seed']):
         kwargs = run.args.get('model_kwargs') or {}
         network, gate, _ = split_gate(run.args['model'])
         if run.args['model'] == 'gated':
             network, gate = kwargs['base'], kwargs.get('gate', 'spa')
         label = GATES[gate].label + (', gates as initialized' if kwargs.get('neutral') is False else '')
-        if run.args['lr'] != shared_lr:
-            label += f', lr {run.args["lr"]:g}'
+        if run.args.get('lr') != shared_lr:  # None where the batch size determines it
+            label += f', lr {run.args.get("lr")}'
         rows.setdefault((network, list(GATES).index(gate), label), []).append(run)
     networks: Networks = {}
     for (network, _, label), row in sorted(rows.items(), key=lambda item: item[0]):

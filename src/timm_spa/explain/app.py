@@ -19,7 +19,7 @@ from PIL import Image
 
 from .._errors import TimmSpaError
 from ..predict import ImageError, class_names, image_reader, image_seen, likeliest_classes, load_model, sample_images
-from .attention import NEUTRAL, ExplainError, ScaleWeights, gate_maps, scale_weights
+from .attention import ExplainError, ScaleWeights, gate_maps, gate_panels, scale_weights
 from .class_activation import cam
 
 __all__ = ['SHIPPED', 'build', 'look', 'serve']
@@ -88,14 +88,10 @@ def look(model: torch.nn.Module, image: Union[str, Path]) -> Results:
         return Results(classes, activation, text, [], NO_GATES, f'<p>{NO_GATES}</p>')
     blocks = list(weights)
     shown = [blocks[i * (len(blocks) - 1) // (BLOCKS - 1)] for i in range(BLOCKS)] if len(blocks) > BLOCKS else blocks
-    panels = []
-    for name, (gate,) in gate_maps(model, x, shown).items():
-        varying = int(gate.flatten(1).std(1).argmax())
-        panels.append((f'{name}, mean', gate.mean(0)))
-        panels.append((f'{name}, channel {varying}', gate[varying]))
-    reach = max(max((cells - NEUTRAL).abs().max().item() for _, cells in panels), 1e-6)
-    limits = (NEUTRAL - reach, NEUTRAL + reach)
-    gates = [(_overlay(seen, cells, 'PuOr', limits), title) for title, cells in panels]
+    panels, limits = gate_panels({name: gate for name, (gate,) in gate_maps(model, x, shown).items()})
+    gates = [
+        (_overlay(seen, cells, 'PuOr', limits), f'{name}, {title}')
+        for name, titled in panels.items() for title, cells in titled.items()]
     gates_text = (
         f'Values from {limits[0]:.3f} (orange) to {limits[1]:.3f} (violet), in all panels. 1/2, the value of a neutral '
         'gate, has no colour. For each block: the mean over the channels, and the channel that varies most.')

@@ -4,7 +4,7 @@ Every function leaves the model unchanged and removes its hooks, also after an e
 """
 import contextlib
 import dataclasses
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -13,9 +13,10 @@ from .._errors import TimmSpaError
 from ..layers import SpatialPyramidAttention
 from ..layers.fused_branch import FusedBranch
 
-__all__ = ['ExplainError', 'ScaleWeights', 'ablate', 'gate_maps', 'neutral_gates', 'scale_weights']
+__all__ = ['ExplainError', 'ScaleWeights', 'ablate', 'gate_maps', 'gate_panels', 'neutral_gates', 'scale_weights']
 
 NEUTRAL = 0.5  # value of every gate at a warm start
+SMALLEST_REACH = 0.01  # of the colours of gates: smaller deviations from 1/2 look neutral
 
 
 class ExplainError(TimmSpaError, ValueError):
@@ -124,6 +125,25 @@ def gate_maps(
     with in_eval_mode(model), torch.no_grad(), forward_hooks(hooks):
         model(x)
     return gates
+
+
+def gate_panels(
+        gates: Mapping[str, torch.Tensor],
+) -> Tuple[Dict[str, Dict[str, torch.Tensor]], Tuple[float, float]]:
+    """Selects what a figure of gates shows: the mean of the channels, and the channel that varies most.
+
+    Args:
+        gates: Gates (channels, P, P) of one image by block name.
+
+    Returns:
+        Cells (P, P) by block and title, and the limits of the colours of all panels, with 1/2 in the middle.
+    """
+    varying = {name: int(gate.flatten(1).std(1).argmax()) for name, gate in gates.items()}
+    panels = {
+        name: {'mean': gate.mean(0), f'channel {varying[name]}': gate[varying[name]]} for name, gate in gates.items()}
+    reach = max((cells - NEUTRAL).abs().max().item() for shown in panels.values() for cells in shown.values())
+    reach = max(reach, SMALLEST_REACH)
+    return panels, (NEUTRAL - reach, NEUTRAL + reach)
 
 
 def scale_weights(model: nn.Module) -> Dict[str, ScaleWeights]:

@@ -14,13 +14,12 @@ from PIL import Image
 
 from ..checkpoints.files import replacing
 from ..checkpoints.own_files import MARK, png_mark
-from .attention import NEUTRAL, ExplainError, ScaleWeights
+from .attention import ExplainError, ScaleWeights, gate_panels
 
 __all__ = ['curves_of', 'draw_cams', 'draw_curves', 'draw_gates', 'draw_scales', 'save']
 
 COLUMNS = 4
 PANEL = 1.75  # inches: four panels fit the width of a page
-SMALLEST_REACH = 0.01  # of the colours of gates: smaller deviations from 1/2 look neutral
 LEGEND_WIDTH, LEGEND_LINE = 60, 0.11  # characters and inches, below a panel of curves
 # palette of Okabe and Ito
 COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00')
@@ -121,11 +120,7 @@ def draw_gates(
         Figure of matplotlib. Cells above 1/2 are violet, cells below 1/2 are orange. All panels have the same range
         around 1/2, so that colours can be compared.
     """
-    varying = {name: int(gate.flatten(1).std(1).argmax()) for name, gate in gates.items()}
-    shown = {
-        name: {'mean': gate.mean(0), f'channel {varying[name]}': gate[varying[name]]} for name, gate in gates.items()}
-    reach = max((cells - NEUTRAL).abs().max().item() for panels in shown.values() for cells in panels.values())
-    reach = max(reach, SMALLEST_REACH)
+    shown, limits = gate_panels(gates)
     with _style(dark):
         rows = -(-len(gates) // columns)
         figure, axes = _panels(2 * rows, min(columns, len(gates)), PANEL, PANEL + 0.3)
@@ -135,10 +130,10 @@ def draw_gates(
         for i, (name, panels) in enumerate(shown.items()):
             for line, (title, cells) in enumerate(panels.items()):
                 axis = axes[2 * (i // columns) + line][i % columns]
-                _overlay(axis, image, cells, 'PuOr', (NEUTRAL - reach, NEUTRAL + reach), 'nearest')
+                _overlay(axis, image, cells, 'PuOr', limits, 'nearest')
                 axis.set_title(f'{name}\n{title}', fontsize=7)
         legend = (
-            f'violet: above 1/2, up to {NEUTRAL + reach:.2f}; orange: below 1/2, down to {NEUTRAL - reach:.2f}; white: '
+            f'violet: above 1/2, up to {limits[1]:.2f}; orange: below 1/2, down to {limits[0]:.2f}; white: '
             '1/2, as before training')
         figure.suptitle('\n'.join(textwrap.wrap(legend, 26 * axes.shape[1])), fontsize=7)
     return figure

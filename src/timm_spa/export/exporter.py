@@ -127,7 +127,7 @@ def export(
         WriteError: The file cannot be written. No file is left behind after any error.
     """
     path = Path(path)
-    split = split or default_split(images or '')
+    split = split or (default_split(images) if images else '')
     dtype = _checked_dtype(path, to, dynamic, half, int8, images, batch_size, img_size)
     description_name = f'{path.name}.json'
     names = (path.name, *(path.with_suffix(suffix).name for suffix in FORMATS[to].companions), description_name)
@@ -198,9 +198,10 @@ def _is_count(value: Any) -> bool:
 
 
 def _import_packages(to: str, int8: bool) -> None:
-    os.environ.setdefault('NNCF_CI', '1')  # read when NNCF is imported: it would send usage data otherwise
     required = [(package, FORMATS[to].extra) for package in FORMATS[to].packages]
-    required += [(package, 'int8') for package in FORMATS[to].int8_packages if int8]
+    if int8:
+        os.environ.setdefault('NNCF_CI', '1')  # read when NNCF is imported: it would send usage data otherwise
+        required += [(package, 'int8') for package in FORMATS[to].int8_packages]
     for package, extra in required:
         try:
             importlib.import_module(package)

@@ -37,7 +37,7 @@ class Format:
         dynamic: Supported dynamic axes, keys of `AXES`.
         options: Options of the runtime that make `run` compute in the type of the file.
         run_at_default: Opens a file without these options. Returns the type in which the runtime then computes, and a
-            function that computes the output; None if there are no such options.
+            function that computes the output; None if `options` is empty or has no effect on the type.
         quantize: Quantizes a float32 file to 8 bits: reads the first path and writes the second, calibrated on images.
         int8_packages: Packages that `quantize` needs in addition. The extra 'int8' installs them.
     """

@@ -18,8 +18,8 @@ def record_attention(model: Any, **attention: Any) -> None:
     """Records in a model of timm that it has gates.
 
     The architecture in its `pretrained_cfg` becomes 'gated'. The name of the plain network and the arguments of
-    `add_attention` are added to timm's record of the arguments. Other models and feature extractors have no such
-    record, and are unchanged.
+    `add_attention` are added to timm's record of the arguments. timm keeps no such record for other
+    models and feature extractors, which are left unchanged.
 
     Args:
         model: The model with its gates.

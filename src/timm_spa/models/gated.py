@@ -104,11 +104,11 @@ def add_attention(
 
 def _attach_gates(
         model: nn.Module,
-        gate: GateLike = 'spa',
-        where: Union[None, str, re.Pattern, Sequence[Union[str, re.Pattern]]] = None,
-        pyramid_sizes: Sequence[int] = (1, 4, 7),
-        rd_ratio: float = 1. / 16,
-        neutral: bool = True,
+        gate: GateLike,
+        where: Union[None, str, re.Pattern, Sequence[Union[str, re.Pattern]]],
+        pyramid_sizes: Sequence[int],
+        rd_ratio: float,
+        neutral: bool,
 ) -> List[str]:
     """Adds gates as `add_attention` does, without the record. Returns the names of the gated modules."""
     _check_gate(gate, neutral)
