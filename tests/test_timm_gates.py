@@ -19,6 +19,7 @@ BASES = [
     'resnet18', 'regnety_002', 'resnet26t', 'gernet_s', 'convnext_atto', 'ghostnet_100', 'repvgg_a0', 'densenet121',
     'mobilenetv3_small_050', 'tf_efficientnet_lite0', 'mobilenetv2_050', 'ese_vovnet19b_dw', 'starnet_s1', 'vgg11_bn',
     'mobilenetv4_conv_small', 'cs3darknet_s', 'rexnet_100', 'resnet50_gn']
+QUICK_NARROW = [('mobilenetv3_small_050', 'se_bias'), ('mobilenetv2_050', 'cbam'), ('tf_efficientnet_lite0', 'se')]
 # a softmax ignores the first shift; batch norm after a pointwise convolution removes what the others add to all images
 WITHOUT_EFFECT = ('layer.conv_attn.bias', 'layer.mlp_add.norm.bias', 'layer.mlp_add.fc2.bias')
 
@@ -93,6 +94,19 @@ def test_every_width_learns(gate, channels, size):
         assert {'layer.norm_h.bias', 'layer.norm_w.bias'}.isdisjoint(missing)
     else:
         assert missing == set()
+
+
+# at least one gate per network got no gradient while narrow blocks had a single hidden channel
+@pytest.mark.parametrize(('base', 'gate'), [
+    pytest.param(base, gate, marks=[] if (base, gate) in QUICK_NARROW else [pytest.mark.slow])
+    for base in ('ghostnet_100', 'densenet121', 'mobilenetv3_small_050', 'tf_efficientnet_lite0', 'mobilenetv2_050')
+    for gate in ('se', 'se_bias', 'cbam')])
+def test_narrow_blocks_learn(base, gate):
+    model = timm_spa.add_attention(random_net(base, num_classes=10).double(), gate)
+    train(model, torch.randn(4, 3, 64, 96).double())
+    parameters = {name: p for name, p in model.named_parameters() if '.attn.' in name}
+    assert parameters
+    assert without_gradient(parameters) == []
 
 
 @pytest.mark.parametrize('gate', ['coord', 'eca', 'strip'])

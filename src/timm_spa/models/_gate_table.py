@@ -32,6 +32,7 @@ class Gate(NamedTuple):
         zeros: Parameters of the layer. If they are zero, the gate has one value everywhere.
         doublings: Number of times that this value has to be doubled to be 1; None if the gate cannot be neutral.
         min_width: Smallest reduced width.
+        min_added_width: The same in `add_attention`, if it is larger than the paper's.
         is_prefix: Whether names of models start with the name of the gate and an underscore.
     """
     label: str
@@ -41,6 +42,7 @@ class Gate(NamedTuple):
     zeros: Tuple[str, ...] = ('fc2.weight',)
     doublings: Optional[int] = 1
     min_width: int = 1
+    min_added_width: int = 1
     is_prefix: bool = False
 
 
@@ -79,9 +81,13 @@ def _timm(name: str, *passed: str, **fixed: Any) -> Callable[..., nn.Module]:
     return create
 
 
+# Without a norm layer, a hidden channel may be negative before the ReLU for all images, and never get a gradient.
+# This happens to a single channel often, and to all of eight rarely.
+ENOUGH = 8
+
 GATES: Dict[str, Gate] = {
     'none': Gate('none', 'no attention', _no_attention, zeros=(), doublings=0),
-    'se': Gate('SE', 'squeeze-and-excitation', _se, is_prefix=True),
+    'se': Gate('SE', 'squeeze-and-excitation', _se, min_added_width=ENOUGH, is_prefix=True),
     'se_b': Gate('SE+', "SE+, squeeze-and-excitation of the block's input", _se, variant='b', is_prefix=True),
     'se_c': Gate(
         'SE++', "SE++, squeeze-and-excitation of the block's input, channels matched", _se, variant='c',
@@ -91,7 +97,7 @@ GATES: Dict[str, Gate] = {
         'CBAM', 'the convolutional block attention module', _timm('cbam', 'rd_channels', mlp_bias=True),
         zeros=('layer.channel.fc2.weight', 'layer.channel.fc2.bias', 'layer.spatial.conv.bn.weight',
                'layer.spatial.conv.bn.bias'),
-        doublings=2, is_prefix=True),
+        doublings=2, min_added_width=ENOUGH, is_prefix=True),
     'gc': Gate(  # its layer norm over the reduced width makes one value a constant, and two values plus and minus one
         'GC', 'global context', _timm('gc', 'rd_channels'),
         zeros=('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias'), min_width=4, is_prefix=True),
@@ -102,30 +108,30 @@ GATES: Dict[str, Gate] = {
     # the comparison of table III at ImageNet's image size
     'se_bias': Gate(
         'SE', 'squeeze-and-excitation with biases', _timm('se', 'rd_channels'),
-        zeros=('layer.fc2.weight', 'layer.fc2.bias')),
+        zeros=('layer.fc2.weight', 'layer.fc2.bias'), min_added_width=ENOUGH),
     'ge_conv': Gate(
         'GE', 'gather-excite by depthwise convolutions', _ge_conv, zeros=('gather.7.weight', 'gather.7.bias')),
     # further layers of timm's `create_attn`, by its names and with its defaults, but for the reduced widths
     'ese': Gate(
         'eSE', 'effective squeeze-and-excitation', _timm('ese'), zeros=('layer.fc.weight', 'layer.fc.bias')),
     'eca': Gate('ECA', 'efficient channel attention', _timm('eca'), zeros=('layer.conv.weight',)),
-    'ecam': Gate(  # one hidden channel may be negative before the ReLU for every channel of every image
+    'ecam': Gate(
         'ECA-MLP', 'efficient channel attention with two convolutions', _timm('ecam', 'rd_channels'),
-        zeros=('layer.conv2.weight', 'layer.conv2.bias'), min_width=8),
+        zeros=('layer.conv2.weight', 'layer.conv2.bias'), min_width=ENOUGH),
     'ceca': Gate('cECA', 'circular efficient channel attention', _timm('ceca'), zeros=('layer.conv.weight',)),
     'gca': Gate(  # adds the context; min_width as for global context
         'GC-add', 'global context that is added', _timm('gca', 'rd_channels'),
         zeros=('layer.mlp_add.fc2.weight', 'layer.mlp_add.fc2.bias'), doublings=0, min_width=4),
-    'lcbam': Gate(  # min_width as for ECA-MLP
+    'lcbam': Gate(
         'light CBAM', 'the light convolutional block attention module', _timm('lcbam', 'rd_channels'),
         zeros=('layer.channel.fc2.weight', 'layer.spatial.conv.bn.weight', 'layer.spatial.conv.bn.bias'),
-        doublings=2, min_width=8),
+        doublings=2, min_width=ENOUGH),
     'coord': Gate(
         'CA', 'coordinate attention', _timm('coord', 'rd_channels', 'norm_layer'),
-        zeros=('layer.conv_h.weight', 'layer.conv_w.weight'), doublings=2, min_width=8),
+        zeros=('layer.conv_h.weight', 'layer.conv_w.weight'), doublings=2, min_width=ENOUGH),
     'scoord': Gate(
         'simple CA', 'simple coordinate attention', _timm('scoord', 'rd_channels'),
-        zeros=('layer.fc_h.weight', 'layer.fc_h.bias', 'layer.fc_w.weight', 'layer.fc_w.bias'), min_width=8),
+        zeros=('layer.fc_h.weight', 'layer.fc_h.bias', 'layer.fc_w.weight', 'layer.fc_w.bias'), min_width=ENOUGH),
     'ela': Gate(
         'ELA', 'efficient local attention', _timm('ela'),
         zeros=('layer.norm_h.weight', 'layer.norm_h.bias', 'layer.norm_w.weight', 'layer.norm_w.bias'), doublings=2),
@@ -142,6 +148,7 @@ def create_gate(
         rd_ratio: float = 1. / 16,
         reduce_source: bool = False,
         norm_layer: LayerType = nn.BatchNorm2d,
+        min_width: int = 1,
         device=None,
         dtype=None,
 ) -> nn.Module:
@@ -158,6 +165,7 @@ def create_gate(
             that of the channel matcher of c, as the authors' DenseNet does.
         norm_layer: Norm layer of the gate, if it has any. A group norm becomes one of a single group: the reduced
             widths are seldom whole multiples of timm's 32.
+        min_width: Smallest reduced width, if it is larger than that of the gate.
 
     Returns:
         A module that takes the map to gate and the block's input, and returns the gated map. Its `gate_name` is `gate`,
@@ -178,7 +186,7 @@ def create_gate(
         norm_layer = GroupNorm1
     variant = GATES[gate].variant
     in_channels = channels if variant == 'a' else in_channels
-    rd_channels = max(GATES[gate].min_width, int(channels * rd_ratio))
+    rd_channels = max(min_width, GATES[gate].min_width, int(channels * rd_ratio))
     source_rd_channels = max(1, int(in_channels * rd_ratio)) if reduce_source else rd_channels
     layer: Any = GATES[gate].create(
         channels=channels,

@@ -82,7 +82,7 @@ def add_attention(
         where: Names of blocks, norm layers or convolutions: exact names, wildcards or regular expressions. None for
             every block of a known type.
         pyramid_sizes: Side lengths of SPA's averages, in cells.
-        rd_ratio: Reduced width of the gates over their channels, at least 1, 4 or 8, depending on the gate.
+        rd_ratio: Reduced width of the gates over their channels, at least 1 for SPA, and 4 or 8 for other gates.
         neutral: Keep the outputs. If False, the gates stay as initialized, to train from scratch.
 
     Returns:
@@ -130,6 +130,7 @@ def _attach_gates(
             f'{type(model).__name__} does not contain a block of a known type. Choose norm layers or convolutions with '
             f'where=[...], or a network with the blocks of one of these files of timm: {", ".join(files)}.')
     doublings = GATES[gate].doublings if isinstance(gate, str) else OwnGate.doublings
+    min_width = GATES[gate].min_added_width if isinstance(gate, str) else 1
     _check_places(model, modules, names, neutral and doublings != 0)
     # no batch norm in a network without it; group norm of one group needs no statistics and fits every width
     norm_layer = nn.BatchNorm2d if any(isinstance(m, BATCH_NORMS) for m in modules.values()) else GroupNorm1
@@ -139,8 +140,8 @@ def _attach_gates(
         tensor = next(module.parameters(), next(module.buffers(), torch.empty(0)))
         channels = gated_channels(module)
         gates[name] = create_gate(
-            gate, channels, channels, pyramid_sizes, rd_ratio, norm_layer=norm_layer, device=tensor.device,
-            dtype=tensor.dtype).train(module.training)
+            gate, channels, channels, pyramid_sizes, rd_ratio, norm_layer=norm_layer, min_width=min_width,
+            device=tensor.device, dtype=tensor.dtype).train(module.training)
     check_not_shared(gate, gates.values())
     with contextlib.ExitStack() as undo:
         for name, attn in gates.items():
