@@ -48,7 +48,8 @@ export-targets:
 	$(ENVIRONMENT)/bin/python -m pip install --quiet --quiet pytest pytest-timeout pytest-xdist scikit-image \
 		--editable ".[export,$(TARGETS)]"
 	$(SERIAL) $(ENVIRONMENT)/bin/python -m pytest -n 2 -m slow tests/test_export_targets.py \
-		$(if $(findstring int8,$(TARGETS)),tests/test_export.py tests/test_export_graphs.py -k "not every_model and not aoti")
+		$(if $(findstring int8,$(TARGETS)),tests/test_export.py tests/test_export_graphs.py tests/test_export_comparison.py \
+		tests/test_onnx_graphs.py -k "not every_model and not aoti")
 	rm -rf $(ENVIRONMENT)
 
 quality: $(READY)

@@ -9,6 +9,7 @@ import textwrap
 import pytest
 from hub_server import OWNER, Hub, point_at
 from published import CARDS, NAME, SHIPPED
+from test_one_form import make_model
 
 from timm_spa._errors import TimmSpaError
 from timm_spa.hub.publish import write_repository
@@ -80,3 +81,9 @@ def weights_to_publish(dry_run, tmp_path):
 @pytest.fixture
 def owner(monkeypatch):
     monkeypatch.setenv('HF_TOKEN', OWNER)
+
+
+@pytest.fixture
+def small_net():
+    """A small model with ten classes, quick to export."""
+    return make_model('resnet18', num_classes=10, stem_width=16, channels=(8, 16, 24, 32))
