@@ -26,6 +26,21 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f'skipped {count}: {reason}')
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(items):
+    """Marks the cases of tests with `quick(n)` as slow, except for n that are spread evenly."""
+    tests = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker('quick') and not item.get_closest_marker('slow'):
+            tests[item.path, item.cls, item.originalname].append(item)
+    for cases in tests.values():
+        count = cases[0].get_closest_marker('quick').args[0]
+        quick = {i * len(cases) // count for i in range(count)}
+        for i, case in enumerate(cases):
+            if i not in quick:
+                case.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope='session')
 def timm_scripts():
     """Folder of timm's scripts: from TIMM_SCRIPTS, the cache, or a verified download."""

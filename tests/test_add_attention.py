@@ -66,6 +66,7 @@ def relative(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize('name', slow_unless(lambda name: name not in LARGE, NETS))
 def test_same_outputs_until_trained(name):
     """Then every parameter of a gate has a gradient after three steps, and what was learned is in the state dict."""
@@ -256,6 +257,7 @@ def trained(name, **kwargs):
     return model.eval()
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize('name', KINDS)
 class TestTools:
     def check(self, model, original, tolerance=0.):

@@ -39,6 +39,7 @@ def float32_outputs(net, image, grad, dtype=torch.bfloat16):
     return [name for name, kind in seen.items() if kind != dtype]
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize('grad', [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize('name', NETS)
 def test_half_precision_stays_half(name, grad):

@@ -32,6 +32,7 @@ def make(name, **kwargs):
     return model, torch.randn(2, 3, 64, 64)
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize('name', slow_unless(timm_spa.list_models()[::8].__contains__, timm_spa.list_models()))
 def test_layer_of_the_last_feature_map(name):
     with torch.device('meta'):
@@ -62,6 +63,7 @@ def test_grad_cam_by_hand(name):
     assert cam(model, x).classes.tolist() == scores.argmax(1).tolist()
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize('method', METHODS)
 def test_every_method(method):
     model, x = make('spa_resnet18')

@@ -3,6 +3,7 @@ import importlib
 import json
 import keyword
 import shlex
+import statistics
 import subprocess
 import sys
 from importlib import metadata
@@ -17,9 +18,10 @@ from PIL import Image
 import timm_spa
 import timm_spa_cli
 from timm_spa.predict import class_names, load_model, sample_image
-from timm_spa.profile import LIST, describe, describe_gate, listed_gates
+from timm_spa.profile import LIST, describe, describe_gate, listed_gates, recorded_speeds
 from timm_spa_cli._options import SHIPPED_MODEL
 
+RECORDS = Path(__file__).parent / 'benchmarks' / 'records'
 COFFEE = str(sample_image('coffee'))
 
 
@@ -42,6 +44,7 @@ def test_list_names_every_model():
     assert [*json.loads(LIST.read_text())['models']] == timm_spa.list_models()
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize('name', slow_unless(timm_spa.list_models()[::8].__contains__, timm_spa.list_models()))
 def test_list_describes_a_model(name):
     """The list is built by `python -m timm_spa.profile`. Another release of timm may have other tags."""
@@ -64,7 +67,7 @@ def test_list_of_gates(capsys):
     assert max(map(len, lines)) <= 100
     rows = {line.split()[0]: line.split()[1:] for line in lines[1:1 + len(listed_gates())]}
     assert list(rows) == listed_gates()
-    assert rows['none'] == ['+0', '+0.0', '+0.0']
+    assert rows['none'] == ['+0', '+0.0', '+0.0', '1.00', '1.00']
     kernels = {256: 5, 512: 5, 1024: 5, 2048: 7}  # (log2(channels) + 1) / 2, the next odd number
     assert int(rows['eca'][0]) == sum(count * kernels[256 * 2 ** i] for i, count in enumerate((3, 4, 6, 3)))
     spa = timm.create_model('spa_resnet50', device='meta')
@@ -75,6 +78,29 @@ def test_list_of_gates(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ['coord', 'scoord']
     assert timm_spa_cli.main(['list', '--gates', 'resnet50']) == 1
     assert "the filter 'resnet50' matches no gate of this package" in capsys.readouterr().err
+
+
+def test_speeds_of_gates_are_recorded():
+    """models.json has medians over the rounds of recorded runs, computed here from their steps and seconds."""
+    listed = json.loads(LIST.read_text())['speeds']
+    expected = {'infer': {}, 'train': {}}
+    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob('gates-*.json'))]
+    for record in records:
+        assert record['environment']['hardware'] in listed[record['settings']['mode']]['measured']
+        rounds = {
+            model['model']: [r['steps'] / r['seconds'] for r in model['rounds']] for model in record['models']}
+        for name, speeds in rounds.items():
+            ratio = statistics.median(a / b for a, b in zip(speeds, rounds['resnet50'], strict=True))
+            gate = 'none' if name == 'resnet50' else name.removeprefix('gated base=resnet50 gate=')
+            expected[record['settings']['mode']][gate] = pytest.approx(ratio, abs=6e-4)
+    assert {mode: speed['ratios'] for mode, speed in listed.items()} == expected
+    assert all(set(ratios) == set(listed_gates()) for ratios in expected.values())
+    assert recorded_speeds(records) == listed
+    other = dict(records[0], settings=dict(records[0]['settings'], batch_size=1))
+    with pytest.raises(ValueError, match='differ in their settings'):
+        recorded_speeds([records[0], other])
+    with pytest.raises(ValueError, match="must be resnet50, got 'resnet18'"):
+        recorded_speeds([dict(records[0], base='resnet18')])
 
 
 def test_list_is_narrow_and_does_not_wait_for_torch():

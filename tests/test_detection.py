@@ -97,6 +97,7 @@ def statistics(model):
     return {k: v.clone() for k, v in model.state_dict().items() if 'running' in k}
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize('gate', ['spa', 'spa_one_cell', 'ge_conv', 'se', 'ge', 'cbam', 'gc'])
 @pytest.mark.parametrize('size', [32, 64, 256, 320])
 def test_one_small_image_per_batch(gate, size):

@@ -116,6 +116,7 @@ def change_config(folder, **fields):
 NORM = 'backbone.body.bn1.running_var'
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize(('change', 'problem'), [
     (lambda f: change_weights(f, lambda t: t[NORM].fill_(float('nan'))), 'not finite'),
     (lambda f: change_weights(f, lambda t: t.pop(NORM)), NORM),

@@ -88,16 +88,18 @@ def your_network(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.open(sample_image('coffee')).save('beet.jpg')
     text = (ROOT / 'docs' / 'your_network.md').read_text(encoding='utf-8')
-    return dict(re.findall(r'^```(python|bash|yaml)\n(.*?)^```', text, re.M | re.S))
+    return dict(re.findall(r'^```(python|bash)\n(.*?)^```', text, re.M | re.S))
 
 
 def test_your_network(your_network, tmp_path, capsys):
-    """The page has ten lines of Python and five commands."""
+    """The page has ten lines of Python and six commands, of which two are for a shell."""
     python, commands = your_network['python'].split('\n'), your_network['bash'].splitlines()
-    assert (sum(map(bool, python)), len(commands)) == (10, 5)
+    assert (sum(map(bool, python)), len(commands)) == (10, 6)
     exec(your_network['python'], {})
-    (tmp_path / 'mine' / 'card.yaml').write_text(your_network['yaml'])
     for command in commands[1:]:
+        if command.startswith('echo '):
+            subprocess.run(command, shell=True, check=True)
+            continue
         program, *arguments = shlex.split(command)
         assert program == 'timm-spa'
         assert timm_spa_cli.main(arguments) == 0, capsys.readouterr().err
@@ -111,7 +113,6 @@ def test_your_network_in_new_processes(your_network, hub, tmp_path):
     environment = hub.environment(tmp_path / 'home')
     environment['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), environment['PATH']])
     subprocess.run([sys.executable, '-c', your_network['python']], env=environment, check=True)
-    (tmp_path / 'mine' / 'card.yaml').write_text(your_network['yaml'])
     done = subprocess.run(
         ['bash', '-e', '-c', your_network['bash']], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -190,7 +191,8 @@ def test_dead_links_are_detected(tmp_path):
 
 def test_table_of_gates():
     """Every gate of add_attention has a row, with the cost of models.json and the neutral start of the package."""
-    costs = json.loads(LIST.read_text())['gates']
+    listed = json.loads(LIST.read_text())
+    costs, speeds = listed['gates'], listed['speeds']
     starts = {None: 'none: `neutral=False` only', 0: 'adds 0', 1: 'gate 1/2, doubled', 2: 'two gates of 1/2, times 4'}
     text = (ROOT / 'docs' / 'add_attention.md').read_text(encoding='utf-8')
     rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines() if line.startswith('| `')]
@@ -200,7 +202,8 @@ def test_table_of_gates():
         assert start == ('' if gate == 'none' else starts[GATES[gate].doublings]), gate
         added = {key: value - costs['none'][key] for key, value in costs[gate].items()}
         assert cells == [
-            f'{added["parameters"]:,}', f'{added["macs"] / 1e6:,.1f}', f'{added["kept"] / 2 ** 20:.1f}'], gate
+            f'{added["parameters"]:,}', f'{added["macs"] / 1e6:,.1f}', f'{added["kept"] / 2 ** 20:.1f}',
+            *(f'{speeds[mode]["ratios"][gate]:.2f}' for mode in ('infer', 'train'))], gate
 
 
 @pytest.mark.parametrize('path', [

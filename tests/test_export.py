@@ -62,6 +62,7 @@ def names_in(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize('name', slow_unless({'spa_resnet18', 'spa_mobilenetv2_cifar', 'gated'}.__contains__, MODELS))
 @torch.no_grad()
 def test_onnx_at_every_batch_and_size(name, tmp_path):
@@ -75,6 +76,7 @@ def test_onnx_at_every_batch_and_size(name, tmp_path):
         assert rel(run_onnx(report.path, x), model(x)) < EXACT
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(('to', 'dynamic'), [
     pytest.param(
         to, dynamic, marks=pytest.mark.slow if to == 'aoti' or to == 'torch-export' and dynamic != 'batch' else ())

@@ -25,6 +25,7 @@ KINDS = (
     'spa_resnet18', 'spa_c_resnet18', 'spa_resnet50', 'spa_b_resnet50', 'spa_c_resnet50', 'spa_mobilenetv2_050',
     'spa_c_mobilenetv2', 'se_mobilenetv2', 'spa_mobilenetv2_cifar', 'se_mobilenetv2_cifar')
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize('name', [case for case in ALSO_SLOW if case.values[0] in FUSED])
 @torch.no_grad()
 def test_fused_model_is_the_model(name):
@@ -50,6 +51,7 @@ def test_other_models_stay_as_they_are(name, caplog):
     if hasattr(next(iter(m for m in model.modules() if hasattr(m, 'attn')), None), 'fuse'):
         assert 'has no fused form' in caplog.text
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize('name', KINDS)
 @torch.no_grad()
 def test_same_in_every_mode(name):

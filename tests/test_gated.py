@@ -40,6 +40,7 @@ def arguments(base):
     return dict(dict(mlp_ratio=1 / 64) if base.startswith('vgg') else {}, base=base)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize('base', BASES)
 def test_weights_of_the_plain_net_are_a_warm_start(base, tmp_path):
     plain = random_net(base)

@@ -81,6 +81,7 @@ def test_logits(name):
         assert rel(model.float()(images), expected) < 1e-5
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize('name', TRAINED)
 def test_gradients(name):
     """Training mode: the loss and the norm of every parameter's gradient."""

@@ -209,6 +209,7 @@ def test_a_private_repository(published, shipped, monkeypatch):
 FILE, CONTENT = '/resolve/.*safetensors', '/objects/'
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize(('fault', 'cause'), [
     (dict(method='HEAD', pattern=FILE, status=404), 'cannot read the file or repository'),
     (dict(method='HEAD', pattern=FILE, status=401), 'cannot read the file or repository'),

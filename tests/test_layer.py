@@ -296,6 +296,7 @@ def test_no_state_survives_a_call(variant):
     assert rel(doubled(x, block_input), oracle(layer, x, block_input)) < 1e-12
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('grad', [False, True])
 def test_compile_and_script(variant, grad):

@@ -163,6 +163,7 @@ FORMS = dict(
 )
 
 
+@pytest.mark.quick(20)
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('size', SIDES)

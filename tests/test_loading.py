@@ -76,6 +76,7 @@ def converted(folder, network):
     return folder / 'out.safetensors'
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize('write', [
     training_checkpoint, bare_with_arguments, published, bare_with_config, converted], ids=lambda write: write.__name__)
 @torch.no_grad()

@@ -108,6 +108,7 @@ def test_names_are_found(name):
     assert '.' in getattr(module, name).__doc__
 
 
+@pytest.mark.quick(30)
 @pytest.mark.parametrize('name', MODELS)
 def test_structure(name):
     """One gate a block, of the kind in the name; parameters as the authors'; names of the plain model kept."""
@@ -138,6 +139,7 @@ def test_pyramids_of_table_v(sizes):
     assert sum(p.numel() for p in model.parameters()) == 28_073_912 + 16 * (len(sizes) - 3)
 
 
+@pytest.mark.quick(13)
 @pytest.mark.parametrize('name', [case for case in ALSO_SLOW if case.values[0] not in ATTACHED])
 def test_meta_device_then_init_weights(name):
     """Every parameter and buffer gets a value: nothing of the uninitialized memory is left."""
@@ -207,6 +209,7 @@ def test_arguments_that_are_refused(name, kwargs, message):
         timm.create_model(name, device='meta', **kwargs)
 
 
+@pytest.mark.quick(18)
 @pytest.mark.parametrize('name', ALSO_SLOW)
 def test_features_and_their_reduction(name):
     """The reduction of a feature map is the image over the map, also for the nets whose stem keeps the resolution."""
@@ -235,6 +238,7 @@ def test_features_with_gradient_checkpointing(name):
 
 
 # timm's DenseNet and VGG have neither drop path nor output_stride
+@pytest.mark.quick(8)
 @pytest.mark.parametrize('name', [name for name in KINDS if 'densenet' not in name and 'vgg' not in name])
 @pytest.mark.parametrize('output_stride', [8, 16])
 def test_output_stride(name, output_stride):

@@ -59,6 +59,7 @@ def record(model, images):
 
 
 # the gates to compare with are modules of their own, with nothing that could tell modes apart
+@pytest.mark.quick(12)
 @pytest.mark.parametrize(('name', 'memory_format'), slow_unless(
     lambda name: name in KINDS or 'spa' in name and not any(part in name for part in (*DEEP, '50', 'vgg16_bn')),
     [*((name, torch.contiguous_format) for name in MODELS), *((name, torch.channels_last) for name in KINDS)]))
@@ -80,6 +81,7 @@ def test_same_in_every_mode(name, memory_format):
     assert record(model, torch.cat([images, images]))[1:] == (called, 2 * flops)
 
 
+@pytest.mark.quick(12)
 @pytest.mark.parametrize('name', KINDS)
 @pytest.mark.parametrize('mode', MODES)
 def test_maps_that_somebody_keeps(name, mode):
@@ -132,6 +134,7 @@ def test_backward_hooks_of_every_leaf(name):
 
 
 # timm's CBAM has a norm layer of its own, which cannot be chosen, and its MobileNetV4 takes none
+@pytest.mark.quick(13)
 @pytest.mark.parametrize('name', [n for n in ALSO_SLOW if 'cbam' not in str(n) and 'mobilenetv4' not in str(n)])
 def test_norm_layer_goes_everywhere(name):
     model = timm.create_model(name, norm_layer='groupnorm1', num_classes=5)
@@ -148,6 +151,7 @@ def test_as_many_feature_maps_as_the_plain_net(name):
     assert ours.reduction() == theirs.reduction()
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize('name', slow_unless(lambda name: '50' not in name and 'densenet' not in name, KINDS))
 def test_scripted(name):
     images = images_of(name)
@@ -159,6 +163,7 @@ def test_scripted(name):
             torch.testing.assert_close(torch.jit.script(model)(images), model(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize('name', KINDS)
 @torch.no_grad()
 def test_fx_gives_equal_bits(name):
@@ -169,6 +174,7 @@ def test_fx_gives_equal_bits(name):
     assert torch.equal(extractor(images)[0], maps[0])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize('name', slow_unless(lambda name: '50' not in name, [
     'spa_resnet18', 'spa_b_resnet18', 'spa_c_resnet50', 'se_c_preresnet50_cifar', 'spa_mobilenetv2_cifar']))
 @torch.no_grad()
@@ -232,6 +238,7 @@ def test_ahead_of_time_compiled(tmp_path):
         assert rel(package(x), model(x)) < 1e-5
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize('base', ['resnext50_32x4d', 'resnet18', 'wide_resnet50_2', 'resnet50d'])
 def test_attention_slot_of_timm(base):
     """The layer as `attn_layer` of timm's own models."""

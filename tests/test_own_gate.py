@@ -83,6 +83,7 @@ def trained(base='resnet18', gate=Depthwise):
     return model.eval()
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize(('base', 'layer'), [
     pytest.param(base, layer, marks=[] if i % len(LAYERS) == j else [pytest.mark.slow])
     for i, base in enumerate(BASES) for j, layer in enumerate(LAYERS)])

@@ -55,6 +55,7 @@ def saved_by_timm(folder, network):
 WRITERS = [bare, with_arguments, saved, saved_by_timm]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize('write', WRITERS, ids=lambda write: write.__name__)
 @torch.no_grad()
 def test_every_command(write, network, tmp_path, capsys):

@@ -72,6 +72,7 @@ WAYS = {
 }
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('name', slow_unless(QUICK.__contains__, FAMILIES))
 def test_round_trip(name, way, tmp_path):

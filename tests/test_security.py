@@ -167,6 +167,7 @@ CASES = {
 }
 
 
+@pytest.mark.quick(20)
 @pytest.mark.parametrize('case', CASES)
 def test_a_planted_pickle_never_runs(case, plant, tmp_path, capsys):
     arguments = CASES[case](plant, tmp_path / 'planted')

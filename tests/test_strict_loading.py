@@ -129,6 +129,7 @@ WRONG = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize('way', QUICK_WAYS)
 @pytest.mark.parametrize('name', QUICK)
 def test_what_does_not_fit(name, way, files, caplog):
@@ -140,6 +141,7 @@ def test_what_does_not_fit(name, way, files, caplog):
         loaded(name, files(name, 'larger'), **WAYS[way])
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize('kwargs', [{}, dict(num_classes=10), dict(features_only=True)])
 @pytest.mark.parametrize('name', ['gated', 'spa_mobilenetv2_050'])
 def test_a_folder(name, kwargs, files, tmp_path):
@@ -197,6 +199,7 @@ def outputs(model):
     return model.eval()(IMAGES)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'getter'])
 def test_an_extractor_that_ends_before_the_first_gate(feature_cls, tmp_path):
     kwargs = dict(features_only=True, out_indices=(0,), feature_cls=feature_cls)
@@ -228,6 +231,7 @@ def test_gates_of_a_part_of_the_network(base, where, expected):
         timm.create_model('gated', base=base, where='layer9', features_only=True, out_indices=(0,))
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(('base', 'feature_cls'), [
     ('resnet18', 'list'), ('resnet18', 'dict'), ('resnet18', 'hook'), ('resnet18', 'getter'), ('vgg11_bn', 'hook'),
     ('vgg11_bn', 'list'), ('mobilenetv3_small_050', None), ('mobilenetv3_small_050', 'hook')])

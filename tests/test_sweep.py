@@ -65,6 +65,7 @@ def sweep(tmp_path, monkeypatch, capfd):
     return call
 
 
+@pytest.mark.slow
 def test_runs_are_stored_resumed_and_not_repeated(sweep, tmp_path):
     gated = 'gated base=resnet18 gate=se'
     arguments = [
@@ -129,6 +130,22 @@ def test_table_of_means_and_spreads(tmp_path):
     assert main([str(tmp_path), '--check']) == 0
     (run / 'summary.csv').write_text((run / 'summary.csv').read_text().replace('31', '33'))
     assert main([str(tmp_path), '--check']) == 1, 'the table differs from its runs'
+
+
+@pytest.mark.parametrize('with_plain', [True, False])
+def test_learning_rates_in_the_table(tmp_path, with_plain):
+    """A row names the rate that is not the plain model's, however common it is, or all rows do where none is usual."""
+    if with_plain:
+        write_run(tmp_path, 'mobilenetv2_cifar', 0, 20, lr=0.5)
+        write_run(tmp_path, 'spa_b_mobilenetv2_cifar', 0, 20)
+    write_run(tmp_path, 'spa_mobilenetv2_cifar', 0, 30)
+    write_run(tmp_path, 'se_mobilenetv2_cifar', 0, 28, lr=0.5)
+    assert runpy.run_path(str(RESULTS))['main']([str(tmp_path)]) == 0
+    table = (tmp_path / 'table.md').read_text()
+    labels = re.findall(r'^\| (none|S[^|]*) \|', table, re.M)
+    assert labels == (
+        ['none', 'SE', 'SPA-A, lr 0.1', 'SPA-B, lr 0.1'] if with_plain else ['SE, lr 0.5', 'SPA-A, lr 0.1'])
+    assert table.count('+') == (3 if with_plain else 0)
 
 
 def test_comparison_on_the_same_test_images(tmp_path):

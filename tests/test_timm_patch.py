@@ -82,6 +82,7 @@ def theirs(name, key):
     return key.replace('.attn.', '.se.') if 'resnet' in name else key
 
 
+@pytest.mark.slow
 def test_patched_timm_builds_the_same_networks(timm_patch, patched, tmp_path):
     torch.manual_seed(0)
     models, x = {}, torch.randn(2, 3, 64, 48, dtype=torch.float64)

@@ -69,6 +69,7 @@ def shares(model, picture):
     return pytest.approx({c['name']: c['probability'] for c in found.classes}, abs=2e-5)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize('in_args_yaml', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('kind', slow_unless({'pyramid', 'grey'}.__contains__, KINDS))
 def test_every_verb_makes_the_model_that_was_trained(kind, in_args_yaml, tmp_path, photograph, monkeypatch):

@@ -95,6 +95,7 @@ def test_each_family_trains_under_accelerate(train, model):
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(('model', 'options'), [
     ('spa_mobilenetv2_cifar', '--amp --amp-dtype bfloat16 --channels-last --sync-bn'),  # without effect in one process
     pytest.param('spa_c_preresnet18_cifar', '--amp --amp-dtype bfloat16 --channels-last', marks=pytest.mark.slow),

@@ -139,6 +139,7 @@ def test_no_network(hub, owner, weights_to_publish, monkeypatch):
         publish(weights_to_publish, NAME, 'name')
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize('fault', [
     dict(method='POST', pattern='/preupload/', status=503),
     dict(method='POST', pattern='/objects/batch', drop=True),

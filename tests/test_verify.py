@@ -227,6 +227,7 @@ DAMAGE = [
 ]
 
 
+@pytest.mark.quick(15)
 @pytest.mark.parametrize(('damage', 'line'), DAMAGE, ids=[f'{i} {line}' for i, (_, line) in enumerate(DAMAGE)])
 def test_damage_is_named(folder, damage, line, capsys):
     damage(folder)

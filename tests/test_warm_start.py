@@ -74,6 +74,7 @@ def test_cfg_tells_the_truth(name):
         assert getattr(cfg, field) == getattr(source, field)
 
 
+@pytest.mark.quick(7)
 @pytest.mark.parametrize('name', KINDS)
 def test_same_function_as_the_plain_model(name, tmp_path, caplog):
     """For random weights and statistics, through timm's own loading; one line in the log says what was done."""
@@ -89,6 +90,7 @@ def test_same_function_as_the_plain_model(name, tmp_path, caplog):
         assert torch.equal(model(images), plain(images))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize('name', slow_unless(
     lambda name: not any(n in name for n in ('vgg', 'resnet50', 'resnext50')), filter(lambda n: 'spa' in n, KINDS)))
 def test_every_gate_learns(name, tmp_path):
@@ -126,6 +128,7 @@ def test_plain_golden_model():
             assert ((model(images) - expected).norm() / expected.norm()).item() < 1e-5
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize('plain', ['preresnet18_cifar', 'preresnet50_cifar', 'mobilenetv2_cifar', 'densenet_cifar',
                                    'vgg16_cifar'])
 @pytest.mark.parametrize('gate', ['spa', 'spa_b', 'spa_c', 'se'])

@@ -229,6 +229,7 @@ def test_torchrun(stand_ins, script):
     assert sorted(line for line in lines if line.startswith('rank')) == ['rank 0 yes', 'rank 1 yes']
 
 
+@pytest.mark.slow
 def test_timm_itself(script):
     """The models are there, in a new process too, with warnings as errors."""
     path = script('''

@@ -9,7 +9,8 @@ the mean over seeds and, from two seeds on, the sample standard deviation. With 
 the plain model of the same seed on the same images, by McNemar's exact test. `curves.png` has the losses and the
 accuracy of every epoch, as figures 3 and 4 of the paper. `pyramid_weights.png` has the learned weights of equation (1).
 
-Runs must be trained alike. Only the learning rate may differ: a row names it where it is not the most common one.
+Runs must be trained alike. Only the learning rate may differ: a row names it where it is not that of the plain model
+or, without a plain model, not the most common one.
 
 A run of `timm-spa detect train` is a folder with `summary.csv` and `args.yaml`. `table.md` has COCO's metrics on the
 validation images after the last epoch that all runs of a detector have.
@@ -71,12 +72,12 @@ def read_runs(folder: Path) -> List[Run]:
 def grouped(runs: List[Run]) -> Networks:
     """Groups runs by network and gate, in the order of the table of gates."""
     rows: Dict[Tuple[str, int, str], List[Run]] = {}
-    shared_lr = statistics.mode(run.args.get('lr') for run in runs)
+    plain = [run for run in runs if _network_and_gate(run)[1] == 'none']
+    rates = statistics.multimode(run.args.get('lr') for run in plain or runs)
+    shared_lr = rates[0] if len(rates) == 1 else None
     for run in sorted(runs, key=lambda run: run.args['seed']):
         kwargs = run.args.get('model_kwargs') or {}
-        network, gate, _ = split_gate(run.args['model'])
-        if run.args['model'] == 'gated':
-            network, gate = kwargs['base'], kwargs.get('gate', 'spa')
+        network, gate = _network_and_gate(run)
         label = GATES[gate].label + (', gates as initialized' if kwargs.get('neutral') is False else '')
         if run.args.get('lr') != shared_lr:  # None where the batch size determines it
             label += f', lr {run.args.get("lr")}'
@@ -85,6 +86,13 @@ def grouped(runs: List[Run]) -> Networks:
     for (network, _, label), row in sorted(rows.items(), key=lambda item: item[0]):
         networks.setdefault(network, {})[label] = row
     return networks
+
+
+def _network_and_gate(run: Run) -> Tuple[str, str]:
+    kwargs = run.args.get('model_kwargs') or {}
+    if run.args['model'] == 'gated':
+        return kwargs['base'], kwargs.get('gate', 'spa')
+    return split_gate(run.args['model'])[:2]
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -139,7 +147,9 @@ def _against(values: List[float], plain: List[float], is_plain: bool) -> str:
 def _pairs(rows: Dict[str, List[Run]], plain: List[Run]) -> List[str]:
     """Returns a table that compares each run with the plain model of the same seed, on the same test images."""
     by_seed: Dict[Any, Any] = {run.args['seed']: verdicts(run) for run in plain}
-    lines = ['| attention | seed | only none correct | only this one correct | p (McNemar) |', '|---|---|---|---|---|']
+    lines = [
+        '| attention | seed | correct only without attention | correct only with it | p (McNemar) |',
+        '|---|---|---|---|---|']
     count, accuracy = 1, 0.
     for label, row in rows.items():
         for run in row:

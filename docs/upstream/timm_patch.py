@@ -270,7 +270,7 @@ def pull_request() -> str:
     return (HERE / 'pull_request.md').read_text(encoding='utf-8').format(
         accuracy=table('README.md', '| top-1 (%) | plain | SE | SPA |'),
         runs=table('train_scripts/results/README.md', '| data | model | attention |'),
-        cpu=table('README.md', '| ResNet-50 at 224 pixels, relative to the plain network |'),
+        cpu=table('README.md', '| ResNet-50 at 224 pixels, relative to'),
         gpu=table('tests/benchmarks/speed.md', '| | img/s | ratio |'),
         size=size,
     )

@@ -1,7 +1,9 @@
 """Parameters, multiply-adds, activations and memory of models.
 
-`python -m timm_spa.profile` counts all models and gates and writes models.json, which `timm-spa list` reads.
+`python -m timm_spa.profile` counts all models and gates and writes models.json, which `timm-spa list` reads. It keeps
+the speeds of gates, or replaces them by those of `--speeds FILE ...`, records of `timm-spa bench ... --out FILE`.
 """
+import argparse
 import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
@@ -15,7 +17,8 @@ from .checkpoints.files import replacing
 from .models import GATES, list_models
 from .models._gate_table import reads_block_input
 
-__all__ = ['ModelCost', 'bytes_kept_for_backward', 'count_cost', 'describe', 'describe_gate', 'listed_gates']
+__all__ = ['ModelCost', 'bytes_kept_for_backward', 'count_cost', 'describe', 'describe_gate', 'listed_gates',
+           'recorded_speeds']
 
 GATED_MODEL = 'resnet50'
 LIST = Path(__file__).parent / 'models.json'
@@ -105,11 +108,43 @@ def describe_gate(gate: str) -> Dict[str, Any]:
     return dict(parameters=cost.parameters, macs=cost.macs, kept=kept // len(images))
 
 
-def main() -> None:
+def recorded_speeds(records: Sequence[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """Returns the section 'speeds' of models.json: how fast GATED_MODEL is with each gate, relative to without.
+
+    Args:
+        records: Records of `timm_spa.benchmark.measure` of GATED_MODEL and `gated`; several of a mode are merged.
+
+    Raises:
+        ValueError: Records of a mode differ in settings, or GATED_MODEL is not the baseline.
+    """
+    speeds: Dict[str, Dict[str, Any]] = {}
+    for record in records:
+        settings, about = record['settings'], record['environment']
+        if record['base'] != GATED_MODEL:
+            raise ValueError(f'The baseline of a record must be {GATED_MODEL}, got {record["base"]!r}.')
+        versions = ', '.join(f'{name} {about["versions"][name]}' for name in ('torch', 'timm'))
+        setting = dict(
+            measured=f'{about["hardware"]}, {versions}, {record["date"][:10]}', batch_size=settings['batch_size'],
+            channels_last=settings['channels_last'], dtype=settings['dtype'], compile=settings['compile'])
+        speed = speeds.setdefault(settings['mode'], dict(setting, ratios={}))
+        if any(speed[key] != value for key, value in setting.items()):
+            raise ValueError(f'The records of mode {settings["mode"]!r} differ in their settings or environment.')
+        for entry in record['models']:
+            gate = entry['model'].partition('gate=')[2]  # 'gated base=resnet50 gate=se'
+            speed['ratios'][gate or 'none'] = round(entry['ratio']['median'], 3)
+    return speeds
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
     """Writes models.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--speeds', nargs='+', metavar='FILE', help='records of timm-spa bench')
+    args = parser.parse_args(argv)
     sections = {
         'models': {name: describe(name) for name in list_models()},
-        'gates': {name: describe_gate(name) for name in listed_gates()}}
+        'gates': {name: describe_gate(name) for name in listed_gates()},
+        'speeds': recorded_speeds([json.loads(Path(file).read_text(encoding='utf-8')) for file in args.speeds])
+        if args.speeds else json.loads(LIST.read_text(encoding='utf-8'))['speeds']}
     text = ',\n'.join(f'"{section}": {{\n' + ',\n'.join(
         f'  {json.dumps(name)}: {json.dumps(row)}' for name, row in rows.items()) + '\n}'
         for section, rows in sections.items())

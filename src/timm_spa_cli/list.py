@@ -3,9 +3,10 @@ import argparse
 import importlib.util
 import json
 import sys
+import textwrap
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, List, Mapping, Sequence, Tuple
 
 from timm_spa_cli._table import print_table
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr)
         return 1
     if args.gates:
-        return _gates(names, listed['gates'])
+        return _gates(names, listed['gates'], listed['speeds'])
     if args.tags:
         return _tags(names)
     rows = [('model', 'parameters (M)', 'GMACs', 'input', 'weights')]
@@ -49,19 +50,30 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _gates(names: Sequence[str], costs: Mapping[str, Mapping[str, int]]) -> int:
-    rows = [('gate', 'parameters', 'million multiply-adds', 'kept memory (MiB)')]
+def _gates(
+        names: Sequence[str],
+        costs: Mapping[str, Mapping[str, int]],
+        speeds: Mapping[str, Mapping[str, Any]],
+) -> int:
+    rows: List[Tuple[str, ...]] = [(
+        'gate', 'parameters', 'million multiply-adds', 'kept memory (MiB)', 'inference', 'training')]
     for name in names:
         added = {key: value - costs['none'][key] for key, value in costs[name].items()}
         rows.append((
-            name, f'{added["parameters"]:+,}', f'{added["macs"] / 1e6:+,.1f}', f'{added["kept"] / 2 ** 20:+.1f}'))
+            name, f'{added["parameters"]:+,}', f'{added["macs"] / 1e6:+,.1f}', f'{added["kept"] / 2 ** 20:+.1f}',
+            *(f'{speeds[mode]["ratios"][name]:.2f}' for mode in ('infer', 'train'))))
     plain = costs['none']
-    print_table(rows, right_aligned=(1, 2, 3))
-    print(
-        f'\nDifferences to ResNet-50: {plain["parameters"]:,} parameters, {plain["macs"] / 1e6:,.1f} million '
-        f'multiply-adds,\n{plain["kept"] / 2 ** 20:.1f} MiB that a training step keeps for the backward pass, for one '
-        '224x224 image in float32.\nSpeed has not been recorded. To measure it: timm-spa bench resnet50 "gated '
-        'base=resnet50 gate=coord"')
+    print_table(rows, right_aligned=range(1, 6))
+    measured = dict.fromkeys(
+        f'{speed["measured"]}: {speed["dtype"]}, {"channels_last" if speed["channels_last"] else "NCHW"}, batch '
+        f'{speed["batch_size"]}.' for speed in speeds.values())
+    for text in (
+            f'Differences to ResNet-50: {plain["parameters"]:,} parameters, {plain["macs"] / 1e6:,.1f} million '
+            f'multiply-adds, {plain["kept"] / 2 ** 20:.1f} MiB that a training step keeps for the backward pass, for '
+            'one 224x224 image in float32.',
+            f'Inference and training: speed relative to ResNet-50, as built, without compiling. {" ".join(measured)} '
+            'To measure it: timm-spa bench resnet50 "gated base=resnet50 gate=coord"'):
+        print('\n' + textwrap.fill(text, 100))
     return 0
 
 

@@ -144,7 +144,7 @@ def evidence(run: Run, alone: bool) -> List[str]:
     record = run.record
     lines = [f'hardware: {record["hardware"]}'] if record.get('hardware') else []
     if record.get('seconds'):
-        hours = f'{record["seconds"] / 3600:.2f} hours'
+        hours = f'training time: {record["seconds"] / 3600:.2f} hours'
         lines.append(f'{hours} since the run was resumed' if record.get('resumed') else hours)
     versions = [f'Python {record["python"]}'] if record.get('python') else []
     versions += [f'{name} {version}' for name, version in (record.get('versions') or {}).items()]

@@ -54,7 +54,7 @@ def comparison_table(runs: List[Run], reference: Run, architecture: str) -> List
             f'The results have runs of {", ".join(by_model)}, but none of {own} to compare them with. Add a run of '
             f'{own}, or leave out --results.')
     tested = ['test top-1 %'] if any(map(verdicts, runs)) else []
-    table = [['model', 'top-1 %', 'top-5 %', *tested, 'seeds', 'parameters (M)', 'GMACs']]
+    table = [['model', 'validation top-1 %', 'validation top-5 %', *tested, 'seeds', 'parameters (M)', 'GMACs']]
     for model in sorted(by_model, key=lambda name: (name == own, name)):
         model_runs = by_model[model]
         args = model_runs[0].args

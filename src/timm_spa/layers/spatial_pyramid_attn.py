@@ -63,8 +63,8 @@ def channel_matcher(in_channels: int, channels: int, rd_channels: int, act_layer
 class SpatialPyramidAttention(nn.Module):
     """Spatial Pyramid Attention, equations (1) to (5) of the paper.
 
-    Variant a learns the gate from the map that it gates, b from the input of the block that made the map, c from that
-    input with its channels matched. timm's models with an attention slot take variant a as `attn_layer`, e.g.
+    The gate is computed from the feature map that it rescales (variant a), from the input of the block (b), or from
+    this input with its channels matched (c). timm's models with an attention slot take variant a as `attn_layer`, e.g.
     `timm.create_model('resnext50_32x4d', block_args=dict(attn_layer=timm_spa.SpatialPyramidAttention))`.
     """
 

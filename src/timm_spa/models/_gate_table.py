@@ -101,7 +101,7 @@ GATES: Dict[str, Gate] = {
     'gc': Gate(  # its layer norm over the reduced width makes one value a constant, and two values plus and minus one
         'GC', 'global context', _timm('gc', 'rd_channels'),
         zeros=('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias'), min_width=4, is_prefix=True),
-    'spa': Gate('SPA-A', 'SPA-A (the gate reads the map that it gates)', _spa, is_prefix=True),
+    'spa': Gate('SPA-A', 'SPA-A (the gate reads the feature map that it rescales)', _spa, is_prefix=True),
     'spa_b': Gate('SPA-B', "SPA-B (the gate reads the block's input)", _spa, variant='b', is_prefix=True),
     'spa_c': Gate(
         'SPA-C', "SPA-C (the gate reads the block's input, channels matched)", _spa, variant='c', is_prefix=True),

@@ -54,7 +54,7 @@ class _GatedActivation(nn.Module):
 
 
 class GatedVGG(GatedNet, VGG):
-    """timm's VGG with norm layers and a gate after every unit. The gate reads the map that it gates."""
+    """timm's VGG with norm layers and a gate after every unit. The gate reads the feature map that it rescales."""
     init_convs = _init_convs
 
     def __init__(
@@ -68,7 +68,7 @@ class GatedVGG(GatedNet, VGG):
         """
         Args:
             cfg: Channels of each unit, and 'M' for a max pooling.
-            make_gate: Makes the gate of a unit, see `build_model`; the gate has to read the map that it gates.
+            make_gate: Makes the gate of a unit, see `build_model`; it has to read the feature map that it rescales.
             norm_layer: Norm layer, of the gates too; batch norm if None.
             **kwargs: Arguments of timm's VGG.
 
