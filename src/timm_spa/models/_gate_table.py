@@ -83,11 +83,11 @@ def _timm(name: str, *passed: str, **fixed: Any) -> Callable[..., nn.Module]:
 
 # Without a norm layer, a hidden channel may be negative before the ReLU for all images, and never get a gradient.
 # This happens to a single channel often, and to all of eight rarely.
-ENOUGH = 8
+MIN_HIDDEN = 8
 
 GATES: Dict[str, Gate] = {
     'none': Gate('none', 'no attention', _no_attention, zeros=(), doublings=0),
-    'se': Gate('SE', 'squeeze-and-excitation', _se, min_added_width=ENOUGH, is_prefix=True),
+    'se': Gate('SE', 'squeeze-and-excitation', _se, min_added_width=MIN_HIDDEN, is_prefix=True),
     'se_b': Gate('SE+', "SE+, squeeze-and-excitation of the block's input", _se, variant='b', is_prefix=True),
     'se_c': Gate(
         'SE++', "SE++, squeeze-and-excitation of the block's input, channels matched", _se, variant='c',
@@ -97,7 +97,7 @@ GATES: Dict[str, Gate] = {
         'CBAM', 'the convolutional block attention module', _timm('cbam', 'rd_channels', mlp_bias=True),
         zeros=('layer.channel.fc2.weight', 'layer.channel.fc2.bias', 'layer.spatial.conv.bn.weight',
                'layer.spatial.conv.bn.bias'),
-        doublings=2, min_added_width=ENOUGH, is_prefix=True),
+        doublings=2, min_added_width=MIN_HIDDEN, is_prefix=True),
     'gc': Gate(  # its layer norm over the reduced width makes one value a constant, and two values plus and minus one
         'GC', 'global context', _timm('gc', 'rd_channels'),
         zeros=('layer.mlp_scale.fc2.weight', 'layer.mlp_scale.fc2.bias'), min_width=4, is_prefix=True),
@@ -108,7 +108,7 @@ GATES: Dict[str, Gate] = {
     # the comparison of table III at ImageNet's image size
     'se_bias': Gate(
         'SE', 'squeeze-and-excitation with biases', _timm('se', 'rd_channels'),
-        zeros=('layer.fc2.weight', 'layer.fc2.bias'), min_added_width=ENOUGH),
+        zeros=('layer.fc2.weight', 'layer.fc2.bias'), min_added_width=MIN_HIDDEN),
     'ge_conv': Gate(
         'GE', 'gather-excite by depthwise convolutions', _ge_conv, zeros=('gather.7.weight', 'gather.7.bias')),
     # further layers of timm's `create_attn`, by its names and with its defaults, but for the reduced widths
@@ -117,7 +117,7 @@ GATES: Dict[str, Gate] = {
     'eca': Gate('ECA', 'efficient channel attention', _timm('eca'), zeros=('layer.conv.weight',)),
     'ecam': Gate(
         'ECA-MLP', 'efficient channel attention with two convolutions', _timm('ecam', 'rd_channels'),
-        zeros=('layer.conv2.weight', 'layer.conv2.bias'), min_width=ENOUGH),
+        zeros=('layer.conv2.weight', 'layer.conv2.bias'), min_width=MIN_HIDDEN),
     'ceca': Gate('cECA', 'circular efficient channel attention', _timm('ceca'), zeros=('layer.conv.weight',)),
     'gca': Gate(  # adds the context; min_width as for global context
         'GC-add', 'global context that is added', _timm('gca', 'rd_channels'),
@@ -125,13 +125,13 @@ GATES: Dict[str, Gate] = {
     'lcbam': Gate(
         'light CBAM', 'the light convolutional block attention module', _timm('lcbam', 'rd_channels'),
         zeros=('layer.channel.fc2.weight', 'layer.spatial.conv.bn.weight', 'layer.spatial.conv.bn.bias'),
-        doublings=2, min_width=ENOUGH),
+        doublings=2, min_width=MIN_HIDDEN),
     'coord': Gate(
         'CA', 'coordinate attention', _timm('coord', 'rd_channels', 'norm_layer'),
-        zeros=('layer.conv_h.weight', 'layer.conv_w.weight'), doublings=2, min_width=ENOUGH),
+        zeros=('layer.conv_h.weight', 'layer.conv_w.weight'), doublings=2, min_width=MIN_HIDDEN),
     'scoord': Gate(
         'simple CA', 'simple coordinate attention', _timm('scoord', 'rd_channels'),
-        zeros=('layer.fc_h.weight', 'layer.fc_h.bias', 'layer.fc_w.weight', 'layer.fc_w.bias'), min_width=ENOUGH),
+        zeros=('layer.fc_h.weight', 'layer.fc_h.bias', 'layer.fc_w.weight', 'layer.fc_w.bias'), min_width=MIN_HIDDEN),
     'ela': Gate(
         'ELA', 'efficient local attention', _timm('ela'),
         zeros=('layer.norm_h.weight', 'layer.norm_h.bias', 'layer.norm_w.weight', 'layer.norm_w.bias'), doublings=2),
