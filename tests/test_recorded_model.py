@@ -136,6 +136,7 @@ LIKELY = {  # the model, options that the sentence names, and models that were a
     'mobilenetv3_small_050 cbam': (dict(), 'base=mobilenetv3_small_050 gate=cbam', ''),
     'densenet121 gc': (dict(), 'base=densenet121 gate=gc', ''),
     'resnet10t spa': (dict(rd_ratio=1 / 8), 'base=resnet10t gate=spa rd_ratio=0.125', ''),
+    'resnet10t se': (dict(rd_ratio=1 / 8), 'base=resnet10t gate=se rd_ratio=0.125', ''),
     'resnet26 spa': (
         dict(where=['layer4.0', 'layer4.1'], pyramid_sizes=(1, 2)),
         '''base=resnet26 gate=spa where="('layer4.0.bn3','layer4.1.bn3',)" pyramid_sizes=..., which are 2 numbers''',
@@ -143,7 +144,7 @@ LIKELY = {  # the model, options that the sentence names, and models that were a
 }
 
 
-@pytest.mark.parametrize('case', slow_unless({'resnet18 spa', 'resnet34 se', 'resnet26 spa'}.__contains__, LIKELY))
+@pytest.mark.parametrize('case', slow_unless({'resnet18 spa', 'resnet10t se', 'resnet26 spa'}.__contains__, LIKELY))
 def test_likely_model(case):
     arguments, options, asked = LIKELY[case]
     base, gate = case.split()

@@ -1,6 +1,7 @@
 """The model that tensors are probably of, read from their names and shapes, for error messages."""
 import contextlib
 import functools
+import math
 from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Mapping, Optional, Tuple
 
 import timm
@@ -68,7 +69,8 @@ def _where(names: FrozenSet[str], base: str, gate: str, gated: List[str]) -> Opt
 
 def _sizes(places: Mapping[str, Shapes], base: str, gate: str) -> Iterator[str]:
     """Yields the sizes of gates that differ from the defaults."""
-    place = next(iter(places))
+    # of the widest gate: narrow ones may have the smallest width, whatever the ratio
+    place = max(places, key=lambda place: max(map(math.prod, places[place].values())))
     default = _shapes('gated', base=base, gate=gate, where=(place.removesuffix('.drop'),))
     for key, shape in places[place].items():
         expected = default[f'{place}{SLOT}{key}']
